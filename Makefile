@@ -1,0 +1,31 @@
+# Two commands do everything: `make demo` and `make test`. Both install first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install demo test lint clean
+
+install: .venv/installed
+
+# The stamp file makes this quick when nothing changed.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	touch $@
+
+demo: install
+	$(BIN)/vlm-tuning demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo_output .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,37 @@
+"""The console script `vlm-tuning`; `python -m tuning.cli` is the same program."""
+
+import sys
+from collections.abc import Sequence
+
+from tuning.errors import EXIT_USER_ERROR
+
+USAGE = """\
+usage: vlm-tuning COMMAND …
+
+  train config.json | --flag value …   fine-tune a model
+  demo [--output_dir DIR]              see it work: a tiny model learns to read handwritten digits
+
+vlm-tuning train --help lists every option."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Commands are imported when they are called: torch takes seconds."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments else "--help"
+    if command == "train":
+        from tuning.sft_trainer import main as train
+
+        return train(arguments)
+    if command == "demo":
+        from tuning.demo.digits import main as demo
+
+        return demo(arguments)
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    print(f"Error: unknown command '{command}'.\n\n{USAGE}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Every option of a run, one documented line each; Hugging Face's own `TrainingArguments` stand beside ours."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+def option(default: Any, help: str):
+    """A dataclass field with its line of documentation."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    model_name_or_path: str | None = option(None, "Base model: a local folder or a hub id.")
+    dtype: str = option("auto", "Precision of the weights: auto (the checkpoint's own), float32, bfloat16 or float16.")
+    use_flash_attn: bool = option(True, "Use the fastest attention this machine and model support; false: plain SDPA.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
+    chat_template: str | None = option(None, "Chat template that replaces the model's: a Jinja file or its text.")
+    processor_kwargs: dict[str, Any] = option({}, "Image processor settings to change and save, as a JSON object.")
+    freeze_vision_tower: bool | None = option(None, "Keep the vision tower as it is (default: only with LoRA).")
+    freeze_multi_modal_projector: bool | None = option(None, "Keep the projector as it is (default: only with LoRA).")
+    freeze_language_model: bool | None = option(None, "Keep the language model as it is, adapters included.")
+
+
+@dataclass(frozen=True)
+class LoraArguments:
+    peft_method: str | None = option(None, "lora, or none for full fine-tuning.")
+    r: int = option(8, "Rank of the LoRA matrices.")
+    lora_alpha: int = option(32, "LoRA scaling numerator: updates are scaled by lora_alpha / r.")
+    lora_dropout: float = option(0.05, "Dropout on the input of the LoRA matrices.")
+    target_modules: list[str] | str | None = option(
+        None, "Modules to adapt: names, all-linear, or a regular expression."
+    )
+    bias: str = option("none", "Biases to train: none, all or lora_only.")
+    modules_to_save: list[str] | None = option(None, "Modules trained in full and saved with the adapter.")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA).")
+    use_dora: bool = option(False, "Weight-decomposed LoRA.")
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    training_data_path: str | None = option(None, "A .json, .jsonl, .parquet or .arrow file, a folder, or a hub id.")
+    validation_data_path: str | None = option(None, "Data for evaluation, in the same forms.")
+    dataset_text_field: str = option("messages", "Column with the messages.")
+    dataset_image_field: str = option("images", "Column with the image or images.")
+    dataset_split: str | None = option(None, "Split to train on (default: train).")
+    dataset_config_name: str | None = option(None, "Configuration of a hub dataset.")
+    dataset_kwargs: dict[str, Any] = option({}, "Accepted for compatibility; skip_prepare_dataset is always true.")
+    max_seq_length: int | None = option(None, "Longest row in tokens, image tokens included (default: the model's).")
+    overlong_rows: str = option("error", "What to do with a longer row: error or drop. A row is never cut.")
+    max_images_per_sample: int | None = option(
+        None, "Use only so many images of a row (default: what the model takes)."
+    )
+    assistant_only_loss: bool = option(True, "Train on the assistant's words and end tokens only; false: on all text.")
+    date_string: str | None = option(None, "The date that templates write as today's (default: the day the run began).")
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    save_model_dir: str | None = option(None, "Where the final model goes (default: output_dir).")
+    overwrite_output_dir: bool = option(False, "Start over: delete the checkpoints of an earlier run in output_dir.")
+    vision_tower_learning_rate: float | None = option(None, "Learning rate of the vision tower.")
+    projector_learning_rate: float | None = option(None, "Learning rate of the projector.")
+    accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch` (JSON only).")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, checked and complete. `notes` are the sentences to tell the user about what was adjusted."""
+
+    model: ModelArguments
+    lora: LoraArguments
+    data: DataArguments
+    run: RunArguments
+    training: TrainingArguments
+    notes: tuple[str, ...] = ()
+
+    @property
+    def save_model_dir(self) -> str:
+        return self.run.save_model_dir or self.training.output_dir
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat and JSON-ready, under the names a config file uses: a run can be repeated from it."""
+        flat = {}
+        for section in (self.model, self.lora, self.data, self.run):
+            flat.update({entry.name: getattr(section, entry.name) for entry in fields(section)})
+        settable = {entry.name for entry in fields(TrainingArguments) if entry.init}
+        training = {name: value for name, value in self.training.to_dict().items() if name in settable}
+        return flat | {name: value for name, value in training.items() if name not in ("hub_token", "local_rank")}
+
+
+SECTIONS = {"model": ModelArguments, "lora": LoraArguments, "data": DataArguments, "run": RunArguments}
+
+# Defaults of ours that differ from TrainingArguments', with the reason.
+TRAINING_DEFAULTS = {
+    "logging_steps": 10,  # 500 hides the loss curve of most fine-tunings
+    "remove_unused_columns": False,  # rows are encoded in the workers: no column may be taken away before
+    "dataloader_persistent_workers": True,  # do not start the workers anew every epoch
+    "report_to": "none",
+}

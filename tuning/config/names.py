@@ -1,0 +1,81 @@
+"""Names that changed in transformers 5: what each old one means today."""
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+TRAINING_FIELDS = {entry.name: entry for entry in fields(TrainingArguments) if entry.init}
+
+
+def _newest(*names: str) -> str:
+    """The first of `names` that this version of transformers knows."""
+    return next(name for name in names if name in TRAINING_FIELDS)
+
+
+CHECKPOINTING = _newest("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING_KWARGS = f"{CHECKPOINTING}_kwargs"
+
+# Old name -> the name it has now; the value is kept.
+RENAMED = {
+    "torch_dtype": "dtype",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+    "gradient_checkpointing": CHECKPOINTING,
+    "gradient_checkpointing_kwargs": CHECKPOINTING_KWARGS,
+    "activation_checkpointing": CHECKPOINTING,
+    "activation_checkpointing_kwargs": CHECKPOINTING_KWARGS,
+}
+
+# Old name -> what replaces it, for names whose value cannot be carried over.
+REMOVED = {
+    "past_index": "It has no effect on these models: remove it.",
+    "half_precision_backend": "Use bf16 or fp16 alone.",
+    "fp16_backend": "Use bf16 or fp16 alone.",
+    "fp16_opt_level": "Apex is no longer supported: use bf16 or fp16 alone.",
+    "sharded_ddp": "Use accelerate launch with fixtures/accelerate_fsdp_defaults.yaml.",
+    "fsdp_min_num_params": 'Use fsdp_config: {"min_num_params": …}.',
+    "fsdp_transformer_layer_cls_to_wrap": 'Use fsdp_config: {"transformer_layer_cls_to_wrap": …}.',
+    "use_ipex": "Remove it: PyTorch's own CPU kernels are used.",
+    "use_mps_device": "Remove it: Apple's GPU is used when there is one.",
+    "jit_mode_eval": "Use torch_compile.",
+    "torchdynamo": "Use torch_compile and torch_compile_backend.",
+    "dispatch_batches": 'Use accelerator_config: {"dispatch_batches": …}.',
+    "split_batches": 'Use accelerator_config: {"split_batches": …}.',
+    "tpu_num_cores": "TPUs are not supported.",
+    "include_inputs_for_metrics": 'Use include_for_metrics: ["inputs"].',
+    "include_tokens_per_second": "Remove it: tokens_per_second is always in training_logs.jsonl.",
+    "packing": "Rows are never packed into one another here: remove it.",
+    "max_length": "Use max_seq_length.",
+    "model_max_length": "Use max_seq_length.",
+}
+
+
+def _warmup_ratio(value: Any) -> dict[str, Any]:
+    # transformers 5 takes a float below 1 in warmup_steps as a share of all steps.
+    return {"warmup_steps": float(value)}
+
+
+def _truth(value: Any) -> bool:
+    return str(value).lower() in ("true", "1", "yes")
+
+
+def _logging_dir(value: Any) -> dict[str, Any]:
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(value)  # where transformers 5 looks for it
+    return {}
+
+
+# Old name -> how its value is expressed now.
+REEXPRESSED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "warmup_ratio": _warmup_ratio,
+    "group_by_length": lambda value: {"train_sampling_strategy": "group_by_length"} if _truth(value) else {},
+    "logging_dir": _logging_dir,
+    "adafactor": lambda value: {"optim": "adafactor"} if _truth(value) else {},
+    "save_safetensors": lambda value: {},
+}

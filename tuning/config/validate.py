@@ -1,0 +1,132 @@
+"""Rules between options: what is set for the user (and said), and what cannot work."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuning.config import names
+
+LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias")
+ATTENTION_SAFE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Complete the user's options with what this machine and these models need. Returns them and what to tell."""
+    values, notes = dict(values), []
+    if not torch.accelerator.is_available() and not values.get("use_cpu"):
+        values["use_cpu"] = True
+        notes.append("No accelerator was found: training on the CPU (use_cpu set to true).")
+    if values.get("remove_unused_columns"):
+        notes.append("remove_unused_columns is ignored: rows are encoded lazily and need all their columns.")
+    values["remove_unused_columns"] = False
+    if values.get("dataset_kwargs", {}).get("skip_prepare_dataset") is False:
+        notes.append("dataset_kwargs: skip_prepare_dataset is always true here; rows are prepared while training.")
+    if "peft_method" in values and str(values["peft_method"]).lower() in ("none", ""):
+        values["peft_method"] = None
+    if "eval_strategy" not in values and values.get("validation_data_path"):
+        values["eval_strategy"] = "epoch"
+        notes.append("eval_strategy was not given: evaluating on validation_data_path after every epoch.")
+    if values.get("dataloader_num_workers") is None:
+        values["dataloader_num_workers"] = _default_workers()
+    if values["dataloader_num_workers"] == 0:
+        values["dataloader_persistent_workers"] = False
+    if values.get(names.CHECKPOINTING) and values.get(names.CHECKPOINTING_KWARGS) is None:
+        values[names.CHECKPOINTING_KWARGS] = {"use_reentrant": False}
+    launch = values.get("accelerate_launch_args")
+    if launch and "WORLD_SIZE" not in os.environ:
+        notes.append(f"accelerate_launch_args is noted but has no effect on one process: {', '.join(launch)}.")
+    return values, tuple(notes)
+
+
+def _default_workers() -> int:
+    """Half of this process's share of the cores: the other half computes, or feeds the accelerator."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+
+
+def find_problems(values: Mapping[str, Any]) -> list[str]:
+    """Every rule between options that `values` breaks, in words that name the option and the remedy."""
+    return [
+        *(
+            f"{name}: is required"
+            for name in ("model_name_or_path", "training_data_path", "output_dir")
+            if not values.get(name)
+        ),
+        *_path_problems(values),
+        *_tuning_problems(values),
+        *_data_problems(values),
+        *_training_problems(values),
+    ]
+
+
+def is_local_path(name: str) -> bool:
+    """Whether `name` can only mean a place on this machine: a hub id is `owner/name` or `name`."""
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+
+
+def _path_problems(values: Mapping[str, Any]):
+    for name in ("model_name_or_path", "training_data_path", "validation_data_path", "chat_template"):
+        path = values.get(name)
+        if not path or (name == "chat_template" and "{" in path):
+            continue
+        suffixes = (".json", ".jsonl", ".parquet", ".arrow", ".jinja")
+        if (is_local_path(path) or path.endswith(suffixes)) and not Path(path).expanduser().exists():
+            yield f"{name}: {path} does not exist"
+
+
+def _tuning_problems(values: Mapping[str, Any]):
+    method = values.get("peft_method")
+    if method in ("pt", "alora"):
+        yield f"peft_method: {method} is not supported; use lora, or none for full fine-tuning"
+    elif method not in (None, "lora"):
+        yield f"peft_method: {method!r} is unknown; use lora, or none for full fine-tuning"
+    stray = [name for name in LORA_ONLY if values.get(name) is not None]
+    if stray and "peft_method" not in values:
+        yield f"{', '.join(stray)}: only LoRA uses this; add peft_method lora, or peft_method none to train in full"
+    if values.get("bias", "none") not in ("none", "all", "lora_only"):
+        yield f"bias: {values['bias']!r} is unknown; use none, all or lora_only"
+    if values.get("r", 1) < 1:
+        yield f"r: must be at least 1, got {values['r']}"
+    if not 0 <= values.get("lora_dropout", 0.0) < 1:
+        yield f"lora_dropout: must be in [0, 1), got {values['lora_dropout']}"
+    frozen = [values.get(f"freeze_{part}") for part in ("vision_tower", "multi_modal_projector", "language_model")]
+    if all(frozen):
+        yield "freeze_vision_tower, freeze_multi_modal_projector, freeze_language_model: nothing is left to train"
+    if values.get("dtype", "auto") not in ATTENTION_SAFE_DTYPES:
+        yield f"dtype: {values['dtype']!r} is unknown; use {', '.join(ATTENTION_SAFE_DTYPES)}"
+    if values.get("fp16") and values.get("dtype") == "float16":
+        yield "fp16: needs weights in float32 to scale gradients; use dtype float32, or bf16 with dtype bfloat16"
+
+
+def _data_problems(values: Mapping[str, Any]):
+    if unknown := set(values.get("dataset_kwargs") or {}) - {"skip_prepare_dataset"}:
+        yield f"dataset_kwargs: unknown {', '.join(sorted(unknown))}; only skip_prepare_dataset is accepted"
+    if values.get("overlong_rows", "error") not in ("error", "drop"):
+        yield f"overlong_rows: {values['overlong_rows']!r} is unknown; use error or drop"
+    for name in ("max_seq_length", "max_images_per_sample"):
+        if values.get(name) is not None and values[name] < 1:
+            yield f"{name}: must be at least 1, got {values[name]}"
+    if values.get("eval_strategy", "no") != "no" and not values.get("validation_data_path"):
+        yield f"eval_strategy: {values['eval_strategy']} needs validation_data_path"
+    if values.get("train_sampling_strategy") == "batch_rebalance":
+        yield "train_sampling_strategy: batch_rebalance would encode every row before training; use random"
+
+
+def _training_problems(values: Mapping[str, Any]):
+    if (values.get(names.CHECKPOINTING_KWARGS) or {}).get("use_reentrant"):
+        yield (
+            f"{names.CHECKPOINTING_KWARGS}: use_reentrant true loses gradients of frozen or sharded vision-language"
+            ' models ("mat2 must be a matrix, got 1-D tensor"); use {"use_reentrant": false}'
+        )
+    for name in ("label_smoothing_factor", "use_liger_kernel"):
+        if values.get(name):
+            yield f"{name}: is not supported: the loss is computed on supervised positions only; remove it"
+    processes = (values.get("accelerate_launch_args") or {}).get("num_processes", 1)
+    if str(processes) != "1" and "WORLD_SIZE" not in os.environ:
+        yield (
+            f"accelerate_launch_args: num_processes {processes} needs a launcher; run accelerate launch"
+            f" --num_processes={processes} tuning/sft_trainer.py with the same options"
+        )

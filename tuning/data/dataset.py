@@ -1,0 +1,27 @@
+"""A source seen through an encoder: what the DataLoader's workers index."""
+
+from torch.utils.data import Dataset
+
+from tuning.data.encode import Encoder, Sample
+from tuning.data.sources import Source
+from tuning.errors import UserError
+
+
+class EncodedRows(Dataset):
+    """Rows encoded when asked for.
+
+    A row that cannot be encoded is returned as its `UserError`: raised inside a worker process, its message would
+    reach the user buried in the worker's traceback.
+    """
+
+    def __init__(self, source: Source, encoder: Encoder):
+        self.source, self.encoder = source, encoder
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample | UserError:
+        try:
+            return self.encoder.encode(self.source[index])
+        except UserError as error:
+            return error

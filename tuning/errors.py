@@ -1,0 +1,52 @@
+"""What went wrong, for whom: errors the user can mend, and the exit codes of every command."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 1
+EXIT_INTERNAL_ERROR = 203
+
+
+class UserError(Exception):
+    """The user's input is at fault. `what` happened, `where` (file, row, field), and the `fix`.
+
+    Shown as one message without a traceback; every other exception keeps its traceback.
+    """
+
+    def __init__(self, what: str, where: str = "", fix: str = ""):
+        super().__init__(what, where, fix)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        advice = f" {self.fix}" if self.fix else ""
+        return f"{place}{self.what}{advice}"
+
+
+def exit_code_of(command: Callable[[], object]) -> int:
+    """Run `command` and turn how it ended into an exit code; the only place that catches every exception.
+
+    0: done. 1: `UserError`, one message on standard error. 203: anything else, with its traceback. With the
+    environment variable `TERMINATION_LOG_FILE` set, the message is also written to that file.
+    """
+    try:
+        command()
+    except UserError as error:
+        message, code = f"Error: {error}", EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        message, code = "Interrupted.", 130
+    except SystemExit as exit_request:
+        return exit_request.code if isinstance(exit_request.code, int) else EXIT_OK
+    except Exception as error:
+        traceback.print_exc()
+        message, code = f"Internal error: {type(error).__name__}: {error}", EXIT_INTERNAL_ERROR
+    else:
+        return EXIT_OK
+    print(message, file=sys.stderr, flush=True)
+    if log_file := os.environ.get("TERMINATION_LOG_FILE"):
+        with open(log_file, "w", encoding="utf-8") as file:
+            file.write(message + "\n")
+    return code

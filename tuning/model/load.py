@@ -1,0 +1,161 @@
+"""Checkpoint → configuration, processor, and model with every weight in its place."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from tuning.config.arguments import ModelArguments
+from tuning.errors import UserError
+
+
+def load_config(model: ModelArguments) -> PreTrainedConfig:
+    """The checkpoint's configuration. Raises `UserError` unless it is an image-text-to-text model."""
+    name = model.model_name_or_path
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        raise UserError("is a LoRA adapter, not a model.", name, "Merge it into its base model first.")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot be loaded as a model: {str(error).splitlines()[0]}",
+            f"model_name_or_path {name}",
+            "Give a local folder with a config.json, or a hub id.",
+        ) from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not model.trust_remote_code:
+        raise UserError(
+            f"is a {config.model_type} model, which does not take images and text.",
+            f"model_name_or_path {name}",
+            "Give an image-text-to-text model.",
+        )
+    return config
+
+
+def load_processor(model: ModelArguments, config: PreTrainedConfig) -> Any:
+    """The checkpoint's processor with the user's chat template and `processor_kwargs` applied.
+
+    Where the model's configuration holds the same setting (`image_grid_pinpoints`), `config` is changed too: the
+    model counts image tokens by it. Raises `UserError` for a setting this processor does not have.
+    """
+    name = model.model_name_or_path
+    try:
+        processor = AutoProcessor.from_pretrained(
+            name, trust_remote_code=model.trust_remote_code, **model.processor_kwargs
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"has no usable processor: {str(error).splitlines()[0]}", f"model_name_or_path {name}"
+        ) from error
+    if not hasattr(processor, "image_processor"):
+        raise UserError("has no image processor.", f"model_name_or_path {name}", "Give an image-text-to-text model.")
+    _complete(processor, config)
+    _apply_settings(model.processor_kwargs, processor, config)
+    if model.chat_template:
+        processor.chat_template = _read_template(model.chat_template)
+    return processor
+
+
+def _complete(processor: Any, config: PreTrainedConfig) -> None:
+    """Fill what processors of older checkpoints lack from the model's configuration."""
+    known = {
+        "patch_size": getattr(getattr(config, "vision_config", None), "patch_size", None),
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
+    }
+    for name, value in known.items():
+        if value is not None and getattr(processor, name, value) is None:
+            setattr(processor, name, value)
+
+
+def _apply_settings(settings: dict[str, Any], processor: Any, config: PreTrainedConfig) -> None:
+    image_processor = processor.image_processor
+    unknown = [name for name in settings if not hasattr(image_processor, name)]
+    if unknown:
+        known = ", ".join(sorted(image_processor.to_dict()))
+        kind = type(image_processor).__name__
+        raise UserError(f"unknown settings {', '.join(unknown)} for {kind}; it has: {known}.", "processor_kwargs")
+    for name, value in settings.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    tiles = getattr(getattr(config, "vision_config", None), "max_num_tiles", None)
+    if tiles is not None and getattr(image_processor, "max_image_tiles", tiles) != tiles:
+        raise UserError(
+            f"max_image_tiles must stay {tiles}: the model has learned a position for each of them.", "processor_kwargs"
+        )
+
+
+def _read_template(template: str) -> str:
+    if "{" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}.", f"chat_template {template}") from error
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `AutoModelForImageTextToText` would load."""
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+
+
+def choose_dtype(model: ModelArguments, config: PreTrainedConfig) -> torch.dtype:
+    """The weights' precision: the user's, else the checkpoint's, else float32."""
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without memory for its weights: structure can be read before anything is loaded."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def load_model(
+    model: ModelArguments, config: PreTrainedConfig, *, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    """Load all weights from safetensors. Raises `UserError` when the checkpoint lacks some or they do not fit.
+
+    transformers would fill those with random numbers and go on.
+    """
+    name = model.model_name_or_path
+    try:
+        loaded, report = AutoModelForImageTextToText.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot be loaded: {str(error).splitlines()[0]}",
+            f"model_name_or_path {name}",
+            "The weights must be there as safetensors.",
+        ) from error
+    for problem, keys in (("lacks", report["missing_keys"]), ("does not fit", report["mismatched_keys"])):
+        if keys:
+            listed = sorted(str(key) for key in keys)
+            raise UserError(
+                f"the checkpoint {problem} {len(listed)} of the model's weights: {', '.join(listed[:3])}"
+                f"{', …' if len(listed) > 3 else ''}.",
+                f"model_name_or_path {name}",
+                "They would be random. Use a complete checkpoint.",
+            )
+    try:
+        loaded.generation_config.validate(strict=True)
+    except ValueError:  # sampling settings without sampling, in some published checkpoints: they could not be saved
+        loaded.generation_config.do_sample = True
+    if Path(name).expanduser().exists():
+        loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters record it as their base
+    return loaded
+
+
+def describe(config: PreTrainedConfig) -> str:
+    """What identifies a model's architecture, as stable text."""
+    return json.dumps(config.to_diff_dict(), sort_keys=True, default=str)

@@ -1,0 +1,83 @@
+"""Vision tower, projector and language model, found from the model's own structure."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+LANGUAGE_MODEL, PROJECTOR, VISION_TOWER = "language_model", "multi_modal_projector", "vision_tower"
+PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Module names of the language model (with its head) and of the vision tower; all else is the projector."""
+
+    language_model: tuple[str, ...]
+    vision_tower: tuple[str, ...]
+
+    def of(self, name: str) -> str:
+        """The part that a parameter or module belongs to, by its name; PEFT's prefix is ignored."""
+        name = name.removeprefix("base_model.model.")
+        if _is_inside(name, self.vision_tower):
+            return VISION_TOWER
+        return LANGUAGE_MODEL if _is_inside(name, self.language_model) else PROJECTOR
+
+
+def _is_inside(name: str, roots: tuple[str, ...]) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def find_parts(model: PreTrainedModel) -> Parts:
+    """Locate the parts through `get_decoder`, `get_output_embeddings` and `get_encoder(modality="image")`."""
+    names = {id(module): name for name, module in model.named_modules()}
+    language = [model.get_decoder(), model.get_output_embeddings()]
+    vision = model.get_encoder(modality="image")
+    return Parts(
+        language_model=tuple(names[id(module)] for module in language if id(module) in names and names[id(module)]),
+        vision_tower=(names[id(vision)],) if names.get(id(vision)) else (),
+    )
+
+
+def freeze_parts(model: PreTrainedModel, parts: Parts, frozen: set[str]) -> None:
+    """Let the parameters of every part in `frozen` stay as they are, and train all others."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parts.of(name) not in frozen)
+
+
+def parameter_table(model: nn.Module, parts: Parts) -> str:
+    """Parameters per part, total and trainable, as text. Shared parameters count once."""
+    total, trainable = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        total[parts.of(name)] += parameter.numel()
+        trainable[parts.of(name)] += parameter.numel() if parameter.requires_grad else 0
+    rows = [(part, total[part], trainable[part]) for part in PARTS]
+    rows.append(("all", sum(total.values()), sum(trainable.values())))
+    lines = [f"{'part':<22} {'parameters':>15} {'trainable':>15} {'':>8}"]
+    for part, count, trained in rows:
+        lines.append(f"{part:<22} {count:>15,} {trained:>15,} {trained / max(count, 1):>8.2%}")
+    return "\n".join(lines)
+
+
+def count_trainable(model: nn.Module) -> int:
+    """The number of parameters that train."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def parameter_groups(
+    model: nn.Module, parts: Parts, groups: list[dict], learning_rates: dict[str, float | None]
+) -> list[dict]:
+    """Split an optimizer's parameter groups so that each part with a learning rate of its own gets it.
+
+    `groups` are the optimizer's, `learning_rates` maps parts to rates; parts without one stay as they were.
+    """
+    part_of: dict[torch.Tensor, str] = {parameter: parts.of(name) for name, parameter in model.named_parameters()}
+    split = []
+    for group in groups:
+        by_rate: dict[float, list] = {}
+        for parameter in group["params"]:
+            rate = learning_rates.get(part_of[parameter])
+            by_rate.setdefault(group["lr"] if rate is None else rate, []).append(parameter)
+        split += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
+    return split

@@ -1,0 +1,43 @@
+"""What a run writes while it goes: one JSON line a logging step, and the rows it left out."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+LOG_FILE = "training_logs.jsonl"
+SKIPPED_FILE = "skipped_rows.jsonl"
+
+
+class JsonLinesLog(TrainerCallback):
+    """Writes `training_logs.jsonl`: a flat JSON object a line, unrounded; evaluations are lines of their own.
+
+    After a resume, lines beyond the checkpoint's step are taken out first: those steps are trained again.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike):
+        self.path = Path(output_dir, LOG_FILE)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        lines = self.path.read_text().splitlines() if self.path.exists() and state.global_step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def append_skipped(output_dir: str | os.PathLike, rows: Iterable[tuple[str, str]]) -> None:
+    """Append `{"row", "reason"}` lines to `skipped_rows.jsonl`."""
+    with open(Path(output_dir, SKIPPED_FILE), "a") as file:
+        for where, reason in rows:
+            entry: dict[str, Any] = {"row": where, "reason": reason}
+            file.write(json.dumps(entry) + "\n")

@@ -1,0 +1,156 @@
+"""What is on disk between runs: complete checkpoints, what they were trained from, and the finished model."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from tuning.config.arguments import RunConfig
+from tuning.errors import UserError
+
+IDENTITY_FILE = "run_identity.json"
+COMPLETE_FILE = ".complete"
+STATE_FILE = "trainer_state.json"  # transformers writes it after everything else of a checkpoint
+
+SAME_DATA = ("training_data_path", "dataset_text_field", "dataset_image_field", "dataset_split", "dataset_config_name")
+SAME_ENCODING = ("max_seq_length", "overlong_rows", "max_images_per_sample", "assistant_only_loss", "chat_template")
+SAME_MODEL = ("model_name_or_path", "dtype", "processor_kwargs")
+SAME_FREEZING = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
+SAME_LORA = ("peft_method", "r", "lora_alpha", "target_modules", "bias", "modules_to_save", "use_rslora", "use_dora")
+SCHEDULE = ("num_train_epochs", "max_steps")
+FREE_TO_CHANGE = ("schedule", "date_string")
+
+
+def run_identity(config: RunConfig, *, rows: list, architecture: str) -> dict[str, Any]:
+    """What must stay the same for a run to be continued, and its schedule; `rows` from `Source.identity`."""
+    options = config.to_dict()
+    lora = SAME_LORA if config.lora.peft_method else ("peft_method",)
+    same = {name: options[name] for name in (*SAME_MODEL, *SAME_FREEZING, *lora, *SAME_DATA, *SAME_ENCODING)}
+    schedule = {name: options[name] for name in SCHEDULE}
+    today = config.data.date_string or date.today().strftime("%d %b %Y")
+    same |= {"rows": rows, "architecture": architecture, "schedule": schedule, "date_string": today}
+    return json.loads(json.dumps(same))  # as it comes back from disk: tuples are lists
+
+
+def check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises `UserError` naming what changed since `folder` was written."""
+    changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
+    if not changed:
+        return
+    listed = "; ".join(f"{name} was {_brief(before.get(name))}, is {_brief(now[name])}" for name in changed)
+    raise UserError(
+        f"this run cannot be continued, because {listed}.",
+        str(folder),
+        "Restore it, give another output_dir, or set overwrite_output_dir true to start over.",
+    )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an earlier run in the same output_dir came. `folder`: its last complete checkpoint, if any."""
+
+    folder: Path | None = None
+    finished_steps: int | None = None
+    trained_to_end: bool = False
+    date_string: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_progress(config: RunConfig, identity: dict[str, Any]) -> Progress:
+    """Where to go on. Raises `UserError` when the run cannot be continued from what is there."""
+    wanted = config.training.resume_from_checkpoint
+    output_dir = Path(config.training.output_dir)
+    if isinstance(wanted, str):
+        if not is_complete(Path(wanted)):
+            raise UserError("is not a complete checkpoint.", f"resume_from_checkpoint {wanted}")
+        return _progress_at(Path(wanted), identity)
+    checkpoints = list_checkpoints(output_dir)
+    complete = [folder for folder in checkpoints if is_complete(folder)]
+    notes = tuple(
+        f"{folder} was not written completely and is ignored." for folder in checkpoints if folder not in complete
+    )
+    if config.run.overwrite_output_dir:
+        return Progress(notes=notes)
+    if wanted is False and (complete or (output_dir / COMPLETE_FILE).exists()):
+        raise UserError(
+            "holds an earlier run, and resume_from_checkpoint is false.",
+            str(output_dir),
+            "Give another output_dir, set overwrite_output_dir true to start over, or let the run continue.",
+        )
+    if finished := read_json(output_dir / COMPLETE_FILE):
+        check_identity(output_dir, finished, identity)
+        if finished["schedule"] == identity["schedule"]:
+            return Progress(finished_steps=finished["global_step"])
+        if not complete:
+            raise UserError(
+                f"holds a finished run with another {' or '.join(SCHEDULE)}, and no checkpoint to go on from.",
+                str(output_dir),
+                "Give another output_dir, or set overwrite_output_dir true to start over.",
+            )
+    if complete:
+        return _progress_at(complete[-1], identity, notes)
+    if wanted:
+        raise UserError("resume_from_checkpoint is true, but there is no complete checkpoint.", str(output_dir))
+    return Progress(notes=notes)
+
+
+def _progress_at(folder: Path, identity: dict[str, Any], notes: tuple[str, ...] = ()) -> Progress:
+    before = read_json(folder / IDENTITY_FILE)
+    if before is None:  # written by another tool: nothing to compare
+        return Progress(folder, notes=notes)
+    check_identity(folder, before, identity)
+    state = read_json(folder / STATE_FILE) or {}
+    at_end = before["schedule"] == identity["schedule"] and state["global_step"] >= state["max_steps"]
+    return Progress(folder, trained_to_end=at_end, date_string=before["date_string"], notes=notes)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The `checkpoint-N` folders of `output_dir`, by step."""
+    found = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
+    numbered = [folder for folder in found if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(numbered, key=lambda folder: int(folder.name.partition("-")[2]))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the file that is written last is there and whole."""
+    return read_json(folder / STATE_FILE) is not None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None where there is no whole one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def remove_earlier_run(output_dir: Path) -> None:
+    """Delete the checkpoints and marks of an earlier run; the models it saved are overwritten at the end."""
+    for folder in list_checkpoints(output_dir):
+        shutil.rmtree(folder)
+    (output_dir / COMPLETE_FILE).unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write so that a reader sees the old or the new file, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+def move_into_place(saved: Path, target: Path) -> None:
+    """Move every file of `saved` into `target`, weights last, and remove `saved`."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(saved.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+        os.replace(file, target / file.name)
+    saved.rmdir()

@@ -1,0 +1,61 @@
+"""The loss: hidden states at supervised positions only, never a logit for a token that is not trained."""
+
+import types
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from tuning.data.encode import IGNORED
+from tuning.errors import UserError
+from tuning.model.logits import logit_arithmetic
+
+
+def supervised_loss(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    arithmetic: Callable[[torch.Tensor], torch.Tensor],
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Mean cross-entropy of the next token at supervised positions, in nats, at least in float32.
+
+    `hidden` `[B, T, H]`, `labels` `[B, T]` with -100 where nothing is trained; position t predicts label t + 1. The
+    sum is divided by `num_items`, the supervised tokens of the whole global batch, so that neither accumulation nor
+    the number of processes changes the gradient; by this batch's own where it is None.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORED
+    targets = targets[supervised]
+    logits = arithmetic(head(hidden[:, :-1][supervised]))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    if num_items is None:
+        num_items = targets.numel()
+    return total / (num_items.clamp(min=1) if torch.is_tensor(num_items) else max(num_items, 1))
+
+
+def install_supervised_loss(model: PreTrainedModel) -> None:
+    """Make `model(**inputs, labels=…)` return `supervised_loss` without ever computing the other logits.
+
+    Without labels the forward stays the stock one. It is replaced on the instance, so that DDP's, FSDP's and PEFT's
+    wrapping, which act on `forward`, are kept. Raises `UserError` for models whose head does not follow their body.
+    """
+    if model.base_model is model or model.get_output_embeddings() is None:
+        raise UserError(f"{type(model).__name__} has no body and head of its own; it cannot be tuned here.")
+    stock = model.forward
+    arithmetic = logit_arithmetic(model.config)
+
+    def forward(self, *args, labels=None, num_items_in_batch=None, **inputs):
+        if labels is None:
+            return stock(*args, **inputs)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        body = self.base_model(*args, **{**inputs, "use_cache": False, "return_dict": True})
+        loss = supervised_loss(
+            body.last_hidden_state, labels, self.get_output_embeddings(), arithmetic, num_items_in_batch
+        )
+        return CausalLMOutput(loss=loss)
+
+    model.forward = types.MethodType(forward, model)
