@@ -221,7 +221,7 @@ def prepare_output(config: RunConfig, progress: Progress) -> None:
 def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> TrainingResult:
     """Train from where an earlier run stopped, if one did, and save the model."""
     metrics: dict[str, float] = {}
-    if progress.trained_to_end:
+    if progress.folder and progress.trained_to_end:
         say(f"{progress.folder} is the end of training: only the final model remains to be saved.")
         trainer.restore(progress.folder)
     else:

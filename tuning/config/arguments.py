@@ -15,7 +15,7 @@ def option(default: Any, help: str):
 
 @dataclass(frozen=True)
 class ModelArguments:
-    model_name_or_path: str | None = option(None, "Base model: a local folder or a hub id.")
+    model_name_or_path: str = option("", "Base model: a local folder or a hub id.")
     dtype: str = option("auto", "Precision of the weights: auto (the checkpoint's own), float32, bfloat16 or float16.")
     use_flash_attn: bool = option(True, "Use the fastest attention this machine and model support; false: plain SDPA.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")

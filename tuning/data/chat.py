@@ -42,7 +42,8 @@ class ChatFormat:
             raise UserError(
                 "the model has no chat template.", fix="Give one with chat_template: a Jinja file or its text."
             )
-        self.image_token = getattr(processor, "image_token", None)
+        self.image_token: str = getattr(processor, "image_token", None) or ""
+        self.end_of_turn = ""
         self.has_markers = bool(GENERATION_MARKER.search(self.template))
         self._variables = dict(tokenizer.special_tokens_map)
         self._variables["date_string"] = date_string or date.today().strftime("%d %b %Y")
@@ -119,7 +120,7 @@ class ChatFormat:
         Unlike rendering prefixes, this needs two renderings for any number of turns, and holds for templates that
         write a turn differently when others follow.
         """
-        marked, answers = [], []
+        marked, answers = [], list[tuple[int, str]]()
         for index, message in enumerate(messages):
             parts = list(message["content"])
             for number, part in enumerate(parts):

@@ -176,7 +176,14 @@ def _prepare(part: Part, text_field: str, image_field: str) -> Part:
     rows = part.rows.select_columns([text_field, image_field])
     feature = rows.features[image_field]
     if isinstance(feature, Image):
-        rows = rows.cast_column(image_field, Image(decode=False))
+        rows = _relabel(rows, image_field, Image(decode=False))
     elif isinstance(feature, List) and isinstance(feature.feature, Image):
-        rows = rows.cast_column(image_field, List(Image(decode=False)))
+        rows = _relabel(rows, image_field, List(Image(decode=False)))
     return Part(part.name, rows, part.folder)
+
+
+def _relabel(rows: datasets.Dataset, field: str, feature: Any) -> datasets.Dataset:
+    """Read a column as `feature` of the same storage. `cast_column` would copy a column of lists to a new file."""
+    info = rows.info.copy()
+    info.features = datasets.Features({**rows.features, field: feature})
+    return datasets.Dataset(rows.data.cast(info.features.arrow_schema), info=info, indices_table=rows._indices)

@@ -1,6 +1,7 @@
 """LoRA: which modules are adapted, and the adapted model."""
 
 import re
+import warnings
 from collections import Counter
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -90,7 +91,9 @@ def add_lora(model: PreTrainedModel, lora: LoraArguments, targets: list[str]) ->
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks under the old name
+        adapted = get_peft_model(model, config)
     # PEFT shortens long lists to suffixes, which would match more in another model of the family.
     adapted.peft_config["default"].target_modules = set(targets)
     return adapted

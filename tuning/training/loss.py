@@ -34,7 +34,7 @@ def supervised_loss(
     total = F.cross_entropy(logits, targets, reduction="sum")
     if num_items is None:
         num_items = targets.numel()
-    return total / (num_items.clamp(min=1) if torch.is_tensor(num_items) else max(num_items, 1))
+    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
 
 def install_supervised_loss(model: PreTrainedModel) -> None:
