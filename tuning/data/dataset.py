@@ -1,6 +1,7 @@
 """A source seen through an encoder: what the DataLoader's workers index."""
 
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from tuning.data.encode import Encoder, Sample
 from tuning.data.sources import Source
@@ -19,6 +20,16 @@ class EncodedRows(Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def estimate_lengths(self) -> list[int]:
+        """The length of every row's text in characters: enough to group rows, and no image is opened."""
+        field, lengths = self.encoder.text_field, list[int]()
+        with tqdm(total=len(self), desc="measuring rows", unit="row") as progress:
+            for part in self.source.parts:
+                for messages in part.rows.select_columns([field]):
+                    lengths.append(len(str(messages[field])))
+                    progress.update()
+        return lengths
 
     def __getitem__(self, index: int) -> Sample | UserError:
         try:

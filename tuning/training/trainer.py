@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.utils.data import SequentialSampler
 from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from tuning.console import say
+from tuning.data.batching import LengthGroupedRows
 from tuning.data.collator import BatchFacts
 from tuning.errors import UserError
 from tuning.model.parts import Parts, parameter_groups
@@ -44,6 +46,18 @@ class SupervisedTrainer(Trainer):
         self._rows_of_step: list[str] = []
         self.add_callback(_EndOfStep(self.meter))
         self.add_callback(JsonLinesLog(self.args.output_dir))
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Group by lengths read from the text column; the stock sampler would encode every row to measure it."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedRows(rows.estimate_lengths(), group, seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Fetch an optimizer step's batches, and take off them what is not for the model."""
