@@ -238,8 +238,9 @@ def _build_mllama():
             "<|start_header_id|>",
             "<|end_header_id|>",
             "<|eot_id|>",
-        ]
-        + ["<|finetune_right_pad_id|>", "<|python_tag|>"],
+            "<|finetune_right_pad_id|>",
+            "<|python_tag|>",
+        ],
         prepend_bos=True,
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",

@@ -110,7 +110,9 @@ def build_config(options: Mapping[str, Any]) -> RunConfig:
     values = {}
     for name, value in current.items():
         try:
-            values[name] = coerce(value, TYPES[name])
+            converted = coerce(value, TYPES[name])
+            if converted is not None or type(None) in typing.get_args(TYPES[name]):
+                values[name] = converted  # null, where the option cannot be null, leaves the default
         except ValueError as error:
             problems.append(f"{name}: {error}")
     values, notes = adjust(values)

@@ -96,8 +96,8 @@ def _read_template(template: str) -> str:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `AutoModelForImageTextToText` would load."""
-    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    """The class that `AutoModelForImageTextToText` would load; the base class for code that comes with a checkpoint."""
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), PreTrainedModel)
 
 
 def choose_dtype(model: ModelArguments, config: PreTrainedConfig) -> torch.dtype:

@@ -1,0 +1,88 @@
+"""The README's commands do what it says."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_models import save_layout
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder in which the README's paths exist: a tiny model in place of the published one."""
+    folder = tmp_path_factory.mktemp("readme")
+    save_layout("granite_vision", folder / "ibm-granite" / "granite-vision-3.2-2b")
+    row = blocks("json")[1]
+    (folder / "my_data").mkdir()
+    (folder / "my_data" / "train.jsonl").write_text(row * 4)
+    Image.new("RGB", (60, 40), "orange").save(folder / "my_data" / "cat.png")
+    config = {**json.loads(blocks("json")[0]), "output_dir": "from_file", "num_train_epochs": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_flags_train_a_model_that_loads(workspace):
+    command = next(line for block in blocks("bash") for line in block.splitlines() if "sft_trainer.py" in line)
+    words = [
+        word.replace("tuning/sft_trainer.py", str(ROOT / "tuning/sft_trainer.py")) for word in shlex.split(command)
+    ]
+    result = run([sys.executable, *words[1:], "--num_train_epochs", "1"], workspace)
+    assert result.returncode == 0, result.stderr
+    assert (workspace / "my_model" / "model.safetensors").exists()
+
+
+def test_the_config_file_trains_through_the_command(workspace):
+    assert "vlm-tuning train config.json" in "".join(blocks("bash"))
+    result = run([sys.executable, "-m", "tuning.cli", "train", "config.json"], workspace)
+    assert result.returncode == 0, result.stderr
+    assert (workspace / "from_file" / ".complete").exists()
+
+
+def test_the_python_lines_run(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    (snippet,) = blocks("python")
+    names: dict = {}
+    config = json.loads(Path("config.json").read_text()) | {"output_dir": "from_python"}
+    Path("config.json").write_text(json.dumps(config))
+    exec(snippet, names)
+    assert names["result"].global_step == 1
+    assert names["result"].model_dir == Path("from_python")
+
+
+def test_help_lists_every_option(workspace):
+    result = run([sys.executable, "-m", "tuning.cli", "train", "--help"], workspace)
+    assert result.returncode == 0
+    assert "--target_modules" in result.stdout
+    assert "learning_rate" in result.stdout
+
+
+def test_the_demo_reaches_its_figures(tmp_path):
+    result = run([sys.executable, "-m", "tuning.cli", "demo", "--output_dir", str(tmp_path / "demo_output")], tmp_path)
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(result.stdout.splitlines()[-1])
+    assert list(scores) == ["before", "after", "lora_before", "lora_after"]
+    assert scores["before"] <= 0.2
+    assert scores["after"] >= 0.95
+    assert scores["lora_before"] <= 0.6
+    assert scores["lora_after"] >= 0.90
+    page = (tmp_path / "demo_output" / "index.html").read_text()
+    assert page.count("data:image/png") == 48
+    assert str(tmp_path / "demo_output" / "index.html") in result.stdout

@@ -1,0 +1,103 @@
+"""Processor, attention and device: what is chosen, and what is said about it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import LAYOUTS, build_model, build_processor, save_layout
+from transformers import LlavaForConditionalGeneration, MllamaForConditionalGeneration
+
+from tuning.config.arguments import ModelArguments
+from tuning.errors import UserError
+from tuning.model import attention, load
+from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, VISION_TOWER, find_parts
+from tuning.sft_trainer import use_one_device
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return save_layout("llava15", tmp_path_factory.mktemp("models") / "llava15")
+
+
+def test_a_processor_without_patch_size_is_completed_from_the_model(llava, tmp_path):
+    processor = build_processor("llava15")
+    processor.patch_size = processor.vision_feature_select_strategy = None
+    build_model("llava15").save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    arguments = ModelArguments(str(tmp_path))
+    completed = load.load_processor(arguments, load.load_config(arguments))
+    assert (completed.patch_size, completed.vision_feature_select_strategy) == (8, "default")
+
+
+def test_a_chat_template_is_read_from_a_file_or_from_its_text(llava, tmp_path):
+    (tmp_path / "own.jinja").write_text("{{ 'from a file' }}")
+    for given, expected in ((str(tmp_path / "own.jinja"), "{{ 'from a file' }}"), ("{{ 'text' }}", "{{ 'text' }}")):
+        arguments = ModelArguments(str(llava), chat_template=given)
+        assert load.load_processor(arguments, load.load_config(arguments)).chat_template == expected
+
+
+def test_mllama_keeps_the_number_of_tiles_it_has_learned(tmp_path):
+    folder = save_layout("mllama", tmp_path)
+    arguments = ModelArguments(str(folder), processor_kwargs={"max_image_tiles": 2})
+    with pytest.raises(UserError, match="max_image_tiles must stay 4"):
+        load.load_processor(arguments, load.load_config(arguments))
+
+
+def test_a_text_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="llama model, which does not take images"):
+        load.load_config(ModelArguments(str(tmp_path)))
+
+
+CHOICES = {
+    "asked not to": ({"use_flash_attn": False}, True, "sdpa", "use_flash_attn is false"),
+    "no GPU": ({"device_type": "cpu"}, True, "sdpa", "needs a CUDA GPU"),
+    "not installed": ({}, False, "sdpa", "not installed"),
+    "wrong precision": ({"dtype": torch.float32}, True, "sdpa", "bfloat16 or float16"),
+    "all there": ({}, True, "flash_attention_2", "FlashAttention-2"),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_attention_is_chosen_and_explained(case, monkeypatch):
+    changes, installed, expected, words = CHOICES[case]
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: installed)
+    situation = {"use_flash_attn": True, "dtype": torch.bfloat16, "device_type": "cuda"} | changes
+    chosen, sentence = attention.choose_attention(LlavaForConditionalGeneration, **situation)
+    assert chosen == expected
+    assert words in sentence
+
+
+def test_mllama_never_gets_flash_attention_and_the_user_is_told(monkeypatch):
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    chosen, sentence = attention.choose_attention(
+        MllamaForConditionalGeneration, use_flash_attn=True, dtype=torch.bfloat16, device_type="cuda"
+    )
+    assert chosen == "sdpa"
+    assert "was asked for" in sentence
+
+
+def test_without_a_launcher_one_of_several_gpus_is_used_and_said(capsys):
+    arguments = SimpleNamespace(n_gpu=4, _n_gpu=4)
+    use_one_device(arguments)
+    assert arguments._n_gpu == 1
+    assert "--num_processes=4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_parameter_belongs_to_the_part_it_is_in(layout):
+    model = build_model(layout)
+    parts = find_parts(model)
+    of = {name: parts.of(name) for name, _ in model.named_parameters()}
+    assert set(of.values()) == set(PARTS)
+    assert (
+        of["lm_head.weight" if "lm_head.weight" in of else "model.language_model.embed_tokens.weight"] == LANGUAGE_MODEL
+    )
+    for name, part in of.items():
+        if ".vision_tower." in name or ".vision_model." in name:
+            assert part == VISION_TOWER
+        if "multi_modal_projector" in name or "image_newline" in name:
+            assert part == PROJECTOR
+    skeleton = load.build_skeleton(model.config)
+    assert find_parts(skeleton) == parts
+    assert all(parameter.device.type == "meta" for parameter in skeleton.parameters())
