@@ -10,7 +10,7 @@ import torch
 from tuning.config import names
 
 LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias")
-ATTENTION_SAFE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -95,8 +95,8 @@ def _tuning_problems(values: Mapping[str, Any]):
     frozen = [values.get(f"freeze_{part}") for part in ("vision_tower", "multi_modal_projector", "language_model")]
     if all(frozen):
         yield "freeze_vision_tower, freeze_multi_modal_projector, freeze_language_model: nothing is left to train"
-    if values.get("dtype", "auto") not in ATTENTION_SAFE_DTYPES:
-        yield f"dtype: {values['dtype']!r} is unknown; use {', '.join(ATTENTION_SAFE_DTYPES)}"
+    if values.get("dtype", "auto") not in DTYPES:
+        yield f"dtype: {values['dtype']!r} is unknown; use {', '.join(DTYPES)}"
     if values.get("fp16") and values.get("dtype") == "float16":
         yield "fp16: needs weights in float32 to scale gradients; use dtype float32, or bf16 with dtype bfloat16"
 

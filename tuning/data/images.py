@@ -58,7 +58,8 @@ def _open(stored: Any, folder: Path | None, where: str) -> Image.Image:
         return Image.open(path)
     decoded = _decode_base64(stored) if len(stored) >= 64 else b""
     if not decoded:
-        raise UserError(f"there is no image file {path}.", where, "Paths are relative to the data file's folder.")
+        advice = "Paths are relative to the data file's folder."
+        raise UserError(f"there is no image file {str(path)[:500]}.", where, advice)
     return Image.open(io.BytesIO(decoded))
 
 

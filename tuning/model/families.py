@@ -12,9 +12,9 @@ class Family:
     max_images: int | None = None
 
 
-# (model_type, text model_type or None for any) -> family. First match counts.
+# (model_type, text model_type) -> family
 FAMILIES = {
-    ("llava", None): Family(max_images=1),  # LLaVA-1.5: https://arxiv.org/abs/2310.03744
+    ("llava", "llama"): Family(max_images=1),  # LLaVA-1.5: https://arxiv.org/abs/2310.03744
     ("llava_next", "granite"): Family(max_images=1),  # Granite Vision 3.2: https://arxiv.org/abs/2502.09927
 }
 
@@ -24,5 +24,4 @@ MULTIPLIES_LOGITS_SCALING = ("hyperclovax",)
 
 def find_family(config: PretrainedConfig) -> Family:
     """The family of a model by its configuration; models not in the table are taken as they are."""
-    text = config.get_text_config().model_type
-    return FAMILIES.get((config.model_type, text)) or FAMILIES.get((config.model_type, None)) or Family()
+    return FAMILIES.get((config.model_type, config.get_text_config().model_type), Family())

@@ -60,11 +60,6 @@ def parameter_table(model: nn.Module, parts: Parts) -> str:
     return "\n".join(lines)
 
 
-def count_trainable(model: nn.Module) -> int:
-    """The number of parameters that train."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def parameter_groups(
     model: nn.Module, parts: Parts, groups: list[dict], learning_rates: dict[str, float | None]
 ) -> list[dict]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -46,6 +46,22 @@ class SupervisedTrainer(Trainer):
         self._rows_of_step: list[str] = []
         self.add_callback(_EndOfStep(self.meter))
         self.add_callback(JsonLinesLog(self.args.output_dir))
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._with_own_generator(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        return self._with_own_generator(super().get_eval_dataloader(eval_dataset))
+
+    def _with_own_generator(self, loader: DataLoader) -> DataLoader:
+        """Keep a loader from drawing its workers' seed from the generator that dropout draws from.
+
+        It would draw once when workers persist and again in the epoch after a resume: dropout would differ.
+        """
+        generator = torch.Generator().manual_seed(self.args.seed)
+        for inner in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's loader holds the real one
+            inner.generator = generator
+        return loader
 
     def _get_train_sampler(self, train_dataset=None):
         """Group by lengths read from the text column; the stock sampler would encode every row to measure it."""

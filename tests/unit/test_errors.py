@@ -1,0 +1,87 @@
+import pickle
+import sys
+
+import pytest
+
+from tuning.errors import UserError, exit_code_of
+
+
+@pytest.fixture(autouse=True)
+def no_log_file(monkeypatch):
+    monkeypatch.delenv("TERMINATION_LOG_FILE", raising=False)
+
+
+def fail_by_user():
+    raise UserError("is not JSON.", "rows.json, row 3", "Mend it.")
+
+
+def fail_by_bug():
+    raise ZeroDivisionError("counted nothing")
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_success_is_0_and_silent(capsys):
+    assert exit_code_of(lambda: "anything") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_user_error_is_1_with_one_message_and_no_traceback(capsys):
+    assert exit_code_of(fail_by_user) == 1
+    assert capsys.readouterr() == ("", "Error: rows.json, row 3: is not JSON. Mend it.\n")
+
+
+def test_any_other_error_is_203_with_its_traceback(capsys):
+    assert exit_code_of(fail_by_bug) == 203
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert "in fail_by_bug" in shown
+    assert shown.endswith("Internal error: ZeroDivisionError: counted nothing\n")
+
+
+def test_interruption_is_130_without_traceback(capsys):
+    assert exit_code_of(interrupt) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+@pytest.mark.parametrize(("asked", "code"), [(2, 2), (0, 0), (None, 0)])
+def test_exit_that_was_asked_for_keeps_its_code(asked, code):
+    assert exit_code_of(lambda: sys.exit(asked)) == code
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (fail_by_user, "Error: rows.json, row 3: is not JSON. Mend it.\n"),
+        (fail_by_bug, "Internal error: ZeroDivisionError: counted nothing\n"),
+    ],
+)
+def test_message_is_written_to_the_termination_log(tmp_path, monkeypatch, command, message):
+    monkeypatch.setenv("TERMINATION_LOG_FILE", str(tmp_path / "log"))
+    assert exit_code_of(command) != 0
+    assert (tmp_path / "log").read_text(encoding="utf-8") == message
+
+
+def test_success_writes_no_termination_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERMINATION_LOG_FILE", str(tmp_path / "log"))
+    assert exit_code_of(lambda: None) == 0
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (UserError("went wrong."), "went wrong."),
+        (UserError("went wrong.", where="here"), "here: went wrong."),
+        (UserError("went wrong.", fix="Do so."), "went wrong. Do so."),
+    ],
+)
+def test_message_has_only_what_is_known(error, shown):
+    assert str(error) == shown
+
+
+def test_user_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(UserError("is not JSON.", "rows.json", "Mend it.")))
+    assert (error.what, error.where, error.fix) == ("is not JSON.", "rows.json", "Mend it.")
