@@ -237,7 +237,7 @@ END_TURN = "{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant:{% e
 def test_words_that_the_template_leaves_out_name_the_message():
     template = TURN + "{% if m.role != 'system' %}{{ m.role }}:{{ p.text }}</s>{% endif %}" + END_TURN
     messages = [user("q"), assistant("a"), system("Never say so."), user("q"), assistant("a")]
-    with pytest.raises(UserError, match="leaves out words of this system message: 'Never say so.'") as caught:
+    with pytest.raises(UserError, match=r"leaves out words of this system message: 'Never say so\.'") as caught:
         encode(with_template("llava16_mistral", template), messages)
     assert caught.value.where == "rows.json, row 0, field 'messages', message 2"
 
