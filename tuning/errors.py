@@ -45,8 +45,16 @@ def exit_code_of(command: Callable[[], object]) -> int:
         message, code = f"Internal error: {type(error).__name__}: {error}", EXIT_INTERNAL_ERROR
     else:
         return EXIT_OK
+    _close_progress_bars()
     print(message, file=sys.stderr, flush=True)
     if log_file := os.environ.get("TERMINATION_LOG_FILE"):
         with open(log_file, "w", encoding="utf-8") as file:
             file.write(message + "\n")
     return code
+
+
+def _close_progress_bars() -> None:
+    """End the lines of tqdm's bars, so that a message has a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()

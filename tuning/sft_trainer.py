@@ -27,7 +27,7 @@ from tuning.data.sources import Source, open_source
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
 from tuning.model.attention import choose_attention
-from tuning.model.cross_attention import keep_text_rows_apart
+from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.families import find_family
 from tuning.model.lora import add_lora, check_modules_to_save, resolve_targets
 from tuning.model.parts import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, find_parts, freeze_parts, parameter_table
@@ -175,7 +175,7 @@ def make_model(config: RunConfig, model_config: PreTrainedConfig):
     say(reason)
     model = load.load_model(config.model, model_config, dtype=dtype, attention=attention)
     parts = find_parts(model)
-    keep_text_rows_apart(model)
+    keep_rows_apart(model)
     install_supervised_loss(model)
     if config.lora.peft_method:
         model = add_lora(model, config.lora, targets)
@@ -229,7 +229,10 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
     else:
         if progress.folder:
             say(f"Continuing from {progress.folder}.")
-        metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
+        try:
+            metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
+        finally:
+            trainer.close_progress_bars()
         metrics |= next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
     trainer.report_rows()
     save(trainer, config)

@@ -68,12 +68,16 @@ def test_plain_transformers_loads_the_very_model_that_was_trained(layout, method
     assert not torch.equal(reloaded, untrained)
 
 
+RESUMED = [("granite_vision", "full"), ("llava_next_vicuna", "full"), ("llava16_mistral", "lora"), ("mllama", "lora")]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("layout", "method"), [("llava_next_vicuna", "full"), ("llava16_mistral", "lora")])
+@pytest.mark.parametrize(("layout", "method"), RESUMED)
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(layout, method, workers, make_options, tmp_path):
+    # Four steps an epoch: the run goes on in the middle of the first and through the second.
     changes = {**METHODS[method], "max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 2}
-    changes |= {"per_device_train_batch_size": 2, "dataloader_num_workers": workers}  # 4 steps an epoch: both in the
-    whole = tuning.train(make_options(layout, **changes)).model_dir  # first and beyond it after the interruption
+    changes |= {"per_device_train_batch_size": 2, "dataloader_num_workers": workers}
+    whole = tuning.train(make_options(layout, **changes)).model_dir
     cut = cut_back(whole, tmp_path / "cut", 3)
     tuning.train(make_options(layout, **changes, output_dir=str(cut)))
     assert_identical(weights_of(cut), weights_of(whole))

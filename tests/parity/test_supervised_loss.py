@@ -11,7 +11,7 @@ from tuning.data.chat import ChatFormat
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder
 from tuning.data.sources import Row
-from tuning.model.cross_attention import keep_text_rows_apart
+from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.logits import logit_arithmetic
 from tuning.training.loss import install_supervised_loss
 
@@ -31,7 +31,14 @@ def make_batch(layout: str) -> list:
         "messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}],
         "images": None,
     }
-    return [*samples, encoder.encode(Row(text_only, "row 4", None))]
+    several = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Which?"}, {"type": "image"}, {"type": "image"}]},
+            {"role": "assistant", "content": "The blue one."},
+        ],
+        "images": [Image.new("RGB", (50, 50), "blue"), Image.new("RGB", (20, 70), "red")],
+    }
+    return [*samples, *(encoder.encode(Row(row, "", None)) for row in (text_only, several))]
 
 
 def as_inputs(layout: str, samples: list) -> dict:
@@ -52,7 +59,8 @@ def assert_same_gradients(ours: dict, reference: dict) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_gradients_equal_the_plain_reference(layout):
-    inputs = as_inputs(layout, make_batch(layout))
+    # Mllama's stock forward mixes rows with and without images up: there the reference holds for equal rows.
+    inputs = as_inputs(layout, make_batch(layout)[: 4 if layout == "mllama" else 6])
     labels = inputs.pop("labels")
     model = build_model(layout, dtype=torch.float64)
     # The stock forward leaves out Granite's division; GraniteForCausalLM divides by 8.
@@ -81,10 +89,10 @@ def test_granite_logits_are_those_of_its_text_model():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_batch_of_five_equals_five_of_one(layout):
+def test_one_batch_of_six_equals_six_of_one(layout):
     samples = make_batch(layout)
     model = build_model(layout, dtype=torch.float64)
-    keep_text_rows_apart(model)
+    keep_rows_apart(model)
     install_supervised_loss(model)
     together = model(**as_inputs(layout, samples)).loss
     together.backward()

@@ -129,6 +129,7 @@ def load_model(
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused below
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
         )

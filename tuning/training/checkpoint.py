@@ -51,7 +51,7 @@ def check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
 
 def _brief(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return text if len(text) <= 80 else f"{text[:39]}…{text[-40:]}"  # a row count stands at the end
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,13 @@ class SupervisedTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": summed[0].item() / tokens, f"{metric_key_prefix}_tokens": tokens}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
+    def close_progress_bars(self) -> None:
+        """End a bar that was interrupted: what is said next stands on a line of its own."""
+        for callback in self.callback_handler.callbacks:
+            for bar in (getattr(callback, "training_bar", None), getattr(callback, "prediction_bar", None)):
+                if bar is not None:
+                    bar.close()
+
     def report_rows(self) -> None:
         """Say what was left out of the data."""
         if self.dropped_images:
@@ -165,9 +172,10 @@ class SupervisedTrainer(Trainer):
             say(f"{len(self.skipped)} rows were left out; {Path(self.args.output_dir, SKIPPED_FILE)} names them.")
 
     def restore(self, checkpoint: Path) -> None:
-        """Take weights and state from a checkpoint without training."""
-        self._load_from_checkpoint(str(checkpoint))
+        """Take state and final weights, the best ones where those were asked for, without training."""
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or str(checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Add to Hugging Face's files what a checkpoint needs to be complete."""
