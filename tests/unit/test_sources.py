@@ -261,3 +261,12 @@ def test_name_that_is_nowhere_is_named():
 def test_identity_tells_changed_data_apart(tmp_path):
     file = write_json(tmp_path / "rows.json", [{}, {}])
     assert open_rows(file).identity() == [[str(file), 2]]
+
+
+def test_a_saved_dataset_without_rows_or_damaged_is_named(tmp_path):
+    datasets.Dataset.from_dict({"messages": [], "images": []}).save_to_disk(tmp_path / "empty")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "state.json").write_text("{}")
+    for name in ("empty", "damaged"):
+        with pytest.raises(UserError, match=name):
+            open_source(str(tmp_path / name), text_field="messages", image_field="images")

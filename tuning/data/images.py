@@ -53,7 +53,7 @@ def _open(stored: Any, folder: Path | None, where: str) -> Image.Image:
         raise UserError(f"expected an image, found {type(stored).__name__} {str(stored)[:60]!r}.", where)
     if stored.startswith("data:"):
         return Image.open(io.BytesIO(_decode_base64(stored.partition(",")[2])))
-    path = Path(folder or ".", stored).expanduser()
+    path = Path(folder or ".", stored)
     if len(stored) < 1024 and path.is_file():
         return Image.open(path)
     decoded = _decode_base64(stored) if len(stored) >= 64 else b""

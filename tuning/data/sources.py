@@ -142,7 +142,10 @@ def _split_in_name(path: Path) -> str | None:
 
 
 def _open_saved(folder: Path, split: str | None) -> Part:
-    saved = datasets.load_from_disk(str(folder))
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, IndexError) as error:  # IndexError: saved without a row
+        raise UserError(f"cannot be read as a saved dataset: {error}.", where=str(folder)) from error
     return Part(str(folder), _pick_split(saved, str(folder), split or "train"), folder)
 
 
