@@ -229,10 +229,7 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
     else:
         if progress.folder:
             say(f"Continuing from {progress.folder}.")
-        try:
-            metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
-        finally:
-            trainer.close_progress_bars()
+        metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
         metrics |= next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
     trainer.report_rows()
     save(trainer, config)

@@ -157,13 +157,6 @@ class SupervisedTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": summed[0].item() / tokens, f"{metric_key_prefix}_tokens": tokens}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
-    def close_progress_bars(self) -> None:
-        """End a bar that was interrupted: what is said next stands on a line of its own."""
-        for callback in self.callback_handler.callbacks:
-            for bar in (getattr(callback, "training_bar", None), getattr(callback, "prediction_bar", None)):
-                if bar is not None:
-                    bar.close()
-
     def report_rows(self) -> None:
         """Say what was left out of the data."""
         if self.dropped_images:
