@@ -9,6 +9,7 @@ USAGE = """\
 usage: vlm-tuning COMMAND …
 
   train config.json | --flag value …   fine-tune a model
+  check config.json | --flag value …   what will the model see, and is anything wrong? Trains nothing
   demo [--output_dir DIR]              see it work: a tiny model learns to read handwritten digits
 
 vlm-tuning train --help lists every option."""
@@ -22,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tuning.sft_trainer import main as train
 
         return train(arguments)
+    if command == "check":
+        from tuning.check import main as check
+
+        return check(arguments)
     if command == "demo":
         from tuning.demo.digits import main as demo
 

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 1
@@ -13,17 +14,29 @@ EXIT_INTERNAL_ERROR = 203
 class UserError(Exception):
     """The user's input is at fault. `what` happened, `where` (file, row, field), and the `fix`.
 
-    Shown as one message without a traceback; every other exception keeps its traceback.
+    Shown as one message without a traceback; every other exception keeps its traceback. Errors of a row also have a
+    `kind`, by which a report groups them, and the `field` they were found in.
     """
 
-    def __init__(self, what: str, where: str = "", fix: str = ""):
+    def __init__(self, what: str, where: str = "", fix: str = "", *, kind: str = ""):
         super().__init__(what, where, fix)
         self.what, self.where, self.fix = what, where, fix
+        self.kind, self.field = kind, ""
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         advice = f" {self.fix}" if self.fix else ""
         return f"{place}{self.what}{advice}"
+
+
+@contextmanager
+def blame_field(name: str):
+    """Note on every `UserError` raised inside that it was found in the field `name`."""
+    try:
+        yield
+    except UserError as error:
+        error.field = error.field or name
+        raise
 
 
 def exit_code_of(command: Callable[[], object]) -> int:

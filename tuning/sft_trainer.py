@@ -3,9 +3,10 @@
 Run it by path, as `python -m tuning.sft_trainer`, or call `tuning.train(config)`.
 """
 
+import itertools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ if not __package__:  # run by path: Python puts this folder first, where `tuning
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from PIL import Image
-from transformers import PreTrainedConfig, TrainingArguments, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from tuning.config.arguments import RunConfig
 from tuning.config.parse import build_config, describe_options, read_json, read_options
 from tuning.console import say
 from tuning.data.chat import ChatFormat
 from tuning.data.collator import probe_collator
-from tuning.data.dataset import EncodedRows
+from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows, encode_row
 from tuning.data.encode import Encoder
-from tuning.data.sources import Source, open_source
+from tuning.data.formats import describe_format
+from tuning.data.images import ImageRules
+from tuning.data.sources import Mixture, Source, Stream, open_source
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
 from tuning.model.attention import choose_attention
@@ -61,12 +64,13 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     config = _as_run_config(config)
     for note in config.notes:
         say(note)
+    check_launcher(config)
     use_one_device(config.training)
     set_seed(config.training.seed)
 
     model_config = load.load_config(config.model)
     processor = load.load_processor(config.model, model_config)
-    source = open_rows(config, config.data.training_data_path)
+    source = open_rows(config)
     identity = run_identity(config, rows=source.identity(), architecture=load.describe(model_config))
     progress = find_progress(config, identity)
     if progress.finished_steps is not None:
@@ -75,11 +79,19 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     identity["date_string"] = progress.date_string or identity["date_string"]
 
     encoder = make_encoder(config, processor, model_config, identity["date_string"])
-    training_rows = EncodedRows(source, encoder)
+    padding = probe_collator(processor)
+    skip = config.data.on_bad_row == "skip"
+    check_first_rows(source, encoder, skip)
+    training_rows = (
+        stream_rows(source, config, progress)
+        if isinstance(source, Stream)
+        else EncodedRows(source, encoder, skip_bad_rows=skip)
+    )
     validation_rows = None
     if config.data.validation_data_path:
-        validation_rows = EncodedRows(open_rows(config, config.data.validation_data_path, "validation"), encoder)
-    check_first_rows(training_rows, validation_rows)
+        validation_source = open_validation_rows(config)
+        check_first_rows(validation_source, encoder, skip)
+        validation_rows = EncodedRows(validation_source, encoder, skip_bad_rows=skip)
 
     model = make_model(config, model_config)
     prepare_output(config, progress)
@@ -88,7 +100,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         args=config.training,
         train_dataset=training_rows,
         eval_dataset=validation_rows,
-        data_collator=probe_collator(processor),
+        data_collator=EncodingCollator(encoder, padding, skip) if config.data.streaming else padding,
+        eval_collator=padding,
         processing_class=processor,
         parts=find_parts(_base(model)),
         learning_rates={
@@ -97,6 +110,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         },
         identity=identity,
         image_limit=encoder.max_images,
+        max_bad_fraction=config.data.max_bad_fraction,
     )
     return run(trainer, config, progress)
 
@@ -117,22 +131,72 @@ def use_one_device(training: TrainingArguments) -> None:
         training._n_gpu = 1
 
 
-def open_rows(config: RunConfig, path: str | None, split: str | None = None) -> Source:
-    """The rows of a data path; a folder's or hub dataset's validation rows are its validation split."""
+def check_launcher(config: RunConfig) -> None:
+    """One process cannot become several by itself."""
+    processes = config.run.accelerate_launch_args.get("num_processes", 1)
+    if str(processes) != "1" and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"num_processes {processes} needs a launcher.",
+            "accelerate_launch_args",
+            f"Run accelerate launch --num_processes={processes} tuning/sft_trainer.py with the same options.",
+        )
+
+
+def open_rows(config: RunConfig) -> Source | Mixture | Stream:
+    """The training rows: of one data path, or of a list of them, mixed by weight; streamed where that is asked for."""
     data = config.data
-    assert path is not None
+    path = data.training_data_path
+    entries: list[dict[str, Any]] = path if isinstance(path, list) else [{"path": path}]
+    sources = [_open(config, entry["path"], entry.get("split") or data.dataset_split) for entry in entries]
+    for sentence in dict.fromkeys(_describe_forms(config, sources)):
+        say(f"Rows: {sentence}")
+    weights = [entry["weight"] for entry in entries] if entries[0].get("weight") else None
+    if data.streaming:  # the files of one dataset share its weight: how large each is, is not known
+        pairs = zip(sources, weights or [], strict=False)
+        shared = [weight / len(source.parts) for source, weight in pairs for _ in source.parts]
+        return Stream([part for source in sources for part in source.parts], shared or None)
+    if weights:
+        return Mixture(sources, weights)
+    return Source([part for source in sources for part in source.parts])
+
+
+def open_validation_rows(config: RunConfig) -> Source:
+    """The rows of `validation_data_path`; of a folder or hub dataset, its validation split."""
+    assert config.data.validation_data_path is not None
+    return _open(config, config.data.validation_data_path, "validation", streaming=False)
+
+
+def _open(config: RunConfig, path: str, split: str | None, streaming: bool | None = None) -> Source:
+    data = config.data
     return open_source(
         path,
         text_field=data.dataset_text_field,
         image_field=data.dataset_image_field,
-        split=split or data.dataset_split,
+        split=split,
         config_name=data.dataset_config_name,
+        streaming=data.streaming if streaming is None else streaming,
     )
+
+
+def _describe_forms(config: RunConfig, sources: list[Source]) -> Iterator[str]:
+    for part in (part for source in sources for part in source.parts):
+        sentence = describe_format(part.form, config.data.dataset_text_field, config.data.dataset_image_field)
+        if sentence:
+            yield sentence
+
+
+def stream_rows(stream: Stream, config: RunConfig, progress: Progress) -> StreamedRows:
+    """The training rows as they come, from where an earlier run stopped."""
+    training = config.training
+    seed = training.seed if training.data_seed is None else training.data_seed
+    rows = StreamedRows(stream, block=training.train_batch_size * training.world_size, seed=seed)
+    rows.start = progress.global_step * training.gradient_accumulation_steps
+    return rows
 
 
 def make_encoder(config: RunConfig, processor: Any, model_config: PreTrainedConfig, date_string: str) -> Encoder:
     """How rows are encoded for this model; says what is done to them."""
-    chat = ChatFormat(processor, date_string=date_string)
+    data, chat = config.data, ChatFormat(processor, date_string=date_string)
     if chat.adds_end_token:
         say(f"The chat template writes nothing after an answer; {chat.end_of_turn} is added, so that the model stops.")
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -140,12 +204,18 @@ def make_encoder(config: RunConfig, processor: Any, model_config: PreTrainedConf
     encoder = Encoder(
         processor,
         chat,
-        text_field=config.data.dataset_text_field,
-        image_field=config.data.dataset_image_field,
-        max_seq_length=config.data.max_seq_length or context or processor.tokenizer.model_max_length,
-        max_images=config.data.max_images_per_sample or family.max_images,
-        assistant_only_loss=config.data.assistant_only_loss,
-        drop_overlong=config.data.overlong_rows == "drop",
+        max_seq_length=data.max_seq_length or context or processor.tokenizer.model_max_length,
+        max_images=data.max_images_per_sample or family.max_images,
+        max_messages=data.max_messages_per_row,
+        assistant_only_loss=data.assistant_only_loss,
+        overlong_rows=data.overlong_rows,
+        image_rules=ImageRules(
+            folder=data.image_folder,
+            allow_outside=data.allow_outside_paths,
+            allow_remote=data.allow_remote_images,
+            max_pixels=data.max_image_pixels,
+            max_bytes=round(data.max_image_megabytes * 1e6),
+        ),
     )
     tokens = encoder.count_image_tokens(Image.new("RGB", TYPICAL_IMAGE))
     width, height = TYPICAL_IMAGE
@@ -153,40 +223,49 @@ def make_encoder(config: RunConfig, processor: Any, model_config: PreTrainedConf
     return encoder
 
 
-def check_first_rows(*datasets: EncodedRows | None) -> None:
+def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_bad_rows: bool) -> None:
     """Encode a few rows here and now: most mistakes in a dataset show in its first rows."""
-    for rows in filter(None, datasets):
-        for index in range(min(ROWS_CHECKED_FIRST, len(rows))):
-            encoded = rows[index]
-            if isinstance(encoded, UserError):
-                raise encoded
+    for row in itertools.islice(source, ROWS_CHECKED_FIRST):
+        encoded = encode_row(row, encoder, skip_bad_rows)
+        if isinstance(encoded, UserError):
+            raise encoded
 
 
 def make_model(config: RunConfig, model_config: PreTrainedConfig):
     """Load the model, choose what trains, and give it the supervised loss."""
     targets = find_lora_targets(config, model_config) if config.lora.peft_method else []
-    dtype = load.choose_dtype(config.model, model_config)
-    attention, reason = choose_attention(
-        load.model_class(model_config),
-        use_flash_attn=config.model.use_flash_attn,
-        dtype=dtype,
-        device_type=config.training.device.type,
-    )
+    attention, reason = pick_attention(config, model_config)
     say(reason)
+    dtype = load.choose_dtype(config.model, model_config)
     model = load.load_model(config.model, model_config, dtype=dtype, attention=attention)
     parts = find_parts(model)
+    model = prepare_model(model, config, targets)
+    say(parameter_table(model, parts))
+    return model
+
+
+def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> tuple[str, str]:
+    """The attention for this run, and a sentence on why."""
+    return choose_attention(
+        load.model_class(model_config),
+        use_flash_attn=config.model.use_flash_attn,
+        dtype=load.choose_dtype(config.model, model_config),
+        device_type=config.training.device.type,
+    )
+
+
+def prepare_model(model: PreTrainedModel, config: RunConfig, lora_targets: list[str]):
+    """Give a model, or a skeleton of it, the supervised loss and let train what the config says."""
     keep_rows_apart(model)
     install_supervised_loss(model)
     if config.lora.peft_method:
-        model = add_lora(model, config.lora, targets)
-    else:
-        frozen = {
-            VISION_TOWER: config.model.freeze_vision_tower,
-            PROJECTOR: config.model.freeze_multi_modal_projector,
-            LANGUAGE_MODEL: config.model.freeze_language_model,
-        }
-        freeze_parts(model, parts, {part for part, freeze in frozen.items() if freeze})
-    say(parameter_table(model, parts))
+        return add_lora(model, config.lora, lora_targets)
+    frozen = {
+        VISION_TOWER: config.model.freeze_vision_tower,
+        PROJECTOR: config.model.freeze_multi_modal_projector,
+        LANGUAGE_MODEL: config.model.freeze_language_model,
+    }
+    freeze_parts(model, find_parts(model), {part for part, freeze in frozen.items() if freeze})
     return model
 
 

@@ -128,7 +128,7 @@ def test_the_log_has_a_line_a_step_with_every_figure(make_options, rows, tmp_pat
 def encode_rows(options: dict, path: Path) -> list:
     """Every row alone, as `(inputs, labels)`."""
     processor = AutoProcessor.from_pretrained(options["model_name_or_path"])
-    encoder = Encoder(processor, ChatFormat(processor), "messages", "images", 2048)
+    encoder = Encoder(processor, ChatFormat(processor), 2048)
     collate = probe_collator(processor)
     batches = [
         collate([encoder.encode(row)]) for row in open_source(str(path), text_field="messages", image_field="images")

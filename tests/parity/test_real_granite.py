@@ -19,11 +19,11 @@ pytestmark = pytest.mark.skipif(not FOLDER, reason="GRANITE_VISION_PROCESSOR nam
 def encoder():
     processor = AutoProcessor.from_pretrained(FOLDER)
     limit = find_family(AutoConfig.from_pretrained(FOLDER)).max_images
-    return Encoder(processor, ChatFormat(processor), "messages", "images", 131072, max_images=limit)
+    return Encoder(processor, ChatFormat(processor), 131072, max_images=limit)
 
 
 def supervised_text(encoder, row) -> str:
-    labels = encoder.encode(Row(row, "real.jsonl, row 0", None)).sequence["labels"]
+    labels = encoder.encode(Row(row, "real.jsonl", 0)).sequence["labels"]
     return encoder.processor.tokenizer.decode(labels[labels != IGNORED])
 
 
@@ -52,13 +52,13 @@ def test_parts_the_template_would_drop_are_joined(encoder):
     }
     row = {"messages": [system, user("Hello?"), assistant("First.", "Second.")], "images": None}
     assert supervised_text(encoder, row) == "First.\nSecond.<|end_of_text|>"
-    assert "Be kind." in encoder.processor.tokenizer.decode(encoder.encode(Row(row, "", None)).sequence["input_ids"])
+    assert "Be kind." in encoder.processor.tokenizer.decode(encoder.encode(Row(row, "", 0)).sequence["input_ids"])
 
 
 def test_the_end_token_is_trained_though_it_is_also_the_padding_token(encoder):
     tokenizer = encoder.processor.tokenizer
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    sample = encoder.encode(Row({"messages": [user("Hi"), assistant("Hello.")], "images": []}, "", None))
+    sample = encoder.encode(Row({"messages": [user("Hi"), assistant("Hello.")], "images": []}, "", 0))
     assert sample.sequence["labels"][-1] == tokenizer.eos_token_id
 
 
@@ -71,4 +71,4 @@ def test_image_tokens_are_as_many_as_the_processor_announces(encoder):
 def test_one_image_a_row(encoder):
     pictures = [Image.new("RGB", (384, 384)), Image.new("RGB", (384, 384))]
     row = {"messages": [user(None, None, "Which?"), assistant("The first.")], "images": pictures}
-    assert encoder.encode(Row(row, "", None)).dropped_images == 1
+    assert encoder.encode(Row(row, "", 0)).dropped_images == 1

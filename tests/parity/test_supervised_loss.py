@@ -20,13 +20,13 @@ SIZES = [(40, 40), (90, 30), (30, 80), (64, 64)]
 
 def make_batch(layout: str) -> list:
     processor = build_processor(layout)
-    encoder = Encoder(processor, ChatFormat(processor), "messages", "images", 4096)
+    encoder = Encoder(processor, ChatFormat(processor), 4096)
     samples = []
     for number, size in enumerate(SIZES):
         question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
         answer = {"role": "assistant", "content": "It is a cat. " * (number + 1)}
         row = {"messages": [question, answer], "images": [Image.new("RGB", size, (60 * number, 99, 200))]}
-        samples.append(encoder.encode(Row(row, f"row {number}", None)))
+        samples.append(encoder.encode(Row(row, "rows", number)))
     text_only = {
         "messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}],
         "images": None,
@@ -38,7 +38,7 @@ def make_batch(layout: str) -> list:
         ],
         "images": [Image.new("RGB", (50, 50), "blue"), Image.new("RGB", (20, 70), "red")],
     }
-    return [*samples, *(encoder.encode(Row(row, "", None)) for row in (text_only, several))]
+    return [*samples, *(encoder.encode(Row(row, "", 0)) for row in (text_only, several))]
 
 
 def as_inputs(layout: str, samples: list) -> dict:

@@ -49,13 +49,13 @@ def encoder_of(layout: str) -> Encoder:
 
 def encoder_for(processor) -> Encoder:
     chat = ChatFormat(processor, date_string=DATE)
-    return Encoder(processor, chat, text_field="messages", image_field="images", max_seq_length=4096)
+    return Encoder(processor, chat, max_seq_length=4096)
 
 
 def encode(encoder: Encoder, messages: list[dict]) -> Sample:
     sizes = [(32 + 8 * (number % 3), 32 + 16 * (number % 2)) for number in range(count_images(messages))]
     images = [Image.new("RGB", size, "teal") for size in sizes]
-    return encoder.encode(Row({"messages": messages, "images": images}, "rows.json, row 0", None))
+    return encoder.encode(Row({"messages": messages, "images": images}, "rows.json", 0))
 
 
 def supervised_texts(encoder: Encoder, sample: Sample) -> list[str]:

@@ -188,7 +188,6 @@ def test_value_of_the_wrong_type_says_what_is_expected(required, name, value, me
         ({"eval_strategy": "steps"}, "eval_strategy: steps needs validation_data_path"),
         ({"dataset_kwargs": {"cut": 1}}, "dataset_kwargs: unknown cut"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: is not supported"),
-        ({"accelerate_launch_args": {"num_processes": 2}}, "num_processes 2 needs a launcher"),
         ({"packing": True}, "packing: is no longer an option."),
         ({"fsdp_min_num_params": 5}, 'Use fsdp_config: {"min_num_params": …}.'),
         (

@@ -43,7 +43,9 @@ class LoraArguments:
 
 @dataclass(frozen=True)
 class DataArguments:
-    training_data_path: str | None = option(None, "A .json, .jsonl, .parquet or .arrow file, a folder, or a hub id.")
+    training_data_path: str | list[Any] | None = option(
+        None, "A .json, .jsonl, .parquet or .arrow file, a folder, a hub id, or a list of {path, weight, split}."
+    )
     validation_data_path: str | None = option(None, "Data for evaluation, in the same forms.")
     dataset_text_field: str = option("messages", "Column with the messages.")
     dataset_image_field: str = option("images", "Column with the image or images.")
@@ -51,12 +53,32 @@ class DataArguments:
     dataset_config_name: str | None = option(None, "Configuration of a hub dataset.")
     dataset_kwargs: dict[str, Any] = option({}, "Accepted for compatibility; skip_prepare_dataset is always true.")
     max_seq_length: int | None = option(None, "Longest row in tokens, image tokens included (default: the model's).")
-    overlong_rows: str = option("error", "What to do with a longer row: error or drop. A row is never cut.")
+    overlong_rows: str = option(
+        "error", "What to do with a longer row: error, drop, or truncate_text (shortens answers, never images)."
+    )
+    on_bad_row: str = option("error", "What to do with a row that cannot be used: error or skip.")
+    max_bad_fraction: float = option(0.05, "With on_bad_row skip: stop when more than this share of the rows is bad.")
+    streaming: bool = option(False, "Read rows one after the other instead of converting files first; needs max_steps.")
     max_images_per_sample: int | None = option(
         None, "Use only so many images of a row (default: what the model takes)."
     )
+    image_folder: str | None = option(None, "Where relative image paths start (default: the data file's folder).")
+    allow_outside_paths: bool = option(False, "Read image files outside image_folder, too.")
+    allow_remote_images: bool = option(False, "Fetch images whose path is an http(s) address.")
+    max_image_pixels: int = option(100_000_000, "Largest image in pixels.")
+    max_image_megabytes: float = option(100.0, "Largest stored image in MB (10⁶ bytes).")
+    max_messages_per_row: int = option(1000, "Most messages in a row.")
     assistant_only_loss: bool = option(True, "Train on the assistant's words and end tokens only; false: on all text.")
     date_string: str | None = option(None, "The date that templates write as today's (default: the day the run began).")
+
+
+@dataclass(frozen=True)
+class CheckArguments:
+    """Only `vlm-tuning check` heeds these."""
+
+    max_rows: int | None = option(None, "Check only so many rows (default: all).")
+    decode_images: bool = option(False, "Decode every image in full instead of reading its header.")
+    sample_rows: int = option(8, "Rows shown in full in check.html.")
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,7 @@ class RunConfig:
     lora: LoraArguments
     data: DataArguments
     run: RunArguments
+    check: CheckArguments
     training: TrainingArguments
     notes: tuple[str, ...] = ()
 
@@ -93,7 +116,13 @@ class RunConfig:
         return flat | {name: value for name, value in training.items() if name not in ("hub_token", "local_rank")}
 
 
-SECTIONS = {"model": ModelArguments, "lora": LoraArguments, "data": DataArguments, "run": RunArguments}
+SECTIONS = {
+    "model": ModelArguments,
+    "lora": LoraArguments,
+    "data": DataArguments,
+    "run": RunArguments,
+    "check": CheckArguments,
+}
 
 # Defaults of ours that differ from TrainingArguments', with the reason.
 TRAINING_DEFAULTS = {

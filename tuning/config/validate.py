@@ -10,6 +10,7 @@ import torch
 from tuning.config import names
 
 LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias")
+AT_LEAST_ONE = ("max_seq_length", "max_images_per_sample", "max_image_pixels", "max_messages_per_row", "max_rows")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -35,6 +36,10 @@ def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         values["dataloader_persistent_workers"] = False
     if values.get(names.CHECKPOINTING) and values.get(names.CHECKPOINTING_KWARGS) is None:
         values[names.CHECKPOINTING_KWARGS] = {"use_reentrant": False}
+    if values.get("streaming"):
+        # The default for streamed rows, batches cut on the first process and sent to the others, takes tensors only.
+        values["accelerator_config"] = {**(values.get("accelerator_config") or {}), "dispatch_batches": False}
+        values["ignore_data_skip"] = True  # our stream goes on where the checkpoint was
     launch = values.get("accelerate_launch_args")
     if launch and "WORLD_SIZE" not in os.environ:
         notes.append(f"accelerate_launch_args is noted but has no effect on one process: {', '.join(launch)}.")
@@ -68,13 +73,37 @@ def is_local_path(name: str) -> bool:
 
 
 def _path_problems(values: Mapping[str, Any]):
-    for name in ("model_name_or_path", "training_data_path", "validation_data_path", "chat_template"):
-        path = values.get(name)
-        if not path or (name == "chat_template" and "{" in path):
+    training = values.get("training_data_path")
+    entries = training if isinstance(training, list) else [{"path": training}]
+    yield from _mixture_problems(training if isinstance(training, list) else None)
+    paths = [("training_data_path", entry.get("path")) for entry in entries if isinstance(entry, dict)]
+    names = ("model_name_or_path", "validation_data_path", "chat_template", "image_folder")
+    for name, path in [*((name, values.get(name)) for name in names), *paths]:
+        if not isinstance(path, str) or not path or (name == "chat_template" and "{" in path):
             continue
         suffixes = (".json", ".jsonl", ".parquet", ".arrow", ".jinja")
-        if (is_local_path(path) or path.endswith(suffixes)) and not Path(path).expanduser().exists():
+        if (name == "image_folder" or is_local_path(path) or path.endswith(suffixes)) and not Path(
+            path
+        ).expanduser().exists():
             yield f"{name}: {path} does not exist"
+
+
+def _mixture_problems(entries: list | None):
+    if entries is None:
+        return
+    for number, entry in enumerate(entries):
+        place = f"training_data_path, dataset {number}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            yield f'{place}: expected an object like {{"path": …, "weight": …, "split": …}}, got {entry!r}'
+            continue
+        if unknown := set(entry) - {"path", "weight", "split"}:
+            yield f"{place}: unknown {', '.join(sorted(unknown))}; use path, weight and split"
+        weight = entry.get("weight")
+        if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0):
+            yield f"{place}: weight must be a number above 0, got {weight!r}"
+    weighted = [entry.get("weight") is not None for entry in entries if isinstance(entry, dict)]
+    if not entries or (any(weighted) and not all(weighted)):
+        yield "training_data_path: give every dataset of the list a weight, or none of them"
 
 
 def _tuning_problems(values: Mapping[str, Any]):
@@ -104,11 +133,21 @@ def _tuning_problems(values: Mapping[str, Any]):
 def _data_problems(values: Mapping[str, Any]):
     if unknown := set(values.get("dataset_kwargs") or {}) - {"skip_prepare_dataset"}:
         yield f"dataset_kwargs: unknown {', '.join(sorted(unknown))}; only skip_prepare_dataset is accepted"
-    if values.get("overlong_rows", "error") not in ("error", "drop"):
-        yield f"overlong_rows: {values['overlong_rows']!r} is unknown; use error or drop"
-    for name in ("max_seq_length", "max_images_per_sample"):
+    choices = {"overlong_rows": ("error", "drop", "truncate_text"), "on_bad_row": ("error", "skip")}
+    for name, allowed in choices.items():
+        if values.get(name, "error") not in allowed:
+            yield f"{name}: {values[name]!r} is unknown; use {', '.join(allowed[:-1])} or {allowed[-1]}"
+    for name in AT_LEAST_ONE:
         if values.get(name) is not None and values[name] < 1:
             yield f"{name}: must be at least 1, got {values[name]}"
+    if not 0 <= values.get("max_bad_fraction", 0) <= 1:
+        yield f"max_bad_fraction: must be between 0 and 1, got {values['max_bad_fraction']}"
+    if values.get("max_image_megabytes", 1) <= 0:
+        yield f"max_image_megabytes: must be above 0, got {values['max_image_megabytes']}"
+    if values.get("streaming") and values.get("max_steps", -1) < 1:
+        yield "streaming: needs max_steps, because the number of rows is not known"
+    if values.get("streaming") and values.get("train_sampling_strategy") == "group_by_length":
+        yield "train_sampling_strategy: group_by_length needs the lengths of all rows; it does not go with streaming"
     if values.get("eval_strategy", "no") != "no" and not values.get("validation_data_path"):
         yield f"eval_strategy: {values['eval_strategy']} needs validation_data_path"
     if values.get("train_sampling_strategy") == "batch_rebalance":
@@ -124,9 +163,3 @@ def _training_problems(values: Mapping[str, Any]):
     for name in ("label_smoothing_factor", "use_liger_kernel"):
         if values.get(name):
             yield f"{name}: is not supported: the loss is computed on supervised positions only; remove it"
-    processes = (values.get("accelerate_launch_args") or {}).get("num_processes", 1)
-    if str(processes) != "1" and "WORLD_SIZE" not in os.environ:
-        yield (
-            f"accelerate_launch_args: num_processes {processes} needs a launcher; run accelerate launch"
-            f" --num_processes={processes} tuning/sft_trainer.py with the same options"
-        )

@@ -9,19 +9,27 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tuning.data.messages import Message
+from tuning.data.controls import ControlTokens
+from tuning.data.messages import ROLES, Message
 from tuning.errors import UserError
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
 PROBE = "\ue000probe{}\ue001"  # private-use characters: no template looks for them and no data holds them
+MARK = re.compile(PROBE.format(r"(\d+)"))
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """`text` as the template renders it, and the supervised character spans `[(start, end), …]`, in order."""
+    """`text` as the template renders it, and the supervised character spans `[(start, end), …]`, one an answer.
+
+    `contents` are the spans of the answers' own words, without the end of turn. Control tokens in a row's words are
+    hidden behind stand-ins (`ControlTokens`).
+    """
 
     text: str
     spans: list[tuple[int, int]]
+    contents: list[tuple[int, int]]
 
 
 class ChatFormat:
@@ -45,6 +53,7 @@ class ChatFormat:
         self.image_token: str = getattr(processor, "image_token", None) or ""
         self.end_of_turn = ""
         self.has_markers = bool(GENERATION_MARKER.search(self.template))
+        self.controls = ControlTokens(tokenizer, self.template, self.image_token)
         self._variables = dict(tokenizer.special_tokens_map)
         self._variables["date_string"] = date_string or date.today().strftime("%d %b %Y")
         self.string_roles: frozenset[str] = frozenset()
@@ -64,7 +73,7 @@ class ChatFormat:
 
         Raises `UserError` when the template refuses the conversation or leaves out some of its words.
         """
-        messages = [self._join_parts(message) for message in messages]
+        messages = [self._join_parts(message) for message in self.controls.hide(messages, where)]
         try:
             text, marked = self._render(messages)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -72,12 +81,19 @@ class ChatFormat:
                 f"the chat template refuses this conversation: {error}",
                 where,
                 "Change the row or give a chat_template.",
+                kind="refused by the chat template",
             ) from error
-        self._check_words(messages, text, where)
-        if self.has_markers:
-            answers = self._marked_answers(text, marked)
-        else:
-            answers = self._locate_answers(messages, text, where)
+        answers = None if self.has_markers else self._locate(messages, text, ROLES)  # every word is in its place
+        if answers is None:
+            self._check_words(messages, text, where)
+            answers = self._marked_answers(text, marked) if self.has_markers else self._locate(messages, text)
+        if answers is None:
+            raise UserError(
+                "the chat template rewrites the assistant's words, so they cannot be located.",
+                where,
+                "Give a chat_template with {% generation %} markers.",
+                kind="refused by the chat template",
+            )
         return self._finish(text, answers)
 
     def generation_prompt(self, messages: list[Message]) -> str:
@@ -90,8 +106,9 @@ class ChatFormat:
 
     def _finish(self, text: str, answers: Iterable[tuple[int, int]]) -> RenderedChat:
         """Begin each answer where the generation prompt ends, and end it after its end of turn."""
-        pieces, spans, copied, added = [], [], 0, 0
+        pieces, spans, contents, copied, added = [], list[Span](), list[Span](), 0, 0
         for start, end in answers:
+            contents.append((start + added, end + added))
             if self.lead and text.endswith(self.lead, 0, start):
                 start -= len(self.lead)
             if self.adds_end_token:
@@ -104,7 +121,7 @@ class ChatFormat:
             if text.startswith(self.end_of_turn, end + blanks):
                 end += blanks + len(self.end_of_turn)
             spans.append((start, end))
-        return RenderedChat("".join([*pieces, text[copied:]]), spans)
+        return RenderedChat("".join([*pieces, text[copied:]]), spans, contents)
 
     def _marked_answers(self, text: str, marked: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """The template's own `{% generation %}` spans, without what it writes after an answer."""
@@ -113,42 +130,36 @@ class ChatFormat:
             for start, end in marked
         ]
 
-    def _locate_answers(self, messages: list[Message], text: str, where: str) -> list[tuple[int, int]]:
-        """Find the answers by rendering the conversation once more with each replaced by a unique mark.
+    def _locate(self, messages: list[Message], text: str, roles: Iterable[str] = ("assistant",)) -> list[Span] | None:
+        """Find the answers by rendering once more with every text of `roles` replaced by a unique mark.
 
-        What stands between the marks is the frame around the answers; `text` is that frame with the answers in it.
-        Unlike rendering prefixes, this needs two renderings for any number of turns, and holds for templates that
-        write a turn differently when others follow.
+        What stands between the marks is the frame around the texts; `text` must be that frame with the texts in it,
+        else the result is None. Unlike rendering prefixes, this needs two renderings for any number of turns, and
+        holds for templates that write a turn differently when others follow.
         """
-        marked, answers = [], list[tuple[int, str]]()
+        marked, texts = [], list[tuple[int, str]]()
         for index, message in enumerate(messages):
             parts = list(message["content"])
             for number, part in enumerate(parts):
-                if message["role"] == "assistant" and part["type"] == "text":
-                    parts[number] = _text(PROBE.format(len(answers)))
-                    answers.append((index, part["text"]))
+                if message["role"] in roles and part["type"] == "text":
+                    parts[number] = _text(PROBE.format(len(texts)))
+                    texts.append((index, part["text"]))
             marked.append({**message, "content": parts})
-        frame = self._render(marked)[0]
-        marks = re.findall(PROBE.format(r"\d+"), frame)
-        pieces = re.split(PROBE.format(r"\d+"), frame)
-        spans: dict[int, tuple[int, int]] = {}
+        pieces = MARK.split(self._render(marked)[0])  # text, number of a mark, text, number, …, text
+        if pieces[1::2] != [str(number) for number in range(len(texts))] or not text.startswith(pieces[0]):
+            return None
+        spans: dict[int, Span] = {}
         position = len(pieces[0])
-        fits = marks == [PROBE.format(number) for number in range(len(answers))] and text.startswith(pieces[0])
-        for (index, answer), piece in zip(answers, pieces[1:], strict=False):
-            forms = (form for form in (answer, answer.strip()) if text.startswith(form + piece, position))
+        for (index, words), piece in zip(texts, pieces[2::2], strict=True):
+            forms = (form for form in (words, words.strip()) if text.startswith(form + piece, position))
             written = next(forms, None)
-            if not fits or written is None:
-                break
-            start = spans.get(index, (position, 0))[0]  # the text parts of one message are one answer
-            spans[index] = (start, position + len(written))
+            if written is None:
+                return None
+            if messages[index]["role"] == "assistant":
+                start = spans.get(index, (position, 0))[0]  # the text parts of one message are one answer
+                spans[index] = (start, position + len(written))
             position += len(written) + len(piece)
-        if not fits or position != len(text):
-            raise UserError(
-                "the chat template rewrites the assistant's words, so they cannot be located.",
-                where,
-                "Give a chat_template with {% generation %} markers.",
-            )
-        return list(spans.values())
+        return list(spans.values()) if position == len(text) else None
 
     def _check_words(self, messages: list[Message], text: str, where: str) -> None:
         for index, message in enumerate(messages):
@@ -160,6 +171,7 @@ class ChatFormat:
                     f"the chat template leaves out words of this {message['role']} message: {words.strip()[:60]!r}.",
                     f"{where}, message {index}",
                     "Change the row or give a chat_template.",
+                    kind="words left out by the chat template",
                 )
 
     def _join_parts(self, message: Message) -> Message:

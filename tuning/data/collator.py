@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tuning.data.encode import IGNORED, Sample
+from tuning.data.encode import IGNORED, Sample, Skipped
 from tuning.errors import UserError
 
 
@@ -15,14 +15,16 @@ from tuning.errors import UserError
 class BatchFacts:
     """What the trainer tells of a batch; travels beside its tensors and never reaches the model.
 
-    `tokens` counts real tokens, padding excluded. `skipped` holds `(where, reason)` of rows left out.
+    `tokens` counts real tokens, padding excluded. `cut`: rows whose answers were cut. `skipped`: rows left out, by
+    where they stand.
     """
 
     rows: list[str] = field(default_factory=list)
     tokens: int = 0
     supervised_tokens: int = 0
     dropped_images: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+    skipped: dict[str, Skipped] = field(default_factory=dict)
     error: UserError | None = None
 
 
@@ -79,7 +81,8 @@ def gather_facts(samples: Sequence[Sample]) -> BatchFacts:
         tokens=sum(int(sample.sequence["attention_mask"].sum()) for sample in samples),
         supervised_tokens=sum(int((sample.sequence["labels"] != IGNORED).sum()) for sample in samples),
         dropped_images=sum(sample.dropped_images for sample in samples),
-        skipped=[(sample.where, sample.skipped) for sample in samples if sample.skipped],
+        cut=[sample.where for sample in samples if sample.cut_tokens],
+        skipped={sample.where: sample.skipped for sample in samples if sample.skipped},
     )
 
 

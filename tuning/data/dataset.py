@@ -1,38 +1,87 @@
-"""A source seen through an encoder: what the DataLoader's workers index."""
+"""A source seen through an encoder: what the DataLoader's workers index, or read one after the other."""
 
-from torch.utils.data import Dataset
-from tqdm import tqdm
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from tuning.data.encode import Encoder, Sample
-from tuning.data.sources import Source
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from tuning.data.collator import PaddingCollator
+from tuning.data.encode import Encoder, Sample, Skipped
+from tuning.data.sources import Mixture, Row, Source, Stream
 from tuning.errors import UserError
+
+SHUFFLED_ROWS = 1000  # how many streamed rows are held to choose the next from
+
+
+def encode_row(row: Row, encoder: Encoder, skip_bad_rows: bool) -> Sample | UserError:
+    """Encode a row. A bad one is returned as its `UserError`, or as a `Sample` without labels that takes its place.
+
+    Raised inside a worker process, the error's message would reach the user buried in the worker's traceback.
+    """
+    try:
+        return encoder.encode(row)
+    except UserError as error:
+        if not skip_bad_rows:
+            return error
+        return encoder.placeholder(row.where, Skipped(row.number, error.field, str(error), bad=True))
 
 
 class EncodedRows(Dataset):
-    """Rows encoded when asked for.
+    """Rows encoded when asked for."""
 
-    A row that cannot be encoded is returned as its `UserError`: raised inside a worker process, its message would
-    reach the user buried in the worker's traceback.
-    """
-
-    def __init__(self, source: Source, encoder: Encoder):
-        self.source, self.encoder = source, encoder
+    def __init__(self, source: Source | Mixture, encoder: Encoder, *, skip_bad_rows: bool = False):
+        self.source, self.encoder, self.skip_bad_rows = source, encoder, skip_bad_rows
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def estimate_lengths(self) -> list[int]:
-        """The length of every row's text in characters: enough to group rows, and no image is opened."""
-        field, lengths = self.encoder.text_field, list[int]()
-        with tqdm(total=len(self), desc="measuring rows", unit="row") as progress:
-            for part in self.source.parts:
-                for messages in part.rows.select_columns([field]):
-                    lengths.append(len(str(messages[field])))
-                    progress.update()
-        return lengths
-
     def __getitem__(self, index: int) -> Sample | UserError:
-        try:
-            return self.encoder.encode(self.source[index])
-        except UserError as error:
-            return error
+        return encode_row(self.source[index], self.encoder, self.skip_bad_rows)
+
+
+class StreamedRows(IterableDataset):
+    """Streamed rows in blocks, epoch after epoch without end, in an order that only `seed` decides.
+
+    A block holds the rows of one batch of every process. With W workers, worker w reads all rows and passes on those
+    of block w, W + w, …, so that the order of batches does not depend on W. `start`: the block to begin with, for a
+    run that goes on; the blocks before it are read, but no image in them is decoded.
+    """
+
+    def __init__(self, stream: Stream, *, block: int, seed: int, start: int = 0):
+        self.stream, self.block, self.seed, self.start = stream, block, seed, start
+
+    def __iter__(self) -> Iterator[Row]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        first = self.start * self.block
+        for index, row in enumerate(itertools.islice(self._endless(), first, None)):
+            if index // self.block % workers == number:
+                yield row
+
+    def _endless(self) -> Iterator[Row]:
+        for epoch in itertools.count():
+            choose = random.Random(f"{self.seed} {epoch}")
+            yield from shuffle_nearby(self.stream.one_epoch(choose), choose)
+
+
+def shuffle_nearby(rows: Iterator[Row], choose: random.Random) -> Iterator[Row]:
+    """Every row once, each drawn at random from the next `SHUFFLED_ROWS`."""
+    held = list(itertools.islice(rows, SHUFFLED_ROWS))
+    for row in rows:
+        place = choose.randrange(len(held))
+        held[place], row = row, held[place]
+        yield row
+    choose.shuffle(held)
+    yield from held
+
+
+class EncodingCollator:
+    """Encodes streamed rows as it batches them: the workers' share of the work is what it is with `EncodedRows`."""
+
+    def __init__(self, encoder: Encoder, collator: PaddingCollator, skip_bad_rows: bool):
+        self.encoder, self.collator, self.skip_bad_rows = encoder, collator, skip_bad_rows
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return self.collator([encode_row(row, self.encoder, self.skip_bad_rows) for row in rows])

@@ -1,18 +1,19 @@
 """One row → one `Sample`: token ids, labels and image tensors, ready to be batched."""
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from tuning.data.chat import ChatFormat
-from tuning.data.images import list_images, load_image
-from tuning.data.messages import count_images, keep_first_images, read_messages
+from tuning.data.chat import ChatFormat, RenderedChat
+from tuning.data.images import ImageRules, load_image
+from tuning.data.messages import count_images, keep_first_images
 from tuning.data.sources import Row
-from tuning.errors import UserError
+from tuning.errors import UserError, blame_field
 
 IGNORED = -100
 """The label of a position that is not trained (PyTorch's and Hugging Face's convention)."""
@@ -23,29 +24,55 @@ class Sample:
     """An encoded row of T tokens.
 
     `sequence`: tensors with a position per token, `[T, …]`: `input_ids`, `attention_mask`, `labels` and what else the
-    processor gives. `images`: the processor's image tensors. `where` names the row; `skipped` says why a row was left
-    out, in which case no label is trained.
+    processor gives. `images`: the processor's image tensors. `where` names the row. `cut_tokens`: how many tokens
+    `truncate_text` took away. `skipped`: why the row was left out, in which case no label is trained.
     """
 
     sequence: dict[str, torch.Tensor]
     images: dict[str, torch.Tensor]
     where: str
     dropped_images: int = 0
-    skipped: str = ""
+    cut_tokens: int = 0
+    skipped: "Skipped | None" = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row left out: its number in its file, the field at fault, and the reason. `bad`: not by `overlong_rows`."""
+
+    row: int
+    field: str
+    reason: str
+    bad: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A row whose text is rendered and whose images are known, but not opened."""
+
+    row: Row
+    chat: RenderedChat
+    images: list[Any]
+    dropped_images: int
+
+    @property
+    def image_places(self) -> list[str]:
+        field = self.row.form.image_field or self.row.form.text_fields[0]
+        return [f"{self.row.where}, field '{field}', image {index}" for index in range(len(self.images))]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How rows become samples. `text_field` and `image_field` name the columns."""
+    """How rows become samples. `overlong_rows` is error, drop or truncate_text."""
 
     processor: Any
     chat: ChatFormat
-    text_field: str
-    image_field: str
     max_seq_length: int
     max_images: int | None = None
+    max_messages: int = 1000
     assistant_only_loss: bool = True
-    drop_overlong: bool = False
+    overlong_rows: str = "error"
+    image_rules: ImageRules = ImageRules()
     image_names: frozenset[str] = field(init=False)
     image_token_id: int | None = field(init=False)
 
@@ -54,50 +81,88 @@ class Encoder:
         object.__setattr__(self, "image_names", names)
         object.__setattr__(self, "image_token_id", getattr(self.processor, "image_token_id", None))
 
-    def encode(self, row: Row) -> Sample:
-        """Render, tokenize and label one row. Raises `UserError` naming file, row and field of what is wrong."""
-        text_where, image_where = (f"{row.where}, field '{name}'" for name in (self.text_field, self.image_field))
-        messages = read_messages(row.columns[self.text_field], text_where)
-        stored = list_images(row.columns[self.image_field])
+    def prepare(self, row: Row) -> Prepared:
+        """Read and render one row; its images stay closed. Raises `UserError` naming file, row and field."""
+        conversation = row.form.read(row.columns, row.where)
+        text_field = row.form.text_fields[-1]
+        where = f"{row.where}, field '{text_field}'"
+        messages, images = conversation.messages, conversation.images
         dropped = 0
         if self.max_images is not None:
-            dropped = max(0, len(stored) - self.max_images)
-            stored = stored[: self.max_images]
-            messages = keep_first_images(messages, self.max_images)
-        chat = self.chat.render(messages, text_where)
+            dropped = max(0, len(images) - self.max_images)
+            images, messages = images[: self.max_images], keep_first_images(messages, self.max_images)
+        with blame_field(text_field):
+            if len(messages) > self.max_messages:
+                raise UserError(
+                    f"{len(messages)} messages are more than max_messages_per_row {self.max_messages}.",
+                    where,
+                    "Split the row, or raise max_messages_per_row.",
+                    kind="too many messages",
+                )
+            chat = self.chat.render(messages, where)
         placeholders = self.chat.count_placeholders(chat.text)
         placeholders = count_images(messages) if placeholders is None else placeholders
-        if placeholders != len(stored):
-            raise UserError(
-                f"the messages have {placeholders} image placeholders, but there are {len(stored)} images.",
-                f"{row.where}, fields '{self.text_field}' and '{self.image_field}'",
-                'Give one {"type": "image"} part for each image.',
-            )
-        images = [load_image(image, row.folder, f"{image_where}, image {i}") for i, image in enumerate(stored)]
-        inputs = self.process(chat.text, images)
-        length = inputs["input_ids"].shape[1]
-        if length > self.max_seq_length:
-            return self._overlong(row.where, length)
-        return self._label(inputs, chat.spans, row.where, dropped)
+        if placeholders != len(images):
+            raise _wrong_number_of_images(row, placeholders, len(images))
+        if conversation.trained_from:
+            trained = sum(m["role"] == "assistant" for m in messages[conversation.trained_from :])
+            chat = replace(chat, spans=chat.spans[-trained:], contents=chat.contents[-trained:])
+        return Prepared(row, chat, images, dropped)
+
+    def encode(self, row: Row) -> Sample:
+        """Render, tokenize and label one row. Raises `UserError` naming file, row and field of what is wrong."""
+        prepared = self.prepare(row)
+        with blame_field(row.form.image_field or row.form.text_fields[0]):
+            images = [
+                load_image(image, row.folder, place, self.image_rules)
+                for image, place in zip(prepared.images, prepared.image_places, strict=True)
+            ]
+        inputs = self.process(prepared.chat.text, images)
+        excess = inputs["input_ids"].shape[1] - self.max_seq_length
+        if excess <= 0:
+            return self._label(inputs, prepared)
+        if self.overlong_rows != "truncate_text":
+            return self._leave_out(prepared, excess)
+        inputs, not_trained = self._cut_answers(inputs, prepared, excess)
+        return self._label(inputs, prepared, not_trained, excess)
 
     def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
         """The processor's output for one rendered conversation, with both offset maps of its tokens."""
-        bos = self.processor.tokenizer.bos_token
-        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        inputs = self.processor(
+        controls, processor = self.chat.controls, self.processor
+        if controls.is_hidden_in(text):
+            processor = copy.copy(processor)
+            processor.tokenizer = controls.knowing_tokenizer
+        inputs = processor(
             text=[text],
             images=list(images) or None,
             return_tensors="pt",
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
-            **options,
+            **self.tokenizer_options(text),
         )
-        return dict(inputs)
+        return controls.reveal(dict(inputs)) if processor is not self.processor else dict(inputs)
+
+    def tokenizer_options(self, text: str) -> dict[str, bool]:
+        """A template that writes the token a text begins with must not get a second one."""
+        bos = self.processor.tokenizer.bos_token
+        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
     def count_image_tokens(self, image: Image.Image) -> int:
         """How many tokens of a row `image` takes."""
         question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
         return int(self._find_image_tokens(self.process(self.chat.generation_prompt(question), [image])).sum())
+
+    def find_split_prompt(self) -> str:
+        """The end of the generation prompt, where its last token is another one once an answer follows; else ""."""
+        question = {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "Because."}]}
+        prompt, whole = self.chat.generation_prompt([question]), self.chat.render([question, answer]).text
+        asked, trained = (self.process(text, [])["input_ids"][0].tolist() for text in (prompt, whole))
+        while asked and asked[-1] == self.processor.tokenizer.eos_token_id:
+            asked.pop()  # some tokenizers end every text themselves
+        if not whole.startswith(prompt) or trained[: len(asked)] == asked:
+            return ""
+        return prompt[-1:]
 
     def _find_image_tokens(self, inputs: dict[str, Any]) -> np.ndarray:
         """Which tokens stand for images: what placeholders were expanded to, and placeholders themselves. `[T]`."""
@@ -107,9 +172,47 @@ class Encoder:
             found |= inputs["input_ids"][0].numpy() == self.image_token_id
         return found
 
-    def _label(self, inputs: dict[str, Any], spans: list[tuple[int, int]], where: str, dropped: int) -> Sample:
-        image_tokens = self._find_image_tokens(inputs)
-        expansions = _expansions(inputs)
+    def _cut_answers(
+        self, inputs: dict[str, Any], prepared: Prepared, excess: int
+    ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        """Take `excess` tokens off the ends of answers, the last answer's first; each keeps at least one token.
+
+        Returns the shorter inputs and the spans that are no longer trained: the end of turn of every answer that was
+        cut, which would teach the model to stop in mid-sentence. Images and all other text stay.
+        """
+        offsets, chat = inputs["offset_mapping"][0].numpy(), prepared.chat
+        moved = after_expansion([*chat.contents, *chat.spans], _expansions(inputs))
+        keep, not_trained = np.ones(len(offsets), dtype=bool), []
+        for content, span in reversed(list(zip(moved[: len(chat.spans)], moved[len(chat.spans) :], strict=True))):
+            words = np.flatnonzero(overlaps(offsets, [content]))
+            end = len(words) - min(excess, len(words) - 1)
+            while 1 < end < len(words) and offsets[words[end], 0] < offsets[words[end - 1], 1]:
+                end -= 1  # several tokens may make one character: it is kept or cut as a whole
+            if end < len(words):
+                keep[words[end:]] = False
+                excess -= len(words) - end
+                not_trained.append((content[1], span[1]))
+            if excess <= 0:
+                break
+        if excess > 0:
+            raise self.too_long(
+                prepared, len(offsets), "Even without its answers it is too long: raise max_seq_length."
+            )
+        chosen = torch.from_numpy(np.flatnonzero(keep))
+        shorter = {
+            name: value[:, chosen] if torch.is_tensor(value) and value.shape[:2] == (1, len(offsets)) else value
+            for name, value in inputs.items()
+        }
+        return shorter, not_trained
+
+    def _label(
+        self,
+        inputs: dict[str, Any],
+        prepared: Prepared,
+        not_trained: Sequence[tuple[int, int]] = (),
+        cut_tokens: int = 0,
+    ) -> Sample:
+        image_tokens, expansions = self._find_image_tokens(inputs), _expansions(inputs)
         inputs.pop("text_replacement_offsets", None)
         offsets = inputs.pop("offset_mapping")[0].numpy()
         input_ids = inputs["input_ids"][0]
@@ -119,30 +222,58 @@ class Encoder:
         assert not wrong, f"{type(self.processor).__name__} gives {wrong} without a position per token"
         trained = np.ones(len(offsets), dtype=bool)
         if self.assistant_only_loss:
-            trained = overlaps(offsets, after_expansion(spans, expansions))
-        trained &= ~image_tokens & sequence["attention_mask"].numpy().astype(bool)
+            trained = overlaps(offsets, after_expansion(prepared.chat.spans, expansions))
+        trained &= ~image_tokens & ~overlaps(offsets, not_trained) & sequence["attention_mask"].numpy().astype(bool)
         trained[0] = False  # nothing comes before the first token that could predict it
         if not trained.any():
-            raise UserError("no token of this row would be trained.", where, "Check the answer and the chat template.")
+            raise self.nothing_trained(prepared)
         sequence["labels"] = torch.where(torch.from_numpy(trained), input_ids, IGNORED)
-        return Sample(sequence, images, where, dropped)
+        return Sample(sequence, images, prepared.row.where, prepared.dropped_images, cut_tokens)
 
-    def _overlong(self, where: str, length: int) -> Sample:
-        reason = f"{length} tokens are more than max_seq_length {self.max_seq_length}"
-        if not self.drop_overlong:
-            raise UserError(f"{reason}.", where, "Raise max_seq_length, shorten the row, or set overlong_rows drop.")
-        return placeholder(self.processor.tokenizer.eos_token_id or 0, where, reason)
+    def _leave_out(self, prepared: Prepared, excess: int) -> Sample:
+        error = self.too_long(prepared, self.max_seq_length + excess)
+        if self.overlong_rows == "error":
+            raise error
+        skipped = Skipped(prepared.row.number, error.field, str(error.what), bad=False)
+        return self.placeholder(prepared.row.where, skipped)
+
+    def nothing_trained(self, prepared: Prepared) -> UserError:
+        advice = "Check the answer and the chat template."
+        error = UserError("no token of this row would be trained.", prepared.row.where, advice, kind="nothing to train")
+        error.field = prepared.row.form.text_fields[-1]
+        return error
+
+    def too_long(self, prepared: Prepared, length: int, advice: str = "") -> UserError:
+        error = UserError(
+            f"{length} tokens are more than max_seq_length {self.max_seq_length}.",
+            prepared.row.where,
+            advice or "Raise max_seq_length, shorten the row, or set overlong_rows drop or truncate_text.",
+            kind="too long",
+        )
+        error.field = prepared.row.form.text_fields[-1]
+        return error
+
+    def placeholder(self, where: str, skipped: Skipped) -> Sample:
+        """A sample of one untrained token that takes the place of a row left out, so that batches keep their size."""
+        ids = torch.tensor([self.processor.tokenizer.eos_token_id or 0])
+        sequence = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, IGNORED)}
+        return Sample(sequence, {}, where, skipped=skipped)
+
+
+def _wrong_number_of_images(row: Row, placeholders: int, images: int) -> UserError:
+    fields = [f"'{name}'" for name in (row.form.text_fields[0], row.form.image_field) if name]
+    error = UserError(
+        f"the messages have {placeholders} image placeholders, but there are {images} images.",
+        f"{row.where}, field{'s'[: len(fields) - 1]} {' and '.join(fields)}",
+        'Give one {"type": "image"} part for each image.',
+        kind="wrong number of images",
+    )
+    error.field = row.form.image_field or row.form.text_fields[0]
+    return error
 
 
 def _expansions(inputs: dict[str, Any]) -> list[dict]:
     return (inputs.get("text_replacement_offsets") or [[]])[0]
-
-
-def placeholder(token_id: int, where: str, reason: str) -> Sample:
-    """A sample of one untrained token that takes the place of a row left out, so that batches keep their size."""
-    ids = torch.tensor([token_id])
-    sequence = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, IGNORED)}
-    return Sample(sequence, {}, where, skipped=reason)
 
 
 def after_expansion(spans: Sequence[tuple[int, int]], expansions: Sequence[dict]) -> list[tuple[int, int]]:

@@ -1,14 +1,37 @@
-"""The image column of a row → pictures in RGB."""
+"""Stored images of a row → pictures in RGB, or only their size."""
 
 import base64
 import binascii
 import io
+import os
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from tuning.data.remote import fetch_image
 from tuning.errors import UserError
+
+ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 turn the picture by a quarter (CIPA DC-008)
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """What an image may be and where it may lie.
+
+    `folder`: where relative paths start and which they may not leave; None for the data file's. `max_pixels` and
+    `max_bytes` are of one image, before it is decoded.
+    """
+
+    folder: str | None = None
+    allow_outside: bool = False
+    allow_remote: bool = False
+    max_pixels: int = 100_000_000
+    max_bytes: int = 100_000_000
 
 
 def list_images(value: Any) -> list[Any]:
@@ -18,59 +41,126 @@ def list_images(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def load_image(stored: Any, folder: Path | None, where: str) -> Image.Image:
-    """Decode one stored image to RGB: PIL, `{"bytes", "path"}`, a path, a data URI or base64 text.
+def load_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> Image.Image:
+    """Decode one stored image to RGB: PIL, `{"bytes", "path"}`, a path, a URL, a data URI or base64 text.
 
-    Relative paths start from `folder`, the data file's. The camera's orientation (EXIF) is applied, and transparent
-    pictures are laid on white. Raises `UserError` when there is no such file or it is not a readable image.
+    Relative paths start from `folder`, the data file's. The camera's orientation (EXIF) is applied, transparent
+    pictures are laid on white, and of an animation the first frame is taken. Raises `UserError` when there is no such
+    file, it is not a readable image, or it breaks one of `rules`.
     """
     try:
-        image = _open(stored, folder, where)
+        image = _open_checked(stored, folder, where, rules)
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"the image cannot be read: {_reason(error)}.", where, "Replace it or drop the row.") from error
-    return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
+    except UNREADABLE as error:
+        raise _unreadable(error, where) from error
+
+
+def measure_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> tuple[int, int]:
+    """Width and height as `load_image` would give them, from the image's header alone, under the same rules."""
+    try:
+        image = _open_checked(stored, folder, where, rules)
+        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    except UNREADABLE as error:
+        raise _unreadable(error, where) from error
+    return (image.height, image.width) if turned else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB; transparency shows white."""
+    """Convert any mode to RGB, 8 bits a channel; transparency shows white."""
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits of grey: Pillow would cut them off at 255
+        values = np.asarray(image).astype(np.float64)
+        top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 255.0 if image.mode == "F" else 65535.0
+        image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _open(stored: Any, folder: Path | None, where: str) -> Image.Image:
+def _open_checked(stored: Any, folder: Path | None, where: str, rules: ImageRules) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF: the limit below is ours
+        image = _open(stored, folder, where, rules)
+    if image.width * image.height > rules.max_pixels:
+        raise UserError(
+            f"the image has {image.width}×{image.height} pixels, more than max_image_pixels {rules.max_pixels}.",
+            where,
+            "Make it smaller, drop the row, or raise max_image_pixels.",
+            kind="image too large",
+        )
+    return image
+
+
+def _open(stored: Any, folder: Path | None, where: str, rules: ImageRules) -> Image.Image:
     if isinstance(stored, Image.Image):
         return stored
-    if isinstance(stored, dict) and stored.get("bytes"):
-        return Image.open(io.BytesIO(stored["bytes"]))
-    if isinstance(stored, dict) and stored.get("path"):
-        stored = stored["path"]
+    if isinstance(stored, dict):
+        stored = stored.get("bytes") or stored.get("path") or stored
     if isinstance(stored, bytes):
-        return Image.open(io.BytesIO(stored))
+        return _open_bytes(stored, where, rules)
     if not isinstance(stored, str) or not stored:
-        raise UserError(f"expected an image, found {type(stored).__name__} {str(stored)[:60]!r}.", where)
+        found = f"{type(stored).__name__} {str(stored)[:60]!r}"
+        raise UserError(f"expected an image, found {found}.", where, kind="not an image")
     if stored.startswith("data:"):
-        return Image.open(io.BytesIO(_decode_base64(stored.partition(",")[2])))
-    path = Path(folder or ".", stored)
+        return _open_bytes(_decode_base64(stored.partition(",")[2]), where, rules)
+    if stored.startswith(("http://", "https://")):
+        if not rules.allow_remote:
+            advice = "Download the images, or set allow_remote_images true."
+            raise UserError(f"the image is on the network: {stored[:200]}.", where, advice, kind="remote image")
+        return _open_bytes(fetch_image(stored, where, max_bytes=rules.max_bytes), where, rules)
+    start = Path(rules.folder).expanduser() if rules.folder else folder or Path(".")
+    path = start / Path(stored.removeprefix("file://")).expanduser()
     if len(stored) < 1024 and path.is_file():
+        _check_place(path, start, where, rules)
+        _check_bytes(path.stat().st_size, where, rules)
         return Image.open(path)
     decoded = _decode_base64(stored) if len(stored) >= 64 else b""
     if not decoded:
-        advice = "Paths are relative to the data file's folder."
-        raise UserError(f"there is no image file {str(path)[:500]}.", where, advice)
-    return Image.open(io.BytesIO(decoded))
+        advice = "Relative paths start from the data file's folder, or from image_folder."
+        raise UserError(f"there is no image file {str(path)[:500]}.", where, advice, kind="missing image file")
+    return _open_bytes(decoded, where, rules)
+
+
+def _open_bytes(data: bytes, where: str, rules: ImageRules) -> Image.Image:
+    _check_bytes(len(data), where, rules)
+    return Image.open(io.BytesIO(data))
+
+
+def _check_bytes(size: int, where: str, rules: ImageRules) -> None:
+    if size > rules.max_bytes:
+        raise UserError(
+            f"the image has {size / 1e6:.1f} MB, more than max_image_megabytes {rules.max_bytes / 1e6:g}.",
+            where,
+            "Make it smaller, drop the row, or raise max_image_megabytes.",
+            kind="image too large",
+        )
+
+
+def _check_place(path: Path, start: Path, where: str, rules: ImageRules) -> None:
+    """A data file must not make a run read, and a model learn, what lies elsewhere on the machine."""
+    real = os.path.realpath(path)
+    if not rules.allow_outside and os.path.commonpath([real, os.path.realpath(start)]) != os.path.realpath(start):
+        raise UserError(
+            f"the image {str(path)[:500]} lies outside {'image_folder' if rules.folder else 'the folder'} {start}.",
+            where,
+            "Set image_folder to a folder that holds all images, or allow_outside_paths true.",
+            kind="image outside image_folder",
+        )
 
 
 def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error:
+    except (binascii.Error, ValueError):
         return b""
 
 
-def _reason(error: Exception) -> str:
+def _unreadable(error: BaseException, where: str) -> UserError:
     if isinstance(error, UnidentifiedImageError):
-        return "it is not in a known image format"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "it is not in a known image format"
+    else:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(
+        f"the image cannot be read: {reason}.", where, "Replace it or drop the row.", kind="unreadable image"
+    )

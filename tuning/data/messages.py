@@ -1,59 +1,142 @@
-"""The text column of a row → checked messages in one canonical shape."""
+"""The text of a row → checked messages in one canonical shape, and the images that go with them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tuning.errors import UserError
 
 ROLES = ("system", "user", "assistant")
-PART_TYPES = ("text", "image")
+ROLES_OF_FROM = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+IMAGE_STRING = "<image>"  # how LLaVA's files mark an image within text, whatever the model's own token is
+IMAGE_KEYS = ("image", "path", "url", "base64", "image_url")
 
 Message = dict[str, Any]
 """`{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"}, …]}`"""
 
 
-def read_messages(value: Any, where: str) -> list[Message]:
+@dataclass(frozen=True)
+class Conversation:
+    """Canonical `messages` and the stored images of their image parts, in order.
+
+    `trained_from`: the first message whose answer is trained; what an assistant says before it is context.
+    """
+
+    messages: list[Message]
+    images: list[Any]
+    trained_from: int = 0
+
+
+def read_messages(value: Any, where: str, *, image_strings: bool = False) -> list[Message]:
     """Check the messages of a row and give each a list of parts as its content.
 
-    Empty values that Arrow adds and unknown keys of a part are dropped. Raises `UserError` naming message and part
-    for an unknown role or part type, missing text, an empty answer, or a conversation without an assistant turn.
+    Takes `role` and `content`, or `from` and `value` (LLaVA, ShareGPT). Empty values that Arrow adds and unknown keys
+    of a part are dropped. An image part that brings its image keeps it as `source`. With `image_strings`, `<image>` in
+    text becomes an image part. Raises `UserError` naming message and part for an unknown role or part type, missing
+    text, an empty answer, or a conversation without an assistant turn.
     """
     if not isinstance(value, (list, tuple)) or not value:
-        raise UserError(f"expected a list of messages, found {_brief(value)}.", where)
-    messages = [_read_message(message, f"{where}, message {index}") for index, message in enumerate(value)]
+        raise UserError(f"expected a list of messages, found {_brief(value)}.", where, kind="no messages")
+    messages = [
+        _read_message(message, f"{where}, message {index}", image_strings) for index, message in enumerate(value)
+    ]
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError("has no assistant turn, so there is nothing to train.", where, "Add an answer or drop the row.")
+        raise UserError(
+            "has no assistant turn, so there is nothing to train.",
+            where,
+            "Add an answer or drop the row.",
+            kind="no answer",
+        )
     return messages
 
 
-def _read_message(message: Any, where: str) -> Message:
+def _read_message(message: Any, where: str, image_strings: bool) -> Message:
     if not isinstance(message, dict):
-        raise UserError(f"expected an object with role and content, found {_brief(message)}.", where)
+        raise UserError(
+            f"expected an object with role and content, found {_brief(message)}.", where, kind="malformed message"
+        )
     role, content = message.get("role"), message.get("content")
+    if message.get("from") is not None:
+        role, content = ROLES_OF_FROM.get(message["from"], message["from"]), message.get("value")
     if role not in ROLES:
-        raise UserError(f"unknown role {role!r}.", where, f"Use one of {', '.join(ROLES)}.")
+        raise UserError(f"unknown role {role!r}.", where, f"Use one of {', '.join(ROLES)}.", kind="unknown role")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
-        raise UserError(f"content must be text or a list of parts, found {_brief(content)}.", where)
+        raise UserError(
+            f"content must be text or a list of parts, found {_brief(content)}.", where, kind="malformed content"
+        )
     parts = [_read_part(part, f"{where}, part {index}") for index, part in enumerate(content)]
+    if image_strings:
+        parts = [piece for part in parts for piece in split_image_strings(part)]
     if role == "assistant" and not "".join(part.get("text", "") for part in parts).strip():
-        raise UserError("the assistant's answer is empty.", where, "Fill it in or drop the row.")
+        raise UserError("the assistant's answer is empty.", where, "Fill it in or drop the row.", kind="empty answer")
     if not parts:
-        raise UserError("content is empty.", where)
+        raise UserError("content is empty.", where, "Fill it in or drop the row.", kind="empty content")
     return {"role": role, "content": parts}
 
 
-def _read_part(part: Any, where: str) -> dict[str, str]:
+def _read_part(part: Any, where: str) -> dict[str, Any]:
     if not isinstance(part, dict):
-        raise UserError(f"expected an object with a type, found {_brief(part)}.", where)
+        raise UserError(f"expected an object with a type, found {_brief(part)}.", where, kind="malformed part")
     kind = part.get("type")
-    if kind not in PART_TYPES:
-        raise UserError(f"unknown part type {kind!r}.", where, f"Use one of {', '.join(PART_TYPES)}.")
-    if kind == "image":
-        return {"type": "image"}
+    if kind in ("image", "image_url"):
+        source = find_source(part)
+        if kind == "image_url" and source is None:
+            raise UserError(
+                f"an image_url part needs image_url, found {_brief(part.get('image_url'))}.",
+                where,
+                kind="malformed part",
+            )
+        return {"type": "image"} if source is None else {"type": "image", "source": source}
+    if kind != "text":
+        raise UserError(
+            f"unknown part type {kind!r}.", where, "Use one of text, image, image_url.", kind="unknown part type"
+        )
     if not isinstance(part.get("text"), str):
-        raise UserError(f"a text part needs text, found {_brief(part.get('text'))}.", where)
+        raise UserError(f"a text part needs text, found {_brief(part.get('text'))}.", where, kind="malformed part")
     return {"type": "text", "text": part["text"]}
+
+
+def find_source(part: dict) -> Any:
+    """The image that an image part brings itself, in a form that `load_image` reads; None where it brings none."""
+    key = next((key for key in IMAGE_KEYS if part.get(key) not in (None, "")), None)
+    if key is None:
+        return None
+    source = part[key]
+    if key == "image_url" and isinstance(source, dict):
+        return source.get("url") or None
+    return f"data:;base64,{source}" if key == "base64" else source
+
+
+def split_image_strings(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """A text part as text and image parts, divided at `<image>`; one line break beside each mark goes with it."""
+    if part["type"] != "text" or IMAGE_STRING not in part["text"]:
+        return [part]
+    first, *others = part["text"].split(IMAGE_STRING)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
+    for text in others:
+        if not text.startswith("\n"):
+            parts[-1] = {**parts[-1], "text": parts[-1]["text"].removesuffix("\n")}
+        parts += [{"type": "image"}, {"type": "text", "text": text.removeprefix("\n")}]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def take_images(messages: list[Message], stored: Sequence[Any]) -> tuple[list[Message], list[Any]]:
+    """Match image parts with images: a part's own, else the next of `stored`, the row's image column.
+
+    Returns canonical messages and the images in the order of their parts. Images of the column that no part asks for
+    stand at the end, so that parts and images differ in number.
+    """
+    column, images = iter(stored), list[Any]()
+    bare = []
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] == "image":
+                image = part["source"] if "source" in part else next(column, None)
+                images += [] if image is None else [image]
+        bare.append({**message, "content": [{k: v for k, v in p.items() if k != "source"} for p in message["content"]]})
+    return bare, [*images, *column]
 
 
 def count_images(messages: list[Message]) -> int:

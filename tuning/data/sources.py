@@ -3,8 +3,9 @@
 import bisect
 import itertools
 import json
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError
 from datasets.features import Image, List
+from tqdm import tqdm
 
+from tuning.data.formats import RowFormat, detect_format
 from tuning.errors import UserError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+LOOKED_AT = 16  # first rows from which the form is read
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -25,20 +29,35 @@ SPLIT_WORDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it is stored: images are not decoded. `where` names its file and 0-based number in it."""
+    """One row as it is stored: images are not decoded. `where` names its file and its 0-based `number` in it."""
 
     columns: Mapping[str, Any]
-    where: str
-    folder: Path | None
+    file: str
+    number: int
+    folder: Path | None = None
+    form: RowFormat = RowFormat()
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}, row {self.number}"
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one file (or hub dataset), and the folder that relative image paths start from."""
+    """The rows of one file (or hub dataset), the folder that relative image paths start from, and their form."""
 
     name: str
-    rows: datasets.Dataset
+    rows: Any  # datasets.Dataset, or IterableDataset where rows are streamed
     folder: Path | None
+    form: RowFormat = RowFormat()
+
+    @property
+    def size(self) -> int:
+        """The number of rows; 0 where they are streamed and it is not known."""
+        return len(self.rows) if isinstance(self.rows, datasets.Dataset) else 0
+
+    def row(self, number: int, columns: Mapping[str, Any]) -> Row:
+        return Row(columns, self.name, number, self.folder, self.form)
 
 
 class Source:
@@ -46,7 +65,7 @@ class Source:
 
     def __init__(self, parts: list[Part]):
         self.parts = parts
-        self._ends = list(itertools.accumulate(len(part.rows) for part in parts))
+        self._ends = list(itertools.accumulate(part.size for part in parts))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -55,11 +74,94 @@ class Source:
         number = bisect.bisect_right(self._ends, index)
         part = self.parts[number]
         row = index - (self._ends[number - 1] if number else 0)
-        return Row(part.rows[row], f"{part.name}, row {row}", part.folder)
+        return part.row(row, part.rows[row])
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
+
+    def text_lengths(self) -> list[int]:
+        """The length of every row's text in characters; no image is opened."""
+        lengths = list[int]()
+        with tqdm(total=len(self), desc="measuring rows", unit="row") as progress:
+            for part in self.parts:
+                for columns in part.rows.select_columns(list(part.form.text_fields)):
+                    lengths.append(sum(len(str(value)) for value in columns.values()))
+                    progress.update()
+        return lengths
 
     def identity(self) -> list[list]:
         """Name and number of rows of every part: what tells changed data from the same data."""
         return [[part.name, len(part.rows)] for part in self.parts]
+
+
+class Mixture:
+    """Several sources behind one index, drawn from by weight.
+
+    An epoch is as long as it takes to see every row once at these proportions: the source that is largest for its
+    weight is passed once, and the others are repeated from their start.
+    """
+
+    def __init__(self, sources: list[Source], weights: list[float]):
+        self.sources, self.weights = sources, weights
+        passes = max(len(source) / weight for source, weight in zip(sources, weights, strict=True))
+        self.draws = [max(1, round(weight * passes)) for weight in weights]
+        self._ends = list(itertools.accumulate(self.draws))
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for source in self.sources for part in source.parts]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Row:
+        number = bisect.bisect_right(self._ends, index)
+        source = self.sources[number]
+        return source[(index - (self._ends[number - 1] if number else 0)) % len(source)]
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
+
+    def text_lengths(self) -> list[int]:
+        pairs = zip(self.sources, self.draws, strict=True)
+        return [n for source, draws in pairs for n in itertools.islice(itertools.cycle(source.text_lengths()), draws)]
+
+    def identity(self) -> list[list]:
+        return [entry for source in self.sources for entry in source.identity()]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows that are read one after the other; their number is not known. `weights`: of the parts, or None."""
+
+    parts: list[Part]
+    weights: list[float] | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        return itertools.chain.from_iterable(map(_read_part, self.parts))
+
+    def one_epoch(self, choose: random.Random) -> Iterator[Row]:
+        """All rows in order, or drawn by weight until each part has been read to its end once."""
+        if self.weights is None:
+            yield from self
+            return
+        readers = [_read_part(part) for part in self.parts]
+        unfinished = set(range(len(readers)))
+        while unfinished:
+            number = choose.choices(range(len(readers)), self.weights)[0]
+            row = next(readers[number], None)
+            if row is None:
+                unfinished.discard(number)
+                readers[number] = _read_part(self.parts[number])
+                continue
+            yield row
+
+    def identity(self) -> list[list]:
+        return [[part.name] for part in self.parts]
+
+
+def _read_part(part: Part) -> Iterator[Row]:
+    return (part.row(number, columns) for number, columns in enumerate(part.rows))
 
 
 def open_source(
@@ -69,28 +171,30 @@ def open_source(
     image_field: str,
     split: str | None = None,
     config_name: str | None = None,
+    streaming: bool = False,
 ) -> Source:
     """Open `path`: a .json/.jsonl/.parquet/.arrow file, a folder of them, a `save_to_disk` folder, or a hub id.
 
-    JSON and parquet are converted to Arrow once, by `datasets`, and memory-mapped from then on. Raises `UserError`
-    when there is nothing to read, a file is broken, or a column is missing.
+    JSON and parquet are converted to Arrow once, by `datasets`, and memory-mapped from then on; with `streaming` they
+    are read as they are, and the parts have no length. Raises `UserError` when there is nothing to read, a file is
+    broken, or a column is missing.
     """
     local = Path(path).expanduser()
     if local.is_file():
-        parts = [_open_file(local, path)]
+        parts = [_open_file(local, path, streaming)]
     elif local.is_dir() and ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
-        parts = [_open_saved(local, split)]
+        parts = [_open_saved(local, split, streaming)]
     elif local.is_dir():
-        parts = [_open_file(file, str(file)) for file in _files_of_split(local, split or "train")]
+        parts = [_open_file(file, str(file), streaming) for file in _files_of_split(local, split or "train")]
     else:
-        parts = [_open_hub(path, split or "train", config_name)]
+        parts = [_open_hub(path, split or "train", config_name, streaming)]
     prepared = [_prepare(part, text_field, image_field) for part in parts]
-    if not sum(len(part.rows) for part in prepared):
+    if not streaming and not sum(len(part.rows) for part in prepared):
         raise UserError("has no rows.", where=path)
     return Source(prepared)
 
 
-def _open_file(file: Path, name: str) -> Part:
+def _open_file(file: Path, name: str, streaming: bool) -> Part:
     builder = BUILDERS.get(file.suffix)
     if builder is None:
         raise UserError(
@@ -101,8 +205,9 @@ def _open_file(file: Path, name: str) -> Part:
     try:
         if builder == "arrow":
             rows = datasets.Dataset.from_file(str(file))
+            rows = rows.to_iterable_dataset() if streaming else rows
         else:
-            rows = datasets.load_dataset(builder, data_files=[str(file)], split="train")
+            rows = datasets.load_dataset(builder, data_files=[str(file)], split="train", streaming=streaming)
     except (DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
         raise _unreadable(file, name, error) from error
     return Part(name, rows, file.parent)
@@ -141,12 +246,13 @@ def _split_in_name(path: Path) -> str | None:
     return next((split for split, aliases in SPLIT_WORDS.items() if words & set(aliases)), None)
 
 
-def _open_saved(folder: Path, split: str | None) -> Part:
+def _open_saved(folder: Path, split: str | None, streaming: bool) -> Part:
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, IndexError) as error:  # IndexError: saved without a row
         raise UserError(f"cannot be read as a saved dataset: {error}.", where=str(folder)) from error
-    return Part(str(folder), _pick_split(saved, str(folder), split or "train"), folder)
+    rows = _pick_split(saved, str(folder), split or "train")
+    return Part(str(folder), rows.to_iterable_dataset() if streaming else rows, folder)
 
 
 def _pick_split(loaded: datasets.Dataset | datasets.DatasetDict, name: str, split: str) -> datasets.Dataset:
@@ -157,9 +263,9 @@ def _pick_split(loaded: datasets.Dataset | datasets.DatasetDict, name: str, spli
     return loaded[split]
 
 
-def _open_hub(name: str, split: str, config_name: str | None) -> Part:
+def _open_hub(name: str, split: str, config_name: str | None, streaming: bool) -> Part:
     try:
-        rows = datasets.load_dataset(name, config_name, split=split)
+        rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -167,22 +273,30 @@ def _open_hub(name: str, split: str, config_name: str | None) -> Part:
             where=name,
             fix="Check the name, dataset_config_name and dataset_split.",
         ) from error
-    return Part(name, rows, None)
+    return Part(name, rows, Path(datasets.config.HF_CACHE_HOME))  # where downloaded image files lie
 
 
 def _prepare(part: Part, text_field: str, image_field: str) -> Part:
-    """Check the columns, and keep images as stored bytes or paths: they are decoded row by row in the workers."""
-    columns = part.rows.column_names
-    for option, field in (("dataset_text_field", text_field), ("dataset_image_field", image_field)):
-        if field not in columns:
-            raise UserError(f"has no column '{field}'; it has: {', '.join(columns)}.", part.name, f"Set {option}.")
-    rows = part.rows.select_columns([text_field, image_field])
-    feature = rows.features[image_field]
-    if isinstance(feature, Image):
-        rows = _relabel(rows, image_field, Image(decode=False))
-    elif isinstance(feature, List) and isinstance(feature.feature, Image):
-        rows = _relabel(rows, image_field, List(Image(decode=False)))
-    return Part(part.name, rows, part.folder)
+    """Find the form of the rows, and keep images as stored bytes or paths: they are decoded one by one, later."""
+    streaming = isinstance(part.rows, datasets.IterableDataset)
+    rows = _undecoded(part.rows)
+    first = list(rows.take(LOOKED_AT)) if streaming else list(rows.select(range(min(LOOKED_AT, len(rows)))))
+    names = list(first[0]) if streaming and first else rows.column_names or []
+    form = detect_format(names, first, text_field=text_field, image_field=image_field, where=part.name)
+    return Part(part.name, rows.select_columns(form.columns), part.folder, form)
+
+
+def _undecoded(rows: Any) -> Any:
+    for name, feature in (rows.features or {}).items():
+        plain = None
+        if isinstance(feature, Image):
+            plain = Image(decode=False)
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            plain = List(Image(decode=False))
+        if plain is not None:
+            streaming = isinstance(rows, datasets.IterableDataset)
+            rows = rows.cast_column(name, plain) if streaming else _relabel(rows, name, plain)
+    return rows
 
 
 def _relabel(rows: datasets.Dataset, field: str, feature: Any) -> datasets.Dataset:

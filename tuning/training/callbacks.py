@@ -4,9 +4,10 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback
+
+from tuning.data.encode import Skipped
 
 LOG_FILE = "training_logs.jsonl"
 SKIPPED_FILE = "skipped_rows.jsonl"
@@ -35,9 +36,9 @@ class JsonLinesLog(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def append_skipped(output_dir: str | os.PathLike, rows: Iterable[tuple[str, str]]) -> None:
-    """Append `{"row", "reason"}` lines to `skipped_rows.jsonl`."""
-    with open(Path(output_dir, SKIPPED_FILE), "a") as file:
-        for where, reason in rows:
-            entry: dict[str, Any] = {"row": where, "reason": reason}
-            file.write(json.dumps(entry) + "\n")
+def append_skipped(output_dir: str | os.PathLike, rows: Iterable[Skipped]) -> None:
+    """Append `{"row", "field", "reason"}` lines to `skipped_rows.jsonl`; `row` counts from 0 in its file."""
+    with open(Path(output_dir, SKIPPED_FILE), "a", encoding="utf-8") as file:
+        for skipped in rows:
+            entry = {"row": skipped.row, "field": skipped.field, "reason": skipped.reason}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")

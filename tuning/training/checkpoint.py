@@ -16,7 +16,10 @@ IDENTITY_FILE = "run_identity.json"
 COMPLETE_FILE = ".complete"
 STATE_FILE = "trainer_state.json"  # transformers writes it after everything else of a checkpoint
 
-SAME_DATA = ("training_data_path", "dataset_text_field", "dataset_image_field", "dataset_split", "dataset_config_name")
+SAME_DATA = (
+    *("training_data_path", "dataset_text_field", "dataset_image_field", "dataset_split", "dataset_config_name"),
+    *("streaming", "on_bad_row", "image_folder"),
+)
 SAME_ENCODING = ("max_seq_length", "overlong_rows", "max_images_per_sample", "assistant_only_loss", "chat_template")
 SAME_MODEL = ("model_name_or_path", "dtype", "processor_kwargs")
 SAME_FREEZING = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
@@ -31,9 +34,13 @@ def run_identity(config: RunConfig, *, rows: list, architecture: str) -> dict[st
     lora = SAME_LORA if config.lora.peft_method else ("peft_method",)
     same = {name: options[name] for name in (*SAME_MODEL, *SAME_FREEZING, *lora, *SAME_DATA, *SAME_ENCODING)}
     schedule = {name: options[name] for name in SCHEDULE}
-    today = config.data.date_string or date.today().strftime("%d %b %Y")
-    same |= {"rows": rows, "architecture": architecture, "schedule": schedule, "date_string": today}
+    same |= {"rows": rows, "architecture": architecture, "schedule": schedule, "date_string": run_date(config)}
     return json.loads(json.dumps(same))  # as it comes back from disk: tuples are lists
+
+
+def run_date(config: RunConfig) -> str:
+    """The date that templates write as today's: the user's, else today's."""
+    return config.data.date_string or date.today().strftime("%d %b %Y")
 
 
 def check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -59,6 +66,7 @@ class Progress:
     """How far an earlier run in the same output_dir came. `folder`: its last complete checkpoint, if any."""
 
     folder: Path | None = None
+    global_step: int = 0
     finished_steps: int | None = None
     trained_to_end: bool = False
     date_string: str | None = None
@@ -104,13 +112,12 @@ def find_progress(config: RunConfig, identity: dict[str, Any]) -> Progress:
 
 
 def _progress_at(folder: Path, identity: dict[str, Any], notes: tuple[str, ...] = ()) -> Progress:
-    before = read_json(folder / IDENTITY_FILE)
+    before, state = read_json(folder / IDENTITY_FILE), read_json(folder / STATE_FILE) or {}
     if before is None:  # written by another tool: nothing to compare
-        return Progress(folder, notes=notes)
+        return Progress(folder, state["global_step"], notes=notes)
     check_identity(folder, before, identity)
-    state = read_json(folder / STATE_FILE) or {}
     at_end = before["schedule"] == identity["schedule"] and state["global_step"] >= state["max_steps"]
-    return Progress(folder, trained_to_end=at_end, date_string=before["date_string"], notes=notes)
+    return Progress(folder, state["global_step"], trained_to_end=at_end, date_string=before["date_string"], notes=notes)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -141,10 +148,15 @@ def remove_earlier_run(output_dir: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write as JSON, in one piece like `write_text`."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write so that a reader sees the old or the new file, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

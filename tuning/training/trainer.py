@@ -1,6 +1,6 @@
 """A thin `transformers.Trainer`: counts supervised tokens, stops on bad rows and bad numbers, and resumes for real."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +8,19 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from tuning.console import say
 from tuning.data.batching import LengthGroupedRows
 from tuning.data.collator import BatchFacts
+from tuning.data.encode import Skipped
 from tuning.errors import UserError
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.callbacks import SKIPPED_FILE, JsonLinesLog, append_skipped
 from tuning.training.checkpoint import IDENTITY_FILE, STATE_FILE, write_json
 from tuning.training.meter import Meter
+
+FEW_STREAMED_ROWS = 1000  # a share of fewer streamed rows says little
 
 
 class SupervisedTrainer(Trainer):
@@ -30,9 +33,12 @@ class SupervisedTrainer(Trainer):
         identity: dict[str, Any],
         learning_rates: dict[str, float | None],
         image_limit: int | None = None,
+        max_bad_fraction: float = 0.0,
+        eval_collator: Callable | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.eval_collator = eval_collator
         self.parts, self.identity, self.learning_rates = parts, identity, learning_rates
         self.image_rule = (
             "only the first image is used" if image_limit == 1 else f"only the first {image_limit} images are used"
@@ -41,7 +47,9 @@ class SupervisedTrainer(Trainer):
         self._loss_shifts_labels = True
         self.meter = Meter()
         self.dropped_images = 0
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, Skipped] = {}
+        self.cut_rows: set[str] = set()
+        self.max_bad_fraction, self.rows_seen = max_bad_fraction, 0
         self._rows_of_batches: list[list[str]] = []
         self._rows_of_step: list[str] = []
         self.add_callback(_EndOfStep(self.meter))
@@ -51,7 +59,11 @@ class SupervisedTrainer(Trainer):
         return self._with_own_generator(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        return self._with_own_generator(super().get_eval_dataloader(eval_dataset))
+        collator: Callable = self.data_collator
+        self.data_collator = self.eval_collator or collator  # streamed rows are encoded by theirs
+        loader = super().get_eval_dataloader(eval_dataset)
+        self.data_collator = collator
+        return self._with_own_generator(loader)
 
     def _with_own_generator(self, loader: DataLoader) -> DataLoader:
         """Keep a loader from drawing its workers' seed from the generator that dropout draws from.
@@ -70,7 +82,7 @@ class SupervisedTrainer(Trainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedRows(rows.estimate_lengths(), group, seed)
+        return LengthGroupedRows(rows.source.text_lengths(), group, seed)
 
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
@@ -91,11 +103,26 @@ class SupervisedTrainer(Trainer):
         if facts.dropped_images and not self.dropped_images:
             say(f"A row has more images than this model takes: {self.image_rule}. The count follows at the end.")
         self.dropped_images += facts.dropped_images
-        new = [(where, reason) for where, reason in facts.skipped if where not in self.skipped]
+        self.cut_rows.update(facts.cut)
+        self.rows_seen += len(facts.rows)
+        new = {where: skipped for where, skipped in facts.skipped.items() if where not in self.skipped}
         if new:
-            append_skipped(self.args.output_dir, new)
+            append_skipped(self.args.output_dir, new.values())
             self.skipped.update(new)
+            self._stop_at_too_many_bad_rows()
         return facts
+
+    def _stop_at_too_many_bad_rows(self) -> None:
+        bad = [skipped for skipped in self.skipped.values() if skipped.bad]
+        known = has_length(self.train_dataset)
+        rows = len(self.train_dataset) if known else max(self.rows_seen, FEW_STREAMED_ROWS)
+        if len(bad) > self.max_bad_fraction * rows / self.args.world_size:
+            raise UserError(
+                f"{len(bad)} of {rows} rows{'' if known else ' so far'} are bad, more than max_bad_fraction"
+                f" {self.max_bad_fraction:g}; the last one: {bad[-1].reason}",
+                str(Path(self.args.output_dir, SKIPPED_FILE)),
+                "Mend them (vlm-tuning check lists all), or raise max_bad_fraction.",
+            )
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """One forward and backward; a loss that is no number ends the run before it can reach the weights."""
@@ -163,6 +190,8 @@ class SupervisedTrainer(Trainer):
             say(f"{self.image_rule}: {self.dropped_images} further images were left out.")
         if self.skipped:
             say(f"{len(self.skipped)} rows were left out; {Path(self.args.output_dir, SKIPPED_FILE)} names them.")
+        if self.cut_rows:
+            say(f"The answers of {len(self.cut_rows)} rows were cut to max_seq_length.")
 
     def restore(self, checkpoint: Path) -> None:
         """Take state and final weights, the best ones where those were asked for, without training."""

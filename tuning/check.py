@@ -1,0 +1,282 @@
+"""`vlm-tuning check`: what will the model see, and is anything wrong? Reads every row, trains nothing."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedConfig
+
+from tuning.config.arguments import RunConfig
+from tuning.config.parse import build_config, describe_options, read_options
+from tuning.console import say
+from tuning.data.collator import probe_collator
+from tuning.data.encode import Encoder
+from tuning.data.measure import CHUNK, Measured, RowMeter, measure_rows
+from tuning.data.sources import Part, Row, Stream
+from tuning.errors import UserError, exit_code_of
+from tuning.model import load
+from tuning.model.fsdp import find_wrap_classes
+from tuning.model.parts import find_parts, parameter_table
+from tuning.preview.estimates import Lengths, count_processes, estimate_run
+from tuning.preview.memory import MemoryEstimate, estimate_memory
+from tuning.preview.page import render_page
+from tuning.preview.report import Problem, Report
+from tuning.preview.rows import show_row
+from tuning.sft_trainer import (
+    find_lora_targets,
+    make_encoder,
+    open_rows,
+    open_validation_rows,
+    pick_attention,
+    prepare_model,
+)
+from tuning.training.checkpoint import run_date, write_json, write_text
+
+SHOWN_PER_KIND = 3
+
+
+@dataclass
+class Findings:
+    """What was measured, growing by a chunk of rows at a time; figures of good rows are plain numbers to stay small."""
+
+    parts: list[Part]
+    problems: list[Problem] = field(default_factory=list)
+    figures: list[np.ndarray] = field(default_factory=list)
+    image_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, chunk: Iterable[Measured]) -> None:
+        good = []
+        for row in chunk:
+            self.counts["rows"] += 1
+            if row.error is not None:
+                error = row.error
+                self.counts["bad_rows"] += 1
+                kind = error.kind or "other"
+                self.problems.append(Problem(kind, row.number, error.field, str(error), self.parts[row.part].name))
+                continue
+            self.image_sizes.update(row.image_sizes)
+            self.counts.update(
+                images=len(row.image_sizes),
+                dropped_images=row.dropped_images,
+                rows_left_out=row.left_out,
+                rows_cut=row.cut,
+                rows_with_control_tokens=row.has_controls,
+            )
+            if not row.left_out:
+                good.append((row.part, row.number, row.tokens, row.image_tokens, row.supervised_tokens))
+        self.figures.append(np.array(good, dtype=np.int32).reshape(-1, 5))
+
+    def lengths(self) -> Lengths:
+        return Lengths(*np.concatenate([np.empty((0, 5), np.int32), *self.figures]).T)
+
+
+def check(config: RunConfig) -> Report:
+    """Look at all rows as training would, estimate the run, and write `check.json` and `check.html`."""
+    for note in config.notes:
+        say(note)
+    model_config = load.load_config(config.model)
+    processor = load.load_processor(config.model, model_config)
+    encoder = make_encoder(config, processor, model_config, run_date(config))
+    source = open_rows(config)
+    meter = RowMeter(encoder, decode_images=config.check.decode_images)
+    findings = measure_all(config, source, meter)
+    validation = None
+    if config.data.validation_data_path:
+        validation = measure_all(config, open_validation_rows(config), meter)
+    lengths = findings.lengths()
+    rows = find_rows(source, lengths)
+    samples = [show_row(rows(index), encoder) for index in lengths.spread(config.check.sample_rows)]
+    memory, settings = describe_model(config, model_config, encoder, [rows(i) for i in heaviest(config, lengths)])
+    totals = {**count_totals(findings, lengths), **{f"validation_{k}": v for k, v in _few(validation).items()}}
+    report = Report(
+        model=config.model.model_name_or_path,
+        data=", ".join(dict.fromkeys(part.name for part in findings.parts)),
+        totals=totals,
+        problems=[*findings.problems, *(validation.problems if validation else [])],
+        lengths=lengths.by_role(),
+        image_sizes=findings.image_sizes,
+        padding=lengths.padding_shares(config.training.per_device_train_batch_size, config.training.seed),
+        estimates=estimate_run(config, source, lengths, memory),
+        settings=settings,
+        warnings=find_warnings(findings, encoder),
+        samples=samples,
+    )
+    write_report(report, Path(config.training.output_dir))
+    return report
+
+
+def measure_all(config: RunConfig, source: Any, meter: RowMeter) -> Findings:
+    """Measure every row, or the first `max_rows`, with a progress bar."""
+    findings, limit = Findings(source.parts), config.check.max_rows
+    known = sum(part.size for part in source.parts)
+    total = min(known, limit or known) if known else limit
+    if isinstance(source, Stream):
+        chunks = _measure_stream(source, meter, limit)
+    else:
+        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+        few = total is not None and total <= 4 * CHUNK  # starting processes would take longer
+        chunks = measure_rows(source.parts, meter, limit=limit, workers=0 if few else workers)
+    with tqdm(total=total, desc="checking rows", unit="row") as progress:
+        for chunk in chunks:
+            findings.add(chunk)
+            progress.update(len(chunk))
+    return findings
+
+
+def _measure_stream(source: Stream, meter: RowMeter, limit: int | None) -> Iterable[list[Measured]]:
+    numbers = {id(part.rows): number for number, part in enumerate(source.parts)}
+    for count, (number, row) in enumerate(
+        (number, part.row(index, columns))
+        for part in source.parts
+        for number in [numbers[id(part.rows)]]
+        for index, columns in enumerate(part.rows)
+    ):
+        if limit is not None and count >= limit:
+            return
+        yield meter.measure([(number, row)])
+
+
+def find_rows(source: Any, lengths: Lengths):
+    """A function from a position in `lengths` to its row."""
+
+    def find(index: int) -> Row:
+        part, number = source.parts[lengths.part[index]], int(lengths.number[index])
+        if isinstance(source, Stream):
+            return part.row(number, next(iter(part.rows.skip(number))))
+        return part.row(number, part.rows[number])
+
+    return find
+
+
+def heaviest(config: RunConfig, lengths: Lengths) -> list[int]:
+    """The rows of the batch that needs the most memory."""
+    order = np.argsort(-lengths.tokens, kind="stable")[: config.training.per_device_train_batch_size]
+    if not len(order):
+        return []
+    return [int(order[i % len(order)]) for i in range(config.training.per_device_train_batch_size)]
+
+
+def describe_model(
+    config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder, rows: list[Row]
+) -> tuple[MemoryEstimate | None, dict[str, str]]:
+    """What trains and how, read from a model without weights, and the memory that a step on `rows` needs."""
+    targets = find_lora_targets(config, model_config) if config.lora.peft_method else []
+    attention, reason = pick_attention(config, model_config)
+    model_config._attn_implementation = attention if attention != "flash_attention_2" else "sdpa"
+    skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
+    parts, classes = find_parts(skeleton), find_wrap_classes(skeleton)
+    model = prepare_model(skeleton, config, targets)
+    settings = {
+        "parts": parameter_table(model, parts),
+        "attention": reason.removeprefix("Attention: "),
+        "FSDP would wrap": ", ".join(classes) or "nothing: no class of layers was found",
+        "end of an answer": repr(encoder.chat.end_of_turn),
+        "overlong rows": f"max_seq_length {encoder.max_seq_length}, overlong_rows {config.data.overlong_rows}",
+    }
+    if not rows:
+        return None, settings
+    batch = probe_collator(encoder.processor)([encoder.encode(row) for row in rows])
+    del batch["facts"]
+    if attention == "flash_attention_2":
+        del batch["attention_mask"]
+    return estimate_memory(model, batch, config.training, processes=count_processes(config)), settings
+
+
+def count_totals(findings: Findings, lengths: Lengths) -> dict[str, int]:
+    counts = findings.counts
+    return {
+        "rows": counts["rows"],
+        "bad_rows": counts["bad_rows"],
+        "rows_left_out": counts["rows_left_out"],
+        "rows_cut": counts["rows_cut"],
+        "images": counts["images"],
+        "dropped_images": counts["dropped_images"],
+        "tokens": int(lengths.tokens.sum(dtype=np.int64)),
+        "image_tokens": int(lengths.image_tokens.sum(dtype=np.int64)),
+        "supervised_tokens": int(lengths.supervised_tokens.sum(dtype=np.int64)),
+    }
+
+
+def _few(validation: Findings | None) -> dict[str, int]:
+    return {name: validation.counts[name] for name in ("rows", "bad_rows")} if validation else {}
+
+
+def find_warnings(findings: Findings, encoder: Encoder) -> list[str]:
+    """What is no error, but deserves a look."""
+    counts, warnings = findings.counts, []
+    if split := encoder.find_split_prompt():
+        warnings.append(
+            f"The chat template's generation prompt ends in {split!r}, which training joins with the answer's first"
+            " word into one token: the model would be asked in another way than it was trained."
+        )
+    if counts["rows_with_control_tokens"]:
+        warnings.append(
+            f"{counts['rows_with_control_tokens']} rows hold control tokens ({encoder.processor.tokenizer.eos_token},"
+            " …) in their text; they are read as the text they are."
+        )
+    if counts["dropped_images"]:
+        warnings.append(f"{counts['dropped_images']} images are beyond the first {encoder.max_images} of their row.")
+    if counts["rows_left_out"]:
+        warnings.append(f"{counts['rows_left_out']} rows are longer than max_seq_length and would be left out.")
+    if counts["rows_cut"]:
+        warnings.append(f"The answers of {counts['rows_cut']} rows would be cut to fit max_seq_length.")
+    if encoder.chat.adds_end_token:
+        warnings.append(f"The chat template ends no answer; {encoder.chat.end_of_turn} is added to each.")
+    return warnings
+
+
+def write_report(report: Report, output_dir: Path) -> None:
+    """Write both files; the page is written last, so that it never belongs to other figures."""
+    try:
+        write_json(output_dir / "check.json", report.to_dict())
+        write_text(output_dir / "check.html", render_page(report))
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {output_dir}") from error
+
+
+def describe(report: Report, output_dir: str) -> str:
+    """What is printed at the end."""
+    lines = [f"{name}: {value}" if "\n" not in value else value for name, value in report.settings.items()]
+    lines += [f"{name.replace('_', ' ')}: {value:,.6g} ({how})" for name, (value, how) in report.estimates.items()]
+    lines += [f"{name.replace('_', ' ')}: {value:,}" for name, value in report.totals.items() if value]
+    lines += [f"Warning: {warning}" for warning in report.warnings]
+    for kind, problems in report.by_kind().items():
+        lines.append(f"{len(problems):,} × {kind}:")
+        lines += [f"  {problem.message}" for problem in problems[:SHOWN_PER_KIND]]
+        if len(problems) > SHOWN_PER_KIND:
+            lines.append(f"  … and {len(problems) - SHOWN_PER_KIND:,} more in check.json")
+    return "\n".join([*lines, f"Look at {Path(output_dir, 'check.html')}."])
+
+
+def run(argv: Sequence[str]) -> None:
+    """The whole command. Raises `UserError` where there is a problem, after everything is written and printed."""
+    config = build_config(read_options(argv))
+    report = check(config)
+    say(describe(report, config.training.output_dir))
+    if not report.is_clean:
+        raise UserError(
+            f"{report.totals['bad_rows'] + report.totals.get('validation_bad_rows', 0):,} rows cannot be trained.",
+            str(Path(config.training.output_dir, "check.json")),
+            "It names every one of them.",
+        )
+    say("No problems.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(describe_options())
+        return 0
+    return exit_code_of(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Rows → how many tokens each would have, from their text and the headers of their images, without decoding one."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from tuning.data.encode import Encoder, Prepared, overlaps
+from tuning.data.images import load_image, measure_image
+from tuning.data.sources import Part, Row
+from tuning.errors import UserError, blame_field
+
+CHUNK = 64  # rows that a worker measures at a time
+COMPARED_SIZES = ((640, 480), (333, 1000), (50, 40))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a row would be in training. `left_out`: longer than allowed, with `overlong_rows drop`; `cut`: shortened."""
+
+    part: int
+    number: int
+    tokens: int = 0
+    image_tokens: int = 0
+    supervised_tokens: int = 0
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    dropped_images: int = 0
+    has_controls: bool = False
+    left_out: bool = False
+    cut: bool = False
+    error: UserError | None = None
+
+
+class RowMeter:
+    """Measures rows exactly as an `Encoder` would encode them.
+
+    An image's tokens depend on its size only. They come from the processor's own formula where it has one that agrees
+    with what it does, else from processing a blank image of that size, once for each size.
+    """
+
+    def __init__(self, encoder: Encoder, *, decode_images: bool = False):
+        self.encoder, self.decode_images = encoder, decode_images
+        self._costs: dict[tuple[int, int], int] = {}
+        self._has_formula = all(self._formula(size) == self._process_blank(size) for size in COMPARED_SIZES)
+
+    def measure(self, rows: Sequence[tuple[int, Row]]) -> list[Measured]:
+        """Measure rows, each with the number of its part. A bad row has an `error` instead of figures."""
+        measured: list[Measured] = []
+        good: list[tuple[int, Prepared, list[tuple[int, int]]]] = []
+        for part, row in rows:
+            try:
+                prepared = self.encoder.prepare(row)
+                good.append((part, prepared, self._sizes(prepared)))
+            except UserError as error:
+                measured.append(Measured(part, row.number, error=error))
+        encoded = self._tokenize([prepared.chat.text for _, prepared, _ in good])
+        for (part, prepared, sizes), (ids, offsets) in zip(good, encoded, strict=True):
+            measured.append(self._count(part, prepared, sizes, ids, offsets))
+        return measured
+
+    def _sizes(self, prepared: Prepared) -> list[tuple[int, int]]:
+        row, rules = prepared.row, self.encoder.image_rules
+        places = zip(prepared.images, prepared.image_places, strict=True)
+        with blame_field(row.form.image_field or row.form.text_fields[0]):
+            if self.decode_images:
+                return [load_image(image, row.folder, place, rules).size for image, place in places]
+            return [measure_image(image, row.folder, place, rules) for image, place in places]
+
+    def _tokenize(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids `[T]` and character offsets `[T, 2]` of each text, image placeholders not expanded."""
+        controls, tokenizer = self.encoder.chat.controls, self.encoder.processor.tokenizer
+        plain = [text for text in texts if not controls.is_hidden_in(text)]
+        options = self.encoder.tokenizer_options(plain[0]) if plain else {}
+        batch = tokenizer(plain, return_offsets_mapping=True, **options) if plain else {}
+        together = zip(batch.get("input_ids", []), batch.get("offset_mapping", []), strict=True)
+        return [
+            self._tokenize_controls(text)
+            if controls.is_hidden_in(text)
+            else tuple(np.asarray(values) for values in next(together))
+            for text in texts
+        ]
+
+    def _tokenize_controls(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        controls, options = self.encoder.chat.controls, self.encoder.tokenizer_options(text)
+        made = controls.knowing_tokenizer([text], return_offsets_mapping=True, return_tensors="pt", **options)
+        revealed = controls.reveal(dict(made))
+        return revealed["input_ids"][0].numpy(), revealed["offset_mapping"][0].numpy()
+
+    def _count(self, part: int, prepared: Prepared, sizes: list, ids: np.ndarray, offsets: np.ndarray) -> Measured:
+        encoder, chat = self.encoder, prepared.chat
+        placeholders = ids == encoder.image_token_id
+        image_tokens = sum(self.image_cost(size) for size in sizes)
+        tokens = len(ids) - int(placeholders.sum()) + image_tokens
+        trained = overlaps(offsets, chat.spans) if encoder.assistant_only_loss else np.ones(len(ids), dtype=bool)
+        trained &= ~placeholders
+        trained[:1] = False
+        figures = dict(
+            tokens=tokens,
+            image_tokens=image_tokens,
+            supervised_tokens=int(trained.sum()),
+            image_sizes=sizes,
+            dropped_images=prepared.dropped_images,
+            has_controls=encoder.chat.controls.is_hidden_in(chat.text),
+        )
+        excess = tokens - encoder.max_seq_length
+        if excess > 0:
+            shortest = [max(0, int(overlaps(offsets, [content]).sum()) - 1) for content in chat.contents]
+            if encoder.overlong_rows == "truncate_text" and sum(shortest) >= excess:
+                kept = {"tokens": encoder.max_seq_length, "supervised_tokens": max(1, int(trained.sum()) - excess - 1)}
+                return Measured(part, prepared.row.number, **{**figures, **kept}, cut=True)
+            if encoder.overlong_rows == "drop":
+                return Measured(part, prepared.row.number, **figures, left_out=True)
+            return Measured(part, prepared.row.number, error=encoder.too_long(prepared, tokens))
+        if not trained.any():
+            return Measured(part, prepared.row.number, error=encoder.nothing_trained(prepared))
+        return Measured(part, prepared.row.number, **figures)
+
+    def image_cost(self, size: tuple[int, int]) -> int:
+        """Tokens that an image of (width, height) takes."""
+        if size not in self._costs:
+            self._costs[size] = self._formula(size) if self._has_formula else self._process_blank(size)
+        return self._costs[size]
+
+    def _formula(self, size: tuple[int, int]) -> int:
+        formula = getattr(self.encoder.processor, "_get_num_multimodal_tokens", None)
+        if formula is None:
+            return -1
+        return int(formula(image_sizes=[(size[1], size[0])])["num_image_tokens"][0])
+
+    def _process_blank(self, size: tuple[int, int]) -> int:
+        return self.encoder.count_image_tokens(Image.new("RGB", size))
+
+
+class _Chunks(Dataset):
+    """Runs of neighbouring rows, read as columns at once: row by row `datasets` takes several times as long."""
+
+    def __init__(self, parts: list[Part], meter: RowMeter, limit: int | None):
+        self.parts, self.meter = parts, meter
+        starts = [(p, start) for p, part in enumerate(parts) for start in range(0, part.size, CHUNK)]
+        self.chunks, left = [], limit if limit is not None else sum(part.size for part in parts)
+        for p, start in starts:
+            stop = min(start + CHUNK, parts[p].size, start + left)
+            left -= max(0, stop - start)
+            if stop > start:
+                self.chunks.append((p, start, stop))
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> list[Measured]:
+        p, start, stop = self.chunks[index]
+        part = self.parts[p]
+        columns = part.rows[start:stop]
+        rows = [
+            (p, part.row(start + offset, {name: values[offset] for name, values in columns.items()}))
+            for offset in range(stop - start)
+        ]
+        return self.meter.measure(rows)
+
+
+def measure_rows(parts: list[Part], meter: RowMeter, *, limit: int | None, workers: int) -> Iterator[list[Measured]]:
+    """Measure the rows of all parts, the first `limit` of them if given, in `workers` processes."""
+    chunks = _Chunks(parts, meter, limit)
+    loader = DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    return iter(loader)
+
+
+def _as_it_is(chunk: list[Measured]) -> list[Measured]:
+    return chunk

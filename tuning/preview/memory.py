@@ -1,0 +1,339 @@
+"""Peak device memory of a training step, found by running one without weights and counting tensors."""
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import Trainer, TrainingArguments
+
+from tuning.config.names import CHECKPOINTING, CHECKPOINTING_KWARGS
+from tuning.data.encode import IGNORED
+
+META = torch.device("meta")
+# What running a model without weights raises: no meta kernel, or a Python decision by the value of an unknown number.
+CANNOT_SIMULATE = (NotImplementedError, RuntimeError)
+CANNOT_BUILD = (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+_aten = torch.ops.aten
+_TAKES_INDICES = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
+# What autocast computes in half precision, and in float32, as far as these models call it.
+_HALF = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.addmm}
+_HALF |= {torch.conv1d, torch.conv2d, torch.conv3d, F.scaled_dot_product_attention}
+_FULL = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.cross_entropy}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of tensors on one device; what the allocator wastes and the CUDA context itself are not in them.
+
+    `weights`: parameters and buffers, under FSDP also those of the blocks that are gathered. `gradients` and
+    `optimizer`: all of them, as at the step. `activations`: what the peak has beyond these three: saved for the
+    backward, temporary, and the batch itself; `None` where it could not be found, and `peak` lacks it then.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+    peak: int
+
+
+def estimate_memory(
+    model: nn.Module, batch: dict[str, torch.Tensor], training: TrainingArguments, *, processes: int = 1
+) -> MemoryEstimate:
+    """The peak of the steps of a run on batches like `batch`, without loading a weight.
+
+    `model` is a skeleton on the meta device in the weights' dtype, prepared as for training; it is used up: its
+    precision, mode and gradients change. `batch` is what the collator made, without its facts, on the CPU. Leave out
+    its `attention_mask` for FlashAttention-2, which never builds a mask of tokens × tokens. `processes` above 1: FSDP
+    over so many devices.
+
+    The step really runs, forward and backward, on tensors without contents, and its live tensors are counted; a
+    second one where gradients are accumulated. The peak is the largest sum of weights, optimizer state, gradients and
+    activations at one moment.
+    """
+    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    if processes > 1 and half:
+        _raise_trained_weights(model)
+    weights = _bytes_of([*model.parameters(), *model.buffers()])
+    gathered = _gathered_bytes(model, half) if processes > 1 else 0
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    meter = _Meter(model, processes)
+    arithmetic = _DeviceArithmetic(half, meter.disown if processes > 1 else None)
+    try:
+        _simulate(model, batch, training, meter, arithmetic)
+        most: int | None = meter.peak
+    except CANNOT_SIMULATE:
+        most = None
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+    gradients = _bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
+    optimizer = _optimizer_bytes(trained, training)
+    held = weights // processes + gathered, gradients // processes, optimizer // processes
+    if most is None:
+        return MemoryEstimate(*held, activations=None, peak=sum(held))
+    peak = max(held[0] + held[2] + most, sum(held))
+    return MemoryEstimate(*held, activations=peak - sum(held), peak=peak)
+
+
+def _simulate(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    training: TrainingArguments,
+    meter: "_Meter",
+    arithmetic: "_DeviceArithmetic",
+) -> None:
+    """Run a step, as `SupervisedTrainer` does, under `meter`. A second batch finds the gradients of the first."""
+    model.train()
+    if getattr(training, CHECKPOINTING):
+        _checkpoint(model, getattr(training, CHECKPOINTING_KWARGS) or {}, arithmetic)
+    inputs = {name: value.to(META) if value.is_floating_point() else value for name, value in batch.items()}
+    steps = training.gradient_accumulation_steps
+    items = steps * int((batch["labels"][:, 1:] != IGNORED).sum())
+    meter.hold(steps * _bytes_of(batch.values()))  # all batches of a step are on the device before it
+    with warnings.catch_warnings(), arithmetic, meter:
+        warnings.simplefilter("ignore")
+        for _ in range(min(steps, 2)):
+            with arithmetic.forward():
+                loss = model(**inputs, num_items_in_batch=items).loss
+            loss.backward()
+            del loss
+
+
+def _checkpoint(model: nn.Module, settings: dict[str, Any], arithmetic: "_DeviceArithmetic") -> None:
+    """Recompute activations in the backward, during which torch suspends `arithmetic`: recomputation resumes it."""
+    beside = {name: value for name, value in settings.items() if name in ("every_n_layers", "offload")}
+    own = {name: value for name, value in settings.items() if name not in beside}
+    own |= {"use_reentrant": False, "context_fn": lambda: (nullcontext(), arithmetic)}
+    getattr(model, f"{CHECKPOINTING}_enable")(**{CHECKPOINTING_KWARGS: own}, **beside)
+
+
+def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind `tensors`; shared ones count once."""
+    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the bytes of live tensors, and lets numbers that decide shapes be real ones.
+
+    Floats are without contents, on the meta device; integers and truth values that follow from the batch alone are
+    real, on the CPU, whatever device they are asked for: token ids, masks, positions. So a mask selects as many rows
+    as it does in training. An operation on both takes the real ones for their shape.
+    """
+
+    def __init__(self, model: nn.Module, processes: int):
+        super().__init__()
+        self.processes = processes
+        self.activations, self.gradients, self.peak = 0, 0, 0
+        self.known: dict[int, str | None] = {}  # storage → what it counts as, if anything
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self.known[tensor.untyped_storage()._cdata] = None
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._keep_gradient)
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes as there all the time."""
+        self._count("activations", size)
+
+    def disown(self, tensor: torch.Tensor) -> None:
+        """Count `tensor` no longer: it is counted elsewhere."""
+        storage = tensor.untyped_storage()
+        self._count("activations", -storage.nbytes())
+        self.known[storage._cdata] = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = _run(func, args, kwargs or {})
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._see(value.untyped_storage(), "activations")
+        return result
+
+    def _see(self, storage: torch.UntypedStorage, kind: str) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known[key] = kind
+        self._count(kind, storage.nbytes())
+        weakref.finalize(storage, self._forget, key, storage.nbytes()).atexit = False
+
+    def _forget(self, key: int, size: int) -> None:
+        if kind := self.known.pop(key):
+            self._count(kind, -size)
+
+    def _keep_gradient(self, parameter: torch.Tensor) -> None:
+        storage = parameter.grad.untyped_storage()
+        if self.known.get(storage._cdata) == "activations":
+            self._count("activations", -storage.nbytes())
+            self.known[storage._cdata] = "gradients"
+            self._count("gradients", storage.nbytes())
+
+    def _count(self, kind: str, size: int) -> None:
+        setattr(self, kind, getattr(self, kind) + size)
+        self.peak = max(self.peak, self.activations + self.gradients // self.processes)
+
+
+def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`func` on floats without contents and real integers; see `_Meter`."""
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    without_contents = [tensor for tensor in tensors if tensor.device == META]
+    if not without_contents and kwargs.get("device") == META:
+        return _make(func, args, kwargs, copies=bool(tensors))
+    if len(without_contents) in (0, len(tensors)):
+        return func(*args, **kwargs)
+    if func._schema.is_mutable and tensors[0].device != META:
+        raise NotImplementedError(f"{func} would write an unknown number into a known tensor")
+    if func.overloadpacket in _TAKES_INDICES:
+        args = (args[0], _as_positions(args[1]), *args[2:])
+    if func is _aten.masked_select.default:
+        return args[0].new_empty(int(args[1].expand(args[0].shape).sum()))
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _make(func: Any, args: tuple, kwargs: dict[str, Any], *, copies: bool) -> Any:
+    """A new tensor, a copy of a real one or out of nothing: real if it holds integers, else without contents."""
+    real = {**kwargs, "device": torch.device("cpu")}
+    made = func(*args, **(real if copies else kwargs))
+    if made.is_floating_point():
+        return made.to(META)
+    return made if copies else func(*args, **real)
+
+
+def _as_positions(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Indices with every mask replaced by the positions where it is true, one tensor per dimension of the mask."""
+    positions: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            positions += index.nonzero().unbind(1)
+        else:
+            positions.append(index)
+    return positions
+
+
+class _DeviceArithmetic(TorchFunctionMode):
+    """What a GPU does and the meta device does not: attention in one kernel, and autocast to `half`.
+
+    Autocast casts the inputs of matrix products, and keeps the cast of a trained weight until the end of the forward.
+    FSDP gathers weights in half precision already: `on_cast` is then told of every weight's cast.
+    """
+
+    def __init__(self, half: torch.dtype | None, on_cast: Callable[[torch.Tensor], None] | None):
+        super().__init__()
+        self.half, self.on_cast, self.in_forward = half, on_cast, False
+        self.casts: dict[torch.Tensor, torch.Tensor] = {}
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        self.in_forward = True
+        yield
+        self.in_forward = False
+        self.casts.clear()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.half and func in _HALF:
+            args, kwargs = tree_map_only(torch.Tensor, self._to_half, (args, kwargs))
+        elif self.half and func in _FULL:
+            args, kwargs = tree_map_only(torch.Tensor, _to_full, (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            return _attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _to_half(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype in (self.half, torch.float64) or not tensor.is_floating_point():
+            return tensor
+        if tensor in self.casts:
+            return self.casts[tensor]
+        cast = tensor.to(self.half)
+        if self.on_cast and isinstance(tensor, nn.Parameter):
+            self.on_cast(cast)
+        elif self.in_forward and tensor.is_leaf and tensor.requires_grad:
+            self.casts[tensor] = cast
+        return cast
+
+
+def _to_full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention that keeps query, key, value, output and one float per row, never a score of token × token.
+
+    A mask of truth values is made into one to add at every call, as PyTorch's kernels want it.
+    """
+    if query.device != META or query.dim() != 4 or query.shape[-1] != value.shape[-1]:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device=META)
+    attend = _aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _raise_trained_weights(model: nn.Module) -> None:
+    """Trained weights in float32, as accelerate makes them for FSDP with mixed precision."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _gathered_bytes(model: nn.Module, half: torch.dtype | None) -> int:
+    """Of weights that FSDP holds whole: the two largest blocks at a time, one of them ahead, and what is in no block.
+
+    Blocks are the modules that transformers does not split (`_no_split_modules`), which accelerate wraps.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    within = {parameter for block in blocks for parameter in block.parameters()}
+    outside = [parameter for parameter in model.parameters() if parameter not in within]
+
+    def size(parameters: Iterable[torch.Tensor]) -> int:
+        return sum(parameter.numel() * (half or parameter.dtype).itemsize for parameter in parameters)
+
+    return size(outside) + 2 * max((size(block.parameters()) for block in blocks), default=0)
+
+
+def _optimizer_bytes(parameters: list[nn.Parameter], training: TrainingArguments) -> int:
+    """Bytes of the optimizer's state after a step on `parameters`, whose gradients are there.
+
+    The real optimizer makes its state, of tensors without contents. Of one that cannot (it is not installed, or its
+    first step looks at numbers) the rule is Adam's two states per trained number: in the weight's dtype, or of one
+    byte for those named 8bit and half a byte for 4bit.
+    """
+    try:
+        make, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+        one_by_one = {"fused": False, "foreach": False}
+        known = inspect.signature(make).parameters
+        settings |= {name: value for name, value in one_by_one.items() if name in known}
+        optimizer = make(parameters, **settings)
+        with _Meter(nn.Module(), 1):
+            optimizer.step()
+    except CANNOT_BUILD:
+        name = str(getattr(training.optim, "value", training.optim))
+        sizes = {"8bit": 1.0, "4bit": 0.5}
+        each = next((size for part, size in sizes.items() if part in name), None)
+        return sum(int(2 * parameter.numel() * (each or parameter.dtype.itemsize)) for parameter in parameters)
+    states = tree_leaves([list(state.values()) for state in optimizer.state.values()])
+    return _bytes_of(value for value in states if isinstance(value, torch.Tensor))

@@ -1,0 +1,112 @@
+"""What a check of a dataset found: pure data, from which `check.json`, the page and the printed summary are made."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+TEXT, SUPERVISED, IMAGE = "text", "supervised", "image"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A bad row: `row` counts from 0 within `file`; `message` says what is wrong, where, and how to mend it."""
+
+    kind: str
+    row: int
+    field: str
+    message: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a row; `role` is TEXT, SUPERVISED or IMAGE."""
+
+    id: int
+    text: str
+    role: str
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """A row as the model sees it. `pictures` are data URIs of small versions of its images."""
+
+    row: int
+    file: str
+    rendered_text: str
+    supervised_text: list[str]
+    tokens: list[Token]
+    pictures: list[str] = field(default_factory=list)
+
+    def count(self, role: str) -> int:
+        return sum(token.role == role for token in self.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "row": self.row,
+            "file": self.file,
+            "num_tokens": len(self.tokens),
+            "num_image_tokens": self.count(IMAGE),
+            "num_supervised_tokens": self.count(SUPERVISED),
+            "supervised_text": self.supervised_text,
+            "rendered_text": self.rendered_text,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """`totals`: counts by name. `lengths`: tokens per good row by role ("text" counts all but image tokens, "total"
+    everything), arrays of equal length. `image_sizes`: how many images have a (width, height). `padding`: share of a
+    batch that is padding, by order of the rows. `estimates`: figures by name, each with how it was found.
+    `settings`: what trains, attention, and so on, in words, by name. `warnings`: what is no error but deserves a look.
+    """
+
+    model: str
+    data: str
+    totals: Mapping[str, int]
+    problems: Sequence[Problem]
+    lengths: Mapping[str, np.ndarray]
+    image_sizes: Counter[tuple[int, int]]
+    padding: Mapping[str, float]
+    estimates: Mapping[str, tuple[float, str]]
+    settings: Mapping[str, str]
+    warnings: Sequence[str]
+    samples: Sequence[SampleRow]
+
+    @property
+    def is_clean(self) -> bool:
+        return not self.problems
+
+    def by_kind(self) -> dict[str, list[Problem]]:
+        """The problems grouped by kind, the most frequent kind first."""
+        kinds: dict[str, list[Problem]] = {}
+        for problem in self.problems:
+            kinds.setdefault(problem.kind, []).append(problem)
+        return dict(sorted(kinds.items(), key=lambda entry: -len(entry[1])))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of `check.json`."""
+        return {
+            "model": self.model,
+            "data": self.data,
+            "clean": self.is_clean,
+            "totals": dict(self.totals),
+            "problems": [vars(problem) for problem in self.problems],
+            "warnings": list(self.warnings),
+            "lengths": {name: describe(values) for name, values in self.lengths.items()},
+            "padding_share": dict(self.padding),
+            "estimates": {name: {"value": value, "how": how} for name, (value, how) in self.estimates.items()},
+            "settings": dict(self.settings),
+            "samples": [sample.to_dict() for sample in self.samples],
+        }
+
+
+def describe(values: np.ndarray) -> dict[str, float]:
+    """Smallest, mean, quantiles and largest of `values`, in tokens; nothing of none."""
+    if not len(values):
+        return {}
+    quantiles = {f"p{percent}": float(np.percentile(values, percent)) for percent in (5, 50, 95, 99)}
+    return {"min": int(values.min()), "mean": float(values.mean()), **quantiles, "max": int(values.max())}
