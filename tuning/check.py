@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tuning.config.arguments import RunConfig
 from tuning.config.parse import build_config, describe_options, read_options
 from tuning.console import say
 from tuning.data.collator import probe_collator
-from tuning.data.encode import Encoder
+from tuning.data.encode import Encoder, Sample
 from tuning.data.measure import CHUNK, Measured, RowMeter, measure_rows
 from tuning.data.sources import Part, Row, Stream
 from tuning.errors import UserError, exit_code_of
@@ -26,7 +26,7 @@ from tuning.model.parts import find_parts, parameter_table
 from tuning.preview.estimates import Lengths, count_processes, estimate_run
 from tuning.preview.memory import MemoryEstimate, estimate_memory
 from tuning.preview.page import render_page
-from tuning.preview.report import Problem, Report
+from tuning.preview.report import Problem, Report, SampleRow
 from tuning.preview.rows import show_row
 from tuning.sft_trainer import (
     find_lora_targets,
@@ -39,6 +39,7 @@ from tuning.sft_trainer import (
 from tuning.training.checkpoint import run_date, write_json, write_text
 
 SHOWN_PER_KIND = 3
+SEVERAL_TRIES = 100  # the rows tried again after all were read
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Findings:
 
     parts: list[Part]
     problems: list[Problem] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
     figures: list[np.ndarray] = field(default_factory=list)
     image_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
@@ -56,10 +58,7 @@ class Findings:
         for row in chunk:
             self.counts["rows"] += 1
             if row.error is not None:
-                error = row.error
-                self.counts["bad_rows"] += 1
-                kind = error.kind or "other"
-                self.problems.append(Problem(kind, row.number, error.field, str(error), self.parts[row.part].name))
+                self.note(row.error, self.parts[row.part].name, row.number)
                 continue
             self.image_sizes.update(row.image_sizes)
             self.counts.update(
@@ -69,9 +68,27 @@ class Findings:
                 rows_cut=row.cut,
                 rows_with_control_tokens=row.has_controls,
             )
-            if not row.left_out:
+            if row.left_out:
+                self.left_out.append({"row": row.number, "file": self.parts[row.part].name, "tokens": row.tokens})
+            else:
                 good.append((row.part, row.number, row.tokens, row.image_tokens, row.supervised_tokens))
         self.figures.append(np.array(good, dtype=np.int32).reshape(-1, 5))
+
+    def note(self, error: UserError, file: str, number: int) -> None:
+        if any(problem.row == number and problem.file == file for problem in self.problems[-SEVERAL_TRIES:]):
+            return
+        self.counts["bad_rows"] += 1
+        self.problems.append(Problem(error.kind or "other", number, error.field, str(error), file))
+
+    def attempt(self, action: Callable[[Row], Any], rows: Iterable[Row]) -> list[Any]:
+        """What `action` makes of each row; a row that only now turns out to be bad is noted."""
+        made = []
+        for row in rows:
+            try:
+                made.append(action(row))
+            except UserError as error:
+                self.note(error, row.file, row.number)
+        return made
 
     def lengths(self) -> Lengths:
         return Lengths(*np.concatenate([np.empty((0, 5), np.int32), *self.figures]).T)
@@ -92,8 +109,10 @@ def check(config: RunConfig) -> Report:
         validation = measure_all(config, open_validation_rows(config), meter)
     lengths = findings.lengths()
     rows = find_rows(source, lengths)
-    samples = [show_row(rows(index), encoder) for index in lengths.spread(config.check.sample_rows)]
-    memory, settings = describe_model(config, model_config, encoder, [rows(i) for i in heaviest(config, lengths)])
+    chosen = lengths.spread(config.check.sample_rows)
+    samples = findings.attempt(lambda row: show_row(row, encoder), map(rows, chosen))
+    batch = findings.attempt(encoder.encode, map(rows, heaviest(config, lengths)))
+    memory, settings = describe_model(config, model_config, encoder, batch)
     totals = {**count_totals(findings, lengths), **{f"validation_{k}": v for k, v in _few(validation).items()}}
     report = Report(
         model=config.model.model_name_or_path,
@@ -105,8 +124,9 @@ def check(config: RunConfig) -> Report:
         padding=lengths.padding_shares(config.training.per_device_train_batch_size, config.training.seed),
         estimates=estimate_run(config, source, lengths, memory),
         settings=settings,
-        warnings=find_warnings(findings, encoder),
+        warnings=[*find_warnings(findings, encoder), *compare_counts(samples, lengths)],
         samples=samples,
+        left_out=findings.left_out,
     )
     write_report(report, Path(config.training.output_dir))
     return report
@@ -164,9 +184,9 @@ def heaviest(config: RunConfig, lengths: Lengths) -> list[int]:
 
 
 def describe_model(
-    config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder, rows: list[Row]
+    config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder, samples: list[Sample]
 ) -> tuple[MemoryEstimate | None, dict[str, str]]:
-    """What trains and how, read from a model without weights, and the memory that a step on `rows` needs."""
+    """What trains and how, read from a model without weights, and the memory that a step on `samples` needs."""
     targets = find_lora_targets(config, model_config) if config.lora.peft_method else []
     attention, reason = pick_attention(config, model_config)
     model_config._attn_implementation = attention if attention != "flash_attention_2" else "sdpa"
@@ -180,9 +200,9 @@ def describe_model(
         "end of an answer": repr(encoder.chat.end_of_turn),
         "overlong rows": f"max_seq_length {encoder.max_seq_length}, overlong_rows {config.data.overlong_rows}",
     }
-    if not rows:
+    if not samples:
         return None, settings
-    batch = probe_collator(encoder.processor)([encoder.encode(row) for row in rows])
+    batch = probe_collator(encoder.processor)(samples)
     del batch["facts"]
     if attention == "flash_attention_2":
         del batch["attention_mask"]
@@ -223,12 +243,27 @@ def find_warnings(findings: Findings, encoder: Encoder) -> list[str]:
         )
     if counts["dropped_images"]:
         warnings.append(f"{counts['dropped_images']} images are beyond the first {encoder.max_images} of their row.")
-    if counts["rows_left_out"]:
-        warnings.append(f"{counts['rows_left_out']} rows are longer than max_seq_length and would be left out.")
+    if rows := findings.left_out:
+        some = ", ".join(f"{row['file']} row {row['row']} ({row['tokens']} tokens)" for row in rows[:SHOWN_PER_KIND])
+        more = ", …" if len(rows) > SHOWN_PER_KIND else ""
+        warnings.append(f"{len(rows)} rows are longer than max_seq_length and would be left out: {some}{more}.")
     if counts["rows_cut"]:
         warnings.append(f"The answers of {counts['rows_cut']} rows would be cut to fit max_seq_length.")
     if encoder.chat.adds_end_token:
         warnings.append(f"The chat template ends no answer; {encoder.chat.end_of_turn} is added to each.")
+    return warnings
+
+
+def compare_counts(samples: list[SampleRow], lengths: Lengths) -> list[str]:
+    """Hold what was counted against rows that were encoded in full."""
+    warnings = []
+    for sample in samples:
+        counted = lengths.tokens[(lengths.number == sample.row)].tolist()
+        if len(sample.tokens) not in counted:
+            warnings.append(
+                f"{sample.file}, row {sample.row} has {len(sample.tokens)} tokens, but {counted} were counted: the"
+                " lengths here are approximate."
+            )
     return warnings
 
 

@@ -56,6 +56,21 @@ def test_the_config_file_trains_through_the_command(workspace):
     assert (workspace / "from_file" / ".complete").exists()
 
 
+def test_the_check_writes_its_page(workspace):
+    assert "vlm-tuning check config.json" in "".join(blocks("bash"))
+    result = run([sys.executable, "-m", "tuning.cli", "check", "config.json"], workspace)
+    assert result.returncode == 0, result.stderr
+    assert "No problems." in result.stdout
+    assert (workspace / "from_file" / "check.html").exists()
+
+
+def test_the_speed_of_a_check_can_be_measured(workspace):
+    assert "python benchmarks/check_speed.py" in README
+    result = run([sys.executable, str(ROOT / "benchmarks" / "check_speed.py"), "--rows", "300"], workspace)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["rows"] == 300
+
+
 def test_the_python_lines_run(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     (snippet,) = blocks("python")

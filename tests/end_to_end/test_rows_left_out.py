@@ -24,4 +24,7 @@ def test_overlong_rows_are_counted_said_and_named(make_options, rows, tmp_path, 
     assert f"{len(skipped)} rows were left out" in capsys.readouterr().out
     assert 0 < len(skipped) < 16
     assert len({entry["row"] for entry in skipped}) == len(skipped)  # once, not once an epoch
-    assert all(f"{rows}, row " in entry["row"] and "max_seq_length 60" in entry["reason"] for entry in skipped)
+    for entry in skipped:
+        assert (list(entry), entry["field"]) == (["row", "field", "reason"], "messages")
+        assert entry["reason"].startswith(f"{rows}, row {entry['row']}, field 'messages': ")
+        assert "tokens are more than max_seq_length 60." in entry["reason"]

@@ -112,7 +112,7 @@ def test_longest_allowed_row_is_kept_and_a_longer_one_refused(layout):
     assert len(variant(layout, max_seq_length=length).encode(row).sequence["input_ids"]) == length
     with pytest.raises(UserError, match=f"{length} tokens are more than max_seq_length {length - 1}") as caught:
         variant(layout, max_seq_length=length - 1).encode(row)
-    assert caught.value.where == "rows.json, row 0"
+    assert caught.value.where == "rows.json, row 0, field 'messages'"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -121,7 +121,8 @@ def test_overlong_row_can_be_dropped_and_says_why(layout):
     assert sample.sequence["labels"].tolist() == [IGNORED]
     assert sample.sequence["attention_mask"].tolist() == [1]
     assert sample.images == {}
-    assert sample.skipped.reason.endswith("tokens are more than max_seq_length 5.")
+    assert sample.skipped.reason.startswith("rows.json, row 0, field 'messages': ")
+    assert "tokens are more than max_seq_length 5." in sample.skipped.reason
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

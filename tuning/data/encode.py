@@ -87,7 +87,9 @@ class Encoder:
         text_field = row.form.text_fields[-1]
         where = f"{row.where}, field '{text_field}'"
         messages, images = conversation.messages, conversation.images
-        dropped = 0
+        parts, dropped = count_images(messages), 0
+        if parts != len(images):
+            raise wrong_number_of_images(row, parts, len(images))
         if self.max_images is not None:
             dropped = max(0, len(images) - self.max_images)
             images, messages = images[: self.max_images], keep_first_images(messages, self.max_images)
@@ -103,7 +105,7 @@ class Encoder:
         placeholders = self.chat.count_placeholders(chat.text)
         placeholders = count_images(messages) if placeholders is None else placeholders
         if placeholders != len(images):
-            raise _wrong_number_of_images(row, placeholders, len(images))
+            raise wrong_number_of_images(row, placeholders, len(images))
         if conversation.trained_from:
             trained = sum(m["role"] == "assistant" for m in messages[conversation.trained_from :])
             chat = replace(chat, spans=chat.spans[-trained:], contents=chat.contents[-trained:])
@@ -153,16 +155,19 @@ class Encoder:
         return int(self._find_image_tokens(self.process(self.chat.generation_prompt(question), [image])).sum())
 
     def find_split_prompt(self) -> str:
-        """The end of the generation prompt, where its last token is another one once an answer follows; else ""."""
+        """The end of the generation prompt, where an answer's first word joins it into another token; else ""."""
         question = {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
-        answer = {"role": "assistant", "content": [{"type": "text", "text": "Because."}]}
-        prompt, whole = self.chat.generation_prompt([question]), self.chat.render([question, answer]).text
-        asked, trained = (self.process(text, [])["input_ids"][0].tolist() for text in (prompt, whole))
-        while asked and asked[-1] == self.processor.tokenizer.eos_token_id:
-            asked.pop()  # some tokenizers end every text themselves
-        if not whole.startswith(prompt) or trained[: len(asked)] == asked:
-            return ""
-        return prompt[-1:]
+        prompt = self.chat.generation_prompt([question])
+        asked = self._plain_ids(prompt)
+        for words in ("It is.", "The", "Yes.", "1"):
+            answer = {"role": "assistant", "content": [{"type": "text", "text": words}]}
+            whole = self.chat.render([question, answer]).text
+            if whole.startswith(prompt) and self._plain_ids(whole)[: len(asked)] != asked:
+                return prompt[-1:]
+        return ""
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _find_image_tokens(self, inputs: dict[str, Any]) -> np.ndarray:
         """Which tokens stand for images: what placeholders were expanded to, and placeholders themselves. `[T]`."""
@@ -234,24 +239,24 @@ class Encoder:
         error = self.too_long(prepared, self.max_seq_length + excess)
         if self.overlong_rows == "error":
             raise error
-        skipped = Skipped(prepared.row.number, error.field, str(error.what), bad=False)
+        skipped = Skipped(prepared.row.number, error.field, str(error), bad=False)
         return self.placeholder(prepared.row.where, skipped)
 
     def nothing_trained(self, prepared: Prepared) -> UserError:
-        advice = "Check the answer and the chat template."
-        error = UserError("no token of this row would be trained.", prepared.row.where, advice, kind="nothing to train")
-        error.field = prepared.row.form.text_fields[-1]
-        return error
+        return _blame_text(
+            prepared,
+            "no token of this row would be trained.",
+            "Check the answer and the chat template.",
+            kind="nothing to train",
+        )
 
     def too_long(self, prepared: Prepared, length: int, advice: str = "") -> UserError:
-        error = UserError(
+        return _blame_text(
+            prepared,
             f"{length} tokens are more than max_seq_length {self.max_seq_length}.",
-            prepared.row.where,
             advice or "Raise max_seq_length, shorten the row, or set overlong_rows drop or truncate_text.",
             kind="too long",
         )
-        error.field = prepared.row.form.text_fields[-1]
-        return error
 
     def placeholder(self, where: str, skipped: Skipped) -> Sample:
         """A sample of one untrained token that takes the place of a row left out, so that batches keep their size."""
@@ -260,7 +265,14 @@ class Encoder:
         return Sample(sequence, {}, where, skipped=skipped)
 
 
-def _wrong_number_of_images(row: Row, placeholders: int, images: int) -> UserError:
+def _blame_text(prepared: Prepared, what: str, advice: str, *, kind: str) -> UserError:
+    field = prepared.row.form.text_fields[-1]
+    error = UserError(what, f"{prepared.row.where}, field '{field}'", advice, kind=kind)
+    error.field = field
+    return error
+
+
+def wrong_number_of_images(row: Row, placeholders: int, images: int) -> UserError:
     fields = [f"'{name}'" for name in (row.form.text_fields[0], row.form.image_field) if name]
     error = UserError(
         f"the messages have {placeholders} image placeholders, but there are {images} images.",

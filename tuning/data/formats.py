@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.data.images import list_images
-from tuning.data.messages import IMAGE_KEYS, IMAGE_STRING, Conversation, Message, read_messages, take_images
+from tuning.data.messages import IMAGE_STRING, Conversation, Message, find_source, read_messages, take_images
 from tuning.errors import UserError, blame_field
 
 DEFAULT_TEXT_FIELD, DEFAULT_IMAGE_FIELD = "messages", "images"
@@ -43,15 +43,21 @@ class RowFormat:
         values = []
         for field, role in zip(self.text_fields, ("user", "assistant"), strict=True):
             value = columns[field]
-            if not isinstance(value, (str, list, tuple)) or not value:
-                place = f"{where}, field '{field}'"
-                with blame_field(field):
+            place = f"{where}, field '{field}'"
+            with blame_field(field):
+                if value and not isinstance(value, (str, list, tuple)):
+                    found = f"{type(value).__name__} {str(value)[:60]}"
+                    raise UserError(f"expected text or messages, found {found}.", place, kind="malformed content")
+                if not value:
                     raise UserError("is empty.", place, "Fill it in or drop the row.", kind="empty content")
             values.append([{"role": role, "content": value}] if isinstance(value, str) else list(value))
         prompt, completion = values
         with blame_field(self.text_fields[1]):
             place = f"{where}, fields '{self.text_fields[0]}' and '{self.text_fields[1]}'"
             messages = read_messages([*prompt, *completion], place, image_strings=self.image_strings)
+            if not any(message["role"] == "assistant" for message in messages[len(prompt) :]):
+                place = f"{where}, field '{self.text_fields[1]}'"
+                raise UserError("has no assistant turn.", place, "Add an answer or drop the row.", kind="no answer")
         if stored and not any(part["type"] == "image" for message in messages for part in message["content"]):
             first = next(index for index, message in enumerate(messages) if message["role"] != "system")
             images = [{"type": "image"} for _ in stored]  # a prompt that does not place its images has them first
@@ -116,19 +122,19 @@ def _parts_of(value: Any) -> Iterable[dict]:
 
 
 def _brings_image(part: dict) -> bool:
-    return part.get("type") in ("image", "image_url") and any(part.get(key) for key in IMAGE_KEYS)
+    return part.get("type") in ("image", "image_url") and find_source(part) is not None
 
 
 def _uses_image_strings(form: RowFormat, first_rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether `<image>` marks images: LLaVA's form, or there are as many as images and no image part anywhere."""
+    """Whether `<image>` marks images: LLaVA's form, or most rows have as many as images and no row has an image part."""
     if form.name.startswith("conversations with"):
         return True
-    marks = images = 0
+    fitting = 0
     for row in first_rows:
         values = [row[field] for field in form.text_fields]
         if any(part.get("type") in ("image", "image_url") for value in values for part in _parts_of(value)):
             return False
         stored = len(list_images(row[form.image_field])) if form.image_field else 0
-        marks += sum(str(value).count(IMAGE_STRING) for value in values) if stored else 0
-        images += stored
-    return 0 < marks == images
+        if stored:
+            fitting += 1 if sum(str(value).count(IMAGE_STRING) for value in values) == stored else -1
+    return fitting > 0

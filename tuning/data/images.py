@@ -34,6 +34,17 @@ class ImageRules:
     max_bytes: int = 100_000_000
 
 
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as it is stored: the file it lies in, or its bytes. `format`: what its header says, as in `png`."""
+
+    content: Path | bytes
+    format: str
+
+    def read(self) -> bytes:
+        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+
+
 def list_images(value: Any) -> list[Any]:
     """The stored images of a row as a list: nothing, one image, or several."""
     if value is None:
@@ -60,10 +71,25 @@ def measure_image(stored: Any, folder: Path | None, where: str, rules: ImageRule
     """Width and height as `load_image` would give them, from the image's header alone, under the same rules."""
     try:
         image = _open_checked(stored, folder, where, rules)
-        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = _reads_exif(image) and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     except UNREADABLE as error:
         raise _unreadable(error, where) from error
     return (image.height, image.width) if turned else image.size
+
+
+def _reads_exif(image: Image.Image) -> bool:
+    """Pillow would decode a PNG whose header has no EXIF to look for it behind the pixels, where it is not in use."""
+    return image.format != "PNG" or "exif" in image.info
+
+
+def find_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> EncodedImage:
+    """The encoded image that `load_image` would decode, under the same rules; only its header is read."""
+    try:
+        content = _find_encoded(stored, folder, where, rules)
+        with _open(content, where, rules) as image:
+            return EncodedImage(content, str(image.format).lower())
+    except UNREADABLE as error:
+        raise _unreadable(error, where) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -79,9 +105,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _open_checked(stored: Any, folder: Path | None, where: str, rules: ImageRules) -> Image.Image:
+    decoded = isinstance(stored, Image.Image)
+    return _open(stored if decoded else _find_encoded(stored, folder, where, rules), where, rules)
+
+
+def _open(content: Image.Image | Path | bytes, where: str, rules: ImageRules) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF: the limit below is ours
-        image = _open(stored, folder, where, rules)
+        if isinstance(content, Image.Image):
+            image = content
+        else:
+            image = Image.open(content if isinstance(content, Path) else io.BytesIO(content))
     if image.width * image.height > rules.max_pixels:
         raise UserError(
             f"the image has {image.width}×{image.height} pixels, more than max_image_pixels {rules.max_pixels}.",
@@ -92,42 +126,41 @@ def _open_checked(stored: Any, folder: Path | None, where: str, rules: ImageRule
     return image
 
 
-def _open(stored: Any, folder: Path | None, where: str, rules: ImageRules) -> Image.Image:
-    if isinstance(stored, Image.Image):
-        return stored
+def _find_encoded(stored: Any, folder: Path | None, where: str, rules: ImageRules) -> Path | bytes:
+    """The file or the bytes that `stored` stands for."""
     if isinstance(stored, dict):
         stored = stored.get("bytes") or stored.get("path") or stored
     if isinstance(stored, bytes):
-        return _open_bytes(stored, where, rules)
+        return _check_bytes(stored, where, rules)
     if not isinstance(stored, str) or not stored:
         found = f"{type(stored).__name__} {str(stored)[:60]!r}"
         raise UserError(f"expected an image, found {found}.", where, kind="not an image")
     if stored.startswith("data:"):
-        return _open_bytes(_decode_base64(stored.partition(",")[2]), where, rules)
+        return _check_bytes(_decode_base64(stored.partition(",")[2]), where, rules)
     if stored.startswith(("http://", "https://")):
         if not rules.allow_remote:
             advice = "Download the images, or set allow_remote_images true."
             raise UserError(f"the image is on the network: {stored[:200]}.", where, advice, kind="remote image")
-        return _open_bytes(fetch_image(stored, where, max_bytes=rules.max_bytes), where, rules)
+        return fetch_image(stored, where, max_bytes=rules.max_bytes)
     start = Path(rules.folder).expanduser() if rules.folder else folder or Path(".")
-    path = start / Path(stored.removeprefix("file://")).expanduser()
-    if len(stored) < 1024 and path.is_file():
+    path = start / os.path.expanduser(stored.removeprefix("file://"))
+    if len(stored) < 1024 and os.path.isfile(path):  # Path's own methods raise on base64 text: it is no file name
         _check_place(path, start, where, rules)
-        _check_bytes(path.stat().st_size, where, rules)
-        return Image.open(path)
+        _check_size(path.stat().st_size, where, rules)
+        return path
     decoded = _decode_base64(stored) if len(stored) >= 64 else b""
     if not decoded:
         advice = "Relative paths start from the data file's folder, or from image_folder."
         raise UserError(f"there is no image file {str(path)[:500]}.", where, advice, kind="missing image file")
-    return _open_bytes(decoded, where, rules)
+    return _check_bytes(decoded, where, rules)
 
 
-def _open_bytes(data: bytes, where: str, rules: ImageRules) -> Image.Image:
-    _check_bytes(len(data), where, rules)
-    return Image.open(io.BytesIO(data))
+def _check_bytes(data: bytes, where: str, rules: ImageRules) -> bytes:
+    _check_size(len(data), where, rules)
+    return data
 
 
-def _check_bytes(size: int, where: str, rules: ImageRules) -> None:
+def _check_size(size: int, where: str, rules: ImageRules) -> None:
     if size > rules.max_bytes:
         raise UserError(
             f"the image has {size / 1e6:.1f} MB, more than max_image_megabytes {rules.max_bytes / 1e6:g}.",

@@ -1,7 +1,7 @@
 """Rows → how many tokens each would have, from their text and the headers of their images, without decoding one."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -75,12 +75,8 @@ class RowMeter:
         options = self.encoder.tokenizer_options(plain[0]) if plain else {}
         batch = tokenizer(plain, return_offsets_mapping=True, **options) if plain else {}
         together = zip(batch.get("input_ids", []), batch.get("offset_mapping", []), strict=True)
-        return [
-            self._tokenize_controls(text)
-            if controls.is_hidden_in(text)
-            else tuple(np.asarray(values) for values in next(together))
-            for text in texts
-        ]
+        pairs = ((np.asarray(ids), np.asarray(offsets)) for ids, offsets in together)
+        return [self._tokenize_controls(text) if controls.is_hidden_in(text) else next(pairs) for text in texts]
 
     def _tokenize_controls(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         controls, options = self.encoder.chat.controls, self.encoder.tokenizer_options(text)
@@ -96,7 +92,9 @@ class RowMeter:
         trained = overlaps(offsets, chat.spans) if encoder.assistant_only_loss else np.ones(len(ids), dtype=bool)
         trained &= ~placeholders
         trained[:1] = False
-        figures = dict(
+        row = Measured(
+            part,
+            prepared.row.number,
             tokens=tokens,
             image_tokens=image_tokens,
             supervised_tokens=int(trained.sum()),
@@ -108,14 +106,14 @@ class RowMeter:
         if excess > 0:
             shortest = [max(0, int(overlaps(offsets, [content]).sum()) - 1) for content in chat.contents]
             if encoder.overlong_rows == "truncate_text" and sum(shortest) >= excess:
-                kept = {"tokens": encoder.max_seq_length, "supervised_tokens": max(1, int(trained.sum()) - excess - 1)}
-                return Measured(part, prepared.row.number, **{**figures, **kept}, cut=True)
+                left = max(1, row.supervised_tokens - excess - 1)  # nor is the end token trained
+                return replace(row, tokens=encoder.max_seq_length, supervised_tokens=left, cut=True)
             if encoder.overlong_rows == "drop":
-                return Measured(part, prepared.row.number, **figures, left_out=True)
+                return replace(row, left_out=True)
             return Measured(part, prepared.row.number, error=encoder.too_long(prepared, tokens))
         if not trained.any():
             return Measured(part, prepared.row.number, error=encoder.nothing_trained(prepared))
-        return Measured(part, prepared.row.number, **figures)
+        return row
 
     def image_cost(self, size: tuple[int, int]) -> int:
         """Tokens that an image of (width, height) takes."""

@@ -56,8 +56,9 @@ def _read_message(message: Any, where: str, image_strings: bool) -> Message:
             f"expected an object with role and content, found {_brief(message)}.", where, kind="malformed message"
         )
     role, content = message.get("role"), message.get("content")
-    if message.get("from") is not None:
-        role, content = ROLES_OF_FROM.get(message["from"], message["from"]), message.get("value")
+    if (speaker := message.get("from")) is not None:
+        role = ROLES_OF_FROM.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        content = message.get("value")
     if role not in ROLES:
         raise UserError(f"unknown role {role!r}.", where, f"Use one of {', '.join(ROLES)}.", kind="unknown role")
     if isinstance(content, str):
@@ -100,13 +101,15 @@ def _read_part(part: Any, where: str) -> dict[str, Any]:
 
 def find_source(part: dict) -> Any:
     """The image that an image part brings itself, in a form that `load_image` reads; None where it brings none."""
-    key = next((key for key in IMAGE_KEYS if part.get(key) not in (None, "")), None)
-    if key is None:
-        return None
-    source = part[key]
-    if key == "image_url" and isinstance(source, dict):
-        return source.get("url") or None
-    return f"data:;base64,{source}" if key == "base64" else source
+    for key in IMAGE_KEYS:
+        source = part.get(key)
+        if key == "image_url" and isinstance(source, dict):
+            source = source.get("url")
+        if source in (None, "", b"") or (isinstance(source, dict) and not any(source.values())):
+            continue
+        is_bare = key == "base64" and isinstance(source, str) and not source.startswith("data:")
+        return f"data:;base64,{source}" if is_bare else source
+    return None
 
 
 def split_image_strings(part: dict[str, Any]) -> list[dict[str, Any]]:

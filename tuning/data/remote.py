@@ -60,7 +60,7 @@ def _connect(url: str, *, public_only: bool) -> http.client.HTTPConnection:
 
 def _connect_to_public_address(address: tuple[str, int], timeout: float, source_address=None) -> socket.socket:
     found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    numbers = [entry[4][0] for entry in found]
+    numbers = [str(entry[4][0]) for entry in found]
     if private := next((number for number in numbers if not ipaddress.ip_address(number).is_global), None):
         raise ValueError(f"it redirects to {address[0]} ({private}), which is not a public address")
     return socket.create_connection((numbers[0], address[1]), timeout, source_address)

@@ -288,15 +288,22 @@ def _prepare(part: Part, text_field: str, image_field: str) -> Part:
 
 def _undecoded(rows: Any) -> Any:
     for name, feature in (rows.features or {}).items():
-        plain = None
-        if isinstance(feature, Image):
-            plain = Image(decode=False)
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            plain = List(Image(decode=False))
-        if plain is not None:
+        plain = _undecoded_feature(feature)
+        if plain != feature:
             streaming = isinstance(rows, datasets.IterableDataset)
             rows = rows.cast_column(name, plain) if streaming else _relabel(rows, name, plain)
     return rows
+
+
+def _undecoded_feature(feature: Any) -> Any:
+    """The same feature with every `Image` in it, at any depth, left as stored."""
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List):
+        return List(_undecoded_feature(feature.feature), length=feature.length)
+    if isinstance(feature, dict):
+        return {name: _undecoded_feature(inner) for name, inner in feature.items()}
+    return feature
 
 
 def _relabel(rows: datasets.Dataset, field: str, feature: Any) -> datasets.Dataset:

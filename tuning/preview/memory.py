@@ -1,6 +1,7 @@
 """Peak device memory of a training step, found by running one without weights and counting tensors."""
 
 import inspect
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -20,12 +21,14 @@ from tuning.config.names import CHECKPOINTING, CHECKPOINTING_KWARGS
 from tuning.data.encode import IGNORED
 
 META = torch.device("meta")
+TOO_MANY = 2**28  # numbers of a mask; see _Meter
 # What running a model without weights raises: no meta kernel, or a Python decision by the value of an unknown number.
 CANNOT_SIMULATE = (NotImplementedError, RuntimeError)
 CANNOT_BUILD = (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 _aten = torch.ops.aten
-_TAKES_INDICES = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
+_INDEXES = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
+_CHOOSES = {*_INDEXES, _aten.masked_select, _aten.nonzero}  # the size of the result depends on a mask
 # What autocast computes in half precision, and in float32, as far as these models call it.
 _HALF = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.addmm}
 _HALF |= {torch.conv1d, torch.conv2d, torch.conv3d, F.scaled_dot_product_attention}
@@ -38,7 +41,8 @@ class MemoryEstimate:
 
     `weights`: parameters and buffers, under FSDP also those of the blocks that are gathered. `gradients` and
     `optimizer`: all of them, as at the step. `activations`: what the peak has beyond these three: saved for the
-    backward, temporary, and the batch itself; `None` where it could not be found, and `peak` lacks it then.
+    backward, temporary, and the batch itself; `None` where the model cannot be simulated, for the reason in `unknown`:
+    `peak` lacks it then.
     """
 
     weights: int
@@ -46,6 +50,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int | None
     peak: int
+    unknown: str = ""
 
 
 def estimate_memory(
@@ -70,19 +75,19 @@ def estimate_memory(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     meter = _Meter(model, processes)
     arithmetic = _DeviceArithmetic(half, meter.disown if processes > 1 else None)
+    unknown = ""
     try:
         _simulate(model, batch, training, meter, arithmetic)
-        most: int | None = meter.peak
-    except CANNOT_SIMULATE:
-        most = None
+    except CANNOT_SIMULATE as error:
+        unknown = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
     gradients = _bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
     optimizer = _optimizer_bytes(trained, training)
     held = weights // processes + gathered, gradients // processes, optimizer // processes
-    if most is None:
-        return MemoryEstimate(*held, activations=None, peak=sum(held))
-    peak = max(held[0] + held[2] + most, sum(held))
+    if unknown:
+        return MemoryEstimate(*held, activations=None, peak=sum(held), unknown=unknown)
+    peak = max(held[0] + held[2] + meter.peak, sum(held))
     return MemoryEstimate(*held, activations=peak - sum(held), peak=peak)
 
 
@@ -100,7 +105,7 @@ def _simulate(
     inputs = {name: value.to(META) if value.is_floating_point() else value for name, value in batch.items()}
     steps = training.gradient_accumulation_steps
     items = steps * int((batch["labels"][:, 1:] != IGNORED).sum())
-    meter.hold(steps * _bytes_of(batch.values()))  # all batches of a step are on the device before it
+    meter.hold(inputs.values(), steps)  # all batches of a step are on the device before it
     with warnings.catch_warnings(), arithmetic, meter:
         warnings.simplefilter("ignore")
         for _ in range(min(steps, 2)):
@@ -129,7 +134,8 @@ class _Meter(TorchDispatchMode):
 
     Floats are without contents, on the meta device; integers and truth values that follow from the batch alone are
     real, on the CPU, whatever device they are asked for: token ids, masks, positions. So a mask selects as many rows
-    as it does in training. An operation on both takes the real ones for their shape.
+    as it does in training. An operation on both takes the real ones for their shape. Masks of more than `TOO_MANY`
+    numbers (of every token for every other) are without contents too, or checking long rows would fill this machine.
     """
 
     def __init__(self, model: nn.Module, processes: int):
@@ -143,9 +149,11 @@ class _Meter(TorchDispatchMode):
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._keep_gradient)
 
-    def hold(self, size: int) -> None:
-        """Count `size` bytes as there all the time."""
-        self._count("activations", size)
+    def hold(self, tensors: Iterable[torch.Tensor], times: int) -> None:
+        """Count `tensors` as there all the time, `times` over."""
+        tensors = list(tensors)
+        self._count("activations", times * _bytes_of(tensors))
+        self.known.update({tensor.untyped_storage()._cdata: None for tensor in tensors})
 
     def disown(self, tensor: torch.Tensor) -> None:
         """Count `tensor` no longer: it is counted elsewhere."""
@@ -187,19 +195,31 @@ class _Meter(TorchDispatchMode):
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """`func` on floats without contents and real integers; see `_Meter`."""
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-    without_contents = [tensor for tensor in tensors if tensor.device == META]
-    if not without_contents and kwargs.get("device") == META:
+    emptied = [tensor for tensor in tensors if tensor.device == META]
+    if not emptied and kwargs.get("device") == META:
         return _make(func, args, kwargs, copies=bool(tensors))
-    if len(without_contents) in (0, len(tensors)):
+    if emptied and "device" in kwargs:  # a mask asked for where a real one is: it has nothing to bring there
+        kwargs = {**kwargs, "device": META}
+    if len(emptied) == len(tensors) or not (emptied or _makes_too_many(func, args, kwargs, tensors)):
         return func(*args, **kwargs)
     if func._schema.is_mutable and tensors[0].device != META:
         raise NotImplementedError(f"{func} would write an unknown number into a known tensor")
-    if func.overloadpacket in _TAKES_INDICES:
+    if func.overloadpacket in _INDEXES:
         args = (args[0], _as_positions(args[1]), *args[2:])
     if func is _aten.masked_select.default:
         return args[0].new_empty(int(args[1].expand(args[0].shape).sum()))
-    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), (args, kwargs))
-    return func(*args, **kwargs)
+    return func(*_emptied(args), **_emptied(kwargs))
+
+
+def _makes_too_many(func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> bool:
+    if func.overloadpacket in _CHOOSES or math.prod(tensor.numel() for tensor in tensors) <= TOO_MANY:
+        return False
+    made = func(*_emptied(args), **_emptied(kwargs))
+    return isinstance(made, torch.Tensor) and made.numel() > TOO_MANY
+
+
+def _emptied(value: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), value)
 
 
 def _make(func: Any, args: tuple, kwargs: dict[str, Any], *, copies: bool) -> Any:

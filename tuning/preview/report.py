@@ -62,6 +62,7 @@ class Report:
     everything), arrays of equal length. `image_sizes`: how many images have a (width, height). `padding`: share of a
     batch that is padding, by order of the rows. `estimates`: figures by name, each with how it was found.
     `settings`: what trains, attention, and so on, in words, by name. `warnings`: what is no error but deserves a look.
+    `left_out`: row, file and tokens of rows that are longer than max_seq_length and would be dropped.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Report:
     settings: Mapping[str, str]
     warnings: Sequence[str]
     samples: Sequence[SampleRow]
+    left_out: Sequence[Mapping[str, Any]] = ()
 
     @property
     def is_clean(self) -> bool:
@@ -95,6 +97,7 @@ class Report:
             "clean": self.is_clean,
             "totals": dict(self.totals),
             "problems": [vars(problem) for problem in self.problems],
+            "left_out": list(self.left_out),
             "warnings": list(self.warnings),
             "lengths": {name: describe(values) for name, values in self.lengths.items()},
             "padding_share": dict(self.padding),

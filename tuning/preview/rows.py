@@ -43,7 +43,7 @@ def supervised_texts(tokens: list[Token]) -> list[str]:
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What each token adds to the text. Tokens of one character that only together make it share it: the last has it."""
+    """What each token adds to the text; of several tokens that make one character, the last has it."""
     texts, start = [], 0
     for end in range(1, len(ids) + 1):
         # Decoded after an anchor: some tokenizers leave out the blank that a first token begins with.

@@ -59,7 +59,7 @@ class SupervisedTrainer(Trainer):
         return self._with_own_generator(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        collator: Callable = self.data_collator
+        collator: Any = self.data_collator  # type: ignore[has-type]
         self.data_collator = self.eval_collator or collator  # streamed rows are encoded by theirs
         loader = super().get_eval_dataloader(eval_dataset)
         self.data_collator = collator

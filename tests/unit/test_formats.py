@@ -1,0 +1,365 @@
+import base64
+import io
+import json
+
+import datasets
+import pytest
+from PIL import Image
+
+from tuning.data.formats import RowFormat, describe_format, detect_format
+from tuning.data.images import list_images, load_image
+from tuning.data.messages import find_source, split_image_strings
+from tuning.data.sources import open_source
+from tuning.errors import UserError
+
+IMAGE = {"type": "image"}
+PNG = io.BytesIO()
+Image.new("RGB", (6, 4), "red").save(PNG, "PNG")
+PNG = PNG.getvalue()
+IN_BASE64 = base64.b64encode(PNG).decode()
+URI = f"data:image/png;base64,{IN_BASE64}"
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def asked(*parts, answer="a") -> list[dict]:
+    return [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": [text(answer)]}]
+
+
+def chat(content, answer="a") -> list[dict]:
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+def llava(words: str, answer="a", human="human", gpt="gpt") -> list[dict]:
+    return [{"from": human, "value": words}, {"from": gpt, "value": answer}]
+
+
+def detect(rows, text_field="messages", image_field="images") -> RowFormat:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    full = [{name: row.get(name) for name in names} for row in rows]
+    return detect_format(names, full, text_field=text_field, image_field=image_field, where="rows.json")
+
+
+def read(rows, **fields):
+    """The conversation of the first row, in the form that is detected in all."""
+    return detect(rows, **fields).read(rows[0], "rows.json, row 0")
+
+
+FORMS = {
+    # name: (row, canonical messages, images, first trained message, what is said of it)
+    "documented": (
+        {"messages": chat([IMAGE, text("q")]), "images": ["x.png"]},
+        asked(IMAGE, text("q")),
+        ["x.png"],
+        0,
+        None,
+    ),
+    "documented without images": ({"messages": chat("q"), "images": None}, asked(text("q")), [], 0, None),
+    "image column named image": (
+        {"messages": chat([IMAGE, text("q")]), "image": "x.png"},
+        asked(IMAGE, text("q")),
+        ["x.png"],
+        0,
+        "messages in 'messages', images in 'image'.",
+    ),
+    "image_url object": (
+        {"messages": chat([text("q"), {"type": "image_url", "image_url": {"url": URI, "detail": "low"}}])},
+        asked(text("q"), IMAGE),
+        [URI],
+        0,
+        "messages in 'messages', images inside the messages.",
+    ),
+    "image_url string": (
+        {"messages": chat([{"type": "image_url", "image_url": "x.png"}, text("q")])},
+        asked(IMAGE, text("q")),
+        ["x.png"],
+        0,
+        "messages in 'messages', images inside the messages.",
+    ),
+    **{
+        f"part with {name}": (
+            {"messages": chat([{"type": "image", name.split()[0]: value}, text("q")])},
+            asked(IMAGE, text("q")),
+            [image],
+            0,
+            "messages in 'messages', images inside the messages.",
+        )
+        for name, value, image in [
+            ("image", "x.png", "x.png"),
+            ("path", "x.png", "x.png"),
+            ("url", "https://example.org/x.png", "https://example.org/x.png"),
+            ("base64", IN_BASE64, f"data:;base64,{IN_BASE64}"),
+            ("base64 as URI", URI, URI),
+        ]
+    },
+    "LLaVA": (
+        {"id": "7", "image": "x.png", "conversations": llava("<image>\nq")},
+        asked(IMAGE, text("q")),
+        ["x.png"],
+        0,
+        "conversations with from and value in 'conversations', images in 'image',"
+        " <image> in the text marks their places.",
+    ),
+    "ShareGPT": (
+        {"images": ["x.png", "y.png"], "conversations": llava("<image><image>q", human="user", gpt="chatgpt")},
+        asked(IMAGE, IMAGE, text("q")),
+        ["x.png", "y.png"],
+        0,
+        "conversations with from and value in 'conversations', images in 'images',"
+        " <image> in the text marks their places.",
+    ),
+    "conversations with role": (
+        {"images": ["x.png"], "conversations": chat([IMAGE, text("q")])},
+        asked(IMAGE, text("q")),
+        ["x.png"],
+        0,
+        "conversations in 'conversations', images in 'images'.",
+    ),
+    "strings with marks": (
+        {"messages": chat("<image>What is it?"), "images": ["x.png"]},
+        asked(IMAGE, text("What is it?")),
+        ["x.png"],
+        0,
+        "messages in 'messages', images in 'images', <image> in the text marks their places.",
+    ),
+    "prompt and completion": (
+        {"prompt": "q", "completion": "a", "images": ["x.png", "y.png"]},
+        asked(IMAGE, IMAGE, text("q")),
+        ["x.png", "y.png"],
+        1,
+        "prompt and completion in 'prompt' and 'completion', images in 'images'.",
+    ),
+    "prompt and completion with marks": (
+        {"prompt": "Look:\n<image>\nq", "completion": "a", "image": "x.png"},
+        asked(text("Look:\n"), IMAGE, text("q")),
+        ["x.png"],
+        1,
+        "prompt and completion in 'prompt' and 'completion', images in 'image',"
+        " <image> in the text marks their places.",
+    ),
+    "prompt and completion as messages": (
+        {
+            "prompt": [{"role": "system", "content": "s"}, *chat("q0", "a0"), {"role": "user", "content": "q"}],
+            "completion": [{"role": "assistant", "content": "a"}],
+            "images": ["x.png"],
+        },
+        [
+            {"role": "system", "content": [text("s")]},
+            *asked(IMAGE, text("q0"), answer="a0"),
+            *asked(text("q")),
+        ],
+        ["x.png"],
+        4,
+        "prompt and completion in 'prompt' and 'completion', images in 'images'.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "messages", "images", "first", "sentence"), FORMS.values(), ids=FORMS)
+def test_each_form_is_detected_and_read(row, messages, images, first, sentence):
+    form = detect([row])
+    conversation = form.read(row, "rows.json, row 0")
+    assert (conversation.messages, conversation.images) == (messages, images)
+    assert conversation.trained_from == first
+    assert describe_format(form, "messages", "images") == sentence
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(("row", "messages", "images", "first", "sentence"), FORMS.values(), ids=FORMS)
+def test_each_form_is_the_same_in_a_file(tmp_path, suffix, row, messages, images, first, sentence):
+    """Arrow fills keys that are missing with None, and strings beside lists change a column's type."""
+    file = tmp_path / f"rows{suffix}"
+    if suffix == ".json":
+        file.write_text(json.dumps([row, row]))
+    elif suffix == ".jsonl":
+        file.write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")
+    else:
+        (tmp_path / "rows.json").write_text(json.dumps([row, row]))
+        datasets.load_dataset("json", data_files=[str(tmp_path / "rows.json")], split="train").to_parquet(file)
+    stored = open_source(str(file), text_field="messages", image_field="images")[1]
+    conversation = stored.form.read(stored.columns, stored.where)
+    assert (conversation.messages, conversation.images) == (messages, images)
+    assert conversation.trained_from == first
+    assert describe_format(stored.form, "messages", "images") == sentence
+
+
+# --- parts and marks ---
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ({"type": "image", "text": None, "image_url": None}, None),
+        ({"type": "image", "image": "", "path": None, "url": "", "base64": None}, None),
+        ({"type": "image", "image": {"bytes": None, "path": None}}, None),
+        ({"type": "image", "image": {"bytes": None, "path": None}, "path": "x.png"}, "x.png"),
+        ({"type": "image_url", "image_url": {"url": None}}, None),
+        ({"type": "image_url", "image_url": {"url": "x.png"}, "image": None}, "x.png"),
+        ({"type": "image", "image": {"bytes": PNG, "path": None}}, {"bytes": PNG, "path": None}),
+        ({"type": "image", "image": PNG}, PNG),
+    ],
+)
+def test_what_a_part_brings(part, source):
+    assert find_source(part) == source
+
+
+def test_empty_keys_from_arrow_do_not_make_a_part_bring_its_image():
+    part = {"type": "image", "text": None, "image_url": None}
+    row = {"messages": chat([part, {**text("q"), "image_url": None}]), "images": ["x.png"]}
+    assert read([row]).images == ["x.png"]
+    with pytest.raises(UserError, match="has no column 'images'; it has: messages"):
+        detect([{"messages": row["messages"]}])
+
+
+def test_parts_with_their_own_image_stand_between_those_of_the_column():
+    parts = [IMAGE, {"type": "image", "path": "own.png"}, text("q"), IMAGE]
+    row = {"messages": [*chat(parts), *chat([{"type": "image_url", "image_url": {"url": "last.png"}}])]}
+    conversation = read([{**row, "images": ["1.png", "2.png"]}])
+    assert conversation.images == ["1.png", "own.png", "2.png", "last.png"]
+    assert conversation.messages[0]["content"] == [IMAGE, IMAGE, text("q"), IMAGE]
+
+
+def test_images_without_a_part_stay_and_are_counted_at_the_end():
+    conversation = read([{"messages": chat([{"type": "image", "path": "own.png"}, text("q")]), "images": ["1.png"]}])
+    assert conversation.images == ["own.png", "1.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("q", [text("q")]),
+        ("<image>", [IMAGE]),
+        ("<image>\nq", [IMAGE, text("q")]),
+        ("q\n<image>", [text("q"), IMAGE]),
+        ("<image>q", [IMAGE, text("q")]),
+        ("a\n<image>\nb", [text("a\n"), IMAGE, text("b")]),
+        ("a<image>b", [text("a"), IMAGE, text("b")]),
+        ("<image>\n\nq", [IMAGE, text("\nq")]),
+        ("<image>\n<image>\nq", [IMAGE, IMAGE, text("q")]),
+        ("<image><image>q", [IMAGE, IMAGE, text("q")]),
+        ("a\n<image><image>\nb", [text("a"), IMAGE, IMAGE, text("b")]),
+        ("<Image> <image >", [text("<Image> <image >")]),
+    ],
+)
+def test_marks_in_text_take_one_line_break_with_them(words, parts):
+    assert split_image_strings(text(words)) == parts
+
+
+def test_marks_that_are_not_as_many_as_images_are_words():
+    """A text may speak of `<image>`."""
+    row = {"messages": chat([IMAGE, text("Write <image> in HTML.")]), "images": ["x.png"]}
+    assert read([row]).messages[0]["content"] == [IMAGE, text("Write <image> in HTML.")]
+    assert not detect([{"messages": chat("<image> and <image>"), "images": ["x.png"]}]).image_strings
+    assert not detect([{"messages": chat("What is an <image>?"), "images": []}]).image_strings
+
+
+def test_a_row_without_images_may_speak_of_marks_beside_rows_that_use_them():
+    rows = [{"messages": chat("<image>q"), "images": ["x.png"]}, {"messages": chat("An <image>?"), "images": []}]
+    assert detect(rows).image_strings
+
+
+@pytest.mark.parametrize("role", ["gpt", "model", "bot", "chatgpt", "assistant"])
+def test_names_of_the_assistant(role):
+    row = {"conversations": [{"from": "system", "value": "s"}, *llava("q", gpt=role)], "image": None}
+    assert [message["role"] for message in read([row]).messages] == ["system", "user", "assistant"]
+
+
+def test_unknown_from_is_named():
+    row = {"conversations": llava("q", human="alien"), "image": None}
+    with pytest.raises(UserError, match="unknown role 'alien'") as caught:
+        read([row])
+    assert caught.value.where == "rows.json, row 0, field 'conversations', message 0"
+    assert caught.value.field == "conversations"
+
+
+# --- prompt and completion ---
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "field", "message"),
+    [
+        ("", "a", "prompt", "is empty"),
+        ("q", None, "completion", "is empty"),
+        ("q", [], "completion", "is empty"),
+        (7, "a", "prompt", "expected text or messages, found int 7"),
+        (chat("q"), [{"role": "user", "content": "more"}], "completion", "has no assistant turn"),
+        ("q", " ", "completion", "the assistant's answer is empty"),
+    ],
+)
+def test_wrong_prompt_or_completion_is_named(prompt, completion, field, message):
+    row = {"prompt": prompt, "completion": completion, "images": None}
+    with pytest.raises(UserError, match=message) as caught:
+        read([row])
+    assert caught.value.field == field
+    assert f"'{field}'" in caught.value.where
+
+
+# --- columns ---
+
+
+def test_unknown_columns_list_those_there_are():
+    with pytest.raises(UserError, match="has no column 'messages'; it has: question, reply, images") as caught:
+        detect([{"question": "q", "reply": "a", "images": None}])
+    assert (caught.value.where, caught.value.fix) == ("rows.json", "Set dataset_text_field.")
+    with pytest.raises(UserError, match="has no column 'images'; it has: messages, photo") as caught:
+        detect([{"messages": chat([IMAGE, text("q")]), "photo": "x.png"}])
+    assert caught.value.fix == "Set dataset_image_field."
+
+
+def test_named_columns_are_never_replaced_by_others():
+    row = {"conversations": llava("q"), "prompt": "q", "completion": "a", "image": "x.png"}
+    with pytest.raises(UserError, match="has no column 'chat'"):
+        detect([row], text_field="chat")
+    with pytest.raises(UserError, match="has no column 'photo'"):
+        detect([row], image_field="photo")
+
+
+def test_named_columns_may_hold_another_form():
+    form = detect([{"chat": llava("<image>q"), "photo": "x.png"}], text_field="chat", image_field="photo")
+    assert form == RowFormat(("chat",), "photo", image_strings=True, name="conversations with from and value")
+
+
+def test_the_messages_column_goes_before_others():
+    assert detect([{"messages": chat("q"), "conversations": llava("q"), "images": None}]).text_fields == ("messages",)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_inside_messages_are_not_decoded_when_a_row_is_read(tmp_path, streaming):
+    value = datasets.Value("string")
+    part = {"type": value, "text": value, "image": datasets.Image()}
+    features = datasets.Features({"messages": datasets.List({"role": value, "content": datasets.List(part)})})
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": {"bytes": data}} for data in (PNG, b"broken")]},
+        {"role": "assistant", "content": [text("a")]},
+    ]
+    datasets.Dataset.from_list([{"messages": messages}], features=features).to_parquet(tmp_path / "rows.parquet")
+    file = str(tmp_path / "rows.parquet")
+    source = open_source(file, text_field="messages", image_field="images", streaming=streaming)
+    part = source.parts[0]
+    columns = next(iter(part.rows))
+    good, broken = part.form.read(columns, "row 0").images
+    assert good["bytes"] == PNG
+    assert load_image(good, None, "row 0").size == (6, 4)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_image(broken, None, "row 0")
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_short_base64_text_is_no_file_name_too_long(size):
+    """Without a slash, 256 to 1023 characters are more than a file's name may have."""
+    stream = io.BytesIO()
+    Image.new("L", (size, size), 7).save(stream, "PPM")  # long stretches without a slash
+    stored = base64.b64encode(stream.getvalue() + b"a" * 240).decode()
+    assert 255 < max(map(len, stored.split("/"))) < 1024
+    assert load_image(stored, None, "row 0").size == (size, size)
+
+
+def test_a_home_that_is_not_there_is_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="there is no image file"):
+        load_image("~no-such-person/x.png", tmp_path, "row 0")
+
+
+def test_one_image_or_a_list_is_read_alike():
+    assert list_images("x.png") == list_images(["x.png"])
