@@ -18,6 +18,7 @@ from tuning.console import say
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.measure import CHUNK, Measured, RowMeter, measure_rows
+from tuning.data.open import open_rows, open_validation_rows
 from tuning.data.sources import Part, Row, Stream
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
@@ -28,14 +29,7 @@ from tuning.preview.memory import MemoryEstimate, estimate_memory
 from tuning.preview.page import render_page
 from tuning.preview.report import Problem, Report, SampleRow
 from tuning.preview.rows import show_row
-from tuning.sft_trainer import (
-    find_lora_targets,
-    make_encoder,
-    open_rows,
-    open_validation_rows,
-    pick_attention,
-    prepare_model,
-)
+from tuning.sft_trainer import find_lora_targets, make_encoder, pick_attention, prepare_model
 from tuning.training.checkpoint import run_date, write_json, write_text
 
 SHOWN_PER_KIND = 3

@@ -70,19 +70,23 @@ def convert(path: str, out: Path, data: DataArguments) -> int:
     )
     for sentence in dict.fromkeys(_describe_forms(source, data)):
         say(f"Rows: {sentence}")
-    rules = ImageRules(
-        data.image_folder,
-        data.allow_outside_paths,
-        data.allow_remote_images,
-        data.max_image_pixels,
-        round(data.max_image_megabytes * 1e6),
-    )
+    rules = make_rules(data)
     with _blame_writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         writer = kind(out, Path(folder))
         for row in tqdm(_read_rows(source), total=len(source), desc="converting rows", unit="row"):
             writer.write(*read_row(row, rules))
         writer.finish()
     return len(source)
+
+
+def make_rules(data: DataArguments) -> ImageRules:
+    return ImageRules(
+        folder=data.image_folder,
+        allow_outside=data.allow_outside_paths,
+        allow_remote=data.allow_remote_images,
+        max_pixels=data.max_image_pixels,
+        max_bytes=round(data.max_image_megabytes * 1e6),
+    )
 
 
 def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedImage]]:

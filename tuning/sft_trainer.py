@@ -6,7 +6,7 @@ Run it by path, as `python -m tuning.sft_trainer`, or call `tuning.train(config)
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from tuning.data.chat import ChatFormat
 from tuning.data.collator import probe_collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows, encode_row
 from tuning.data.encode import Encoder
-from tuning.data.formats import describe_format
 from tuning.data.images import ImageRules
-from tuning.data.sources import Mixture, Source, Stream, open_source
+from tuning.data.open import open_rows, open_validation_rows
+from tuning.data.sources import Mixture, Source, Stream
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
 from tuning.model.attention import choose_attention
@@ -140,49 +140,6 @@ def check_launcher(config: RunConfig) -> None:
             "accelerate_launch_args",
             f"Run accelerate launch --num_processes={processes} tuning/sft_trainer.py with the same options.",
         )
-
-
-def open_rows(config: RunConfig) -> Source | Mixture | Stream:
-    """The training rows: of one data path, or of a list of them, mixed by weight; streamed where that is asked for."""
-    data = config.data
-    path = data.training_data_path
-    entries: list[dict[str, Any]] = path if isinstance(path, list) else [{"path": path}]
-    sources = [_open(config, entry["path"], entry.get("split") or data.dataset_split) for entry in entries]
-    for sentence in dict.fromkeys(_describe_forms(config, sources)):
-        say(f"Rows: {sentence}")
-    weights = [entry["weight"] for entry in entries] if entries[0].get("weight") else None
-    if data.streaming:  # the files of one dataset share its weight: how large each is, is not known
-        pairs = zip(sources, weights or [], strict=False)
-        shared = [weight / len(source.parts) for source, weight in pairs for _ in source.parts]
-        return Stream([part for source in sources for part in source.parts], shared or None)
-    if weights:
-        return Mixture(sources, weights)
-    return Source([part for source in sources for part in source.parts])
-
-
-def open_validation_rows(config: RunConfig) -> Source:
-    """The rows of `validation_data_path`; of a folder or hub dataset, its validation split."""
-    assert config.data.validation_data_path is not None
-    return _open(config, config.data.validation_data_path, "validation", streaming=False)
-
-
-def _open(config: RunConfig, path: str, split: str | None, streaming: bool | None = None) -> Source:
-    data = config.data
-    return open_source(
-        path,
-        text_field=data.dataset_text_field,
-        image_field=data.dataset_image_field,
-        split=split,
-        config_name=data.dataset_config_name,
-        streaming=data.streaming if streaming is None else streaming,
-    )
-
-
-def _describe_forms(config: RunConfig, sources: list[Source]) -> Iterator[str]:
-    for part in (part for source in sources for part in source.parts):
-        sentence = describe_format(part.form, config.data.dataset_text_field, config.data.dataset_image_field)
-        if sentence:
-            yield sentence
 
 
 def stream_rows(stream: Stream, config: RunConfig, progress: Progress) -> StreamedRows:

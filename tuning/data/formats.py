@@ -126,7 +126,7 @@ def _brings_image(part: dict) -> bool:
 
 
 def _uses_image_strings(form: RowFormat, first_rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether `<image>` marks images: LLaVA's form, or most rows have as many as images and no row has an image part."""
+    """Whether `<image>` marks images: LLaVA's form, or most rows have as many as images, and none an image part."""
     if form.name.startswith("conversations with"):
         return True
     fitting = 0

@@ -5,6 +5,7 @@ import binascii
 import io
 import os
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,11 @@ def measure_image(stored: Any, folder: Path | None, where: str, rules: ImageRule
 
 
 def _reads_exif(image: Image.Image) -> bool:
-    """Pillow would decode a PNG whose header has no EXIF to look for it behind the pixels, where it is not in use."""
-    return image.format != "PNG" or "exif" in image.info
+    """Pillow would decode a PNG whose header has no EXIF to look for it behind the pixels, where it is not in use.
+
+    The size that it tells of a TIFF is the turned one.
+    """
+    return image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
 
 
 def find_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> EncodedImage:
@@ -95,7 +99,7 @@ def find_image(stored: Any, folder: Path | None, where: str, rules: ImageRules =
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB, 8 bits a channel; transparency shows white."""
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits of grey: Pillow would cut them off at 255
-        values = np.asarray(image).astype(np.float64)
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
         top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 255.0 if image.mode == "F" else 65535.0
         image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -110,11 +114,10 @@ def _open_checked(stored: Any, folder: Path | None, where: str, rules: ImageRule
 
 
 def _open(content: Image.Image | Path | bytes, where: str, rules: ImageRules) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF: the limit below is ours
-        if isinstance(content, Image.Image):
-            image = content
-        else:
+    if isinstance(content, Image.Image):
+        image = content
+    else:
+        with _without_pillows_limit():
             image = Image.open(content if isinstance(content, Path) else io.BytesIO(content))
     if image.width * image.height > rules.max_pixels:
         raise UserError(
@@ -124,6 +127,18 @@ def _open(content: Image.Image | Path | bytes, where: str, rules: ImageRules) ->
             kind="image too large",
         )
     return image
+
+
+@contextmanager
+def _without_pillows_limit():
+    """Pillow warns of large images and odd EXIF, and refuses what is twice its own limit: ours takes its place."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _find_encoded(stored: Any, folder: Path | None, where: str, rules: ImageRules) -> Path | bytes:
@@ -193,7 +208,7 @@ def _unreadable(error: BaseException, where: str) -> UserError:
     if isinstance(error, UnidentifiedImageError):
         reason = "it is not in a known image format"
     else:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
     return UserError(
         f"the image cannot be read: {reason}.", where, "Replace it or drop the row.", kind="unreadable image"
     )

@@ -4,7 +4,7 @@ import http.client
 import ipaddress
 import socket
 import time
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from tuning.errors import UserError
 
@@ -25,9 +25,7 @@ def fetch_image(url: str, where: str, *, max_bytes: int) -> bytes:
         for hop in range(MAX_REDIRECTS + 1):
             connection = _connect(target, public_only=hop > 0)
             try:
-                parts = urlsplit(target)
-                query = f"?{parts.query}" if parts.query else ""
-                connection.request("GET", (parts.path or "/") + query, headers={"User-Agent": "vlm-tuning"})
+                connection.request("GET", _path_of(target), headers={"User-Agent": "vlm-tuning"})
                 response = connection.getresponse()
                 location = response.getheader("Location")
                 if response.status not in REDIRECTS or location is None:
@@ -44,6 +42,13 @@ def fetch_image(url: str, where: str, *, max_bytes: int) -> bytes:
             "Download it or drop the row.",
             kind="remote image",
         ) from error
+
+
+def _path_of(url: str) -> str:
+    """Path and query in ASCII, as browsers send them; what is encoded already stays."""
+    parts = urlsplit(url)
+    query = f"?{parts.query}" if parts.query else ""
+    return quote((parts.path or "/") + query, safe="/?%!$&'()*+,;=:@~")
 
 
 def _connect(url: str, *, public_only: bool) -> http.client.HTTPConnection:
@@ -76,4 +81,6 @@ def _read(response: http.client.HTTPResponse, max_bytes: int, limit: float) -> b
             raise ValueError(f"it is larger than max_image_megabytes {max_bytes / 1e6:g}")
         if time.monotonic() > limit:
             raise TimeoutError
+    if response.length:
+        raise ValueError("the connection broke off")
     return bytes(data)
