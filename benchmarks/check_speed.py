@@ -81,7 +81,7 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
     from tuning.check import measure_all
     from tuning.config.parse import build_config
     from tuning.data.measure import RowMeter
-    from tuning.data.open import open_rows
+    from tuning.data_paths import open_rows
     from tuning.model import load
     from tuning.sft_trainer import make_encoder
 

@@ -18,8 +18,8 @@ from tuning.console import say
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.measure import CHUNK, Measured, RowMeter, measure_rows
-from tuning.data.open import open_rows, open_validation_rows
 from tuning.data.sources import Part, Row, Stream
+from tuning.data_paths import open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
 from tuning.model.fsdp import find_wrap_classes

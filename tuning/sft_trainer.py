@@ -25,8 +25,8 @@ from tuning.data.collator import probe_collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows, encode_row
 from tuning.data.encode import Encoder
 from tuning.data.images import ImageRules
-from tuning.data.open import open_rows, open_validation_rows
 from tuning.data.sources import Mixture, Source, Stream
+from tuning.data_paths import open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
 from tuning.model.attention import choose_attention

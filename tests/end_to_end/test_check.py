@@ -14,7 +14,7 @@ from tuning.check import check
 from tuning.config.parse import build_config
 from tuning.data.encode import IGNORED
 from tuning.data.measure import RowMeter
-from tuning.data.open import open_rows
+from tuning.data_paths import open_rows
 from tuning.model import load
 from tuning.sft_trainer import make_encoder
 

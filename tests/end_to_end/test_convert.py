@@ -1,4 +1,4 @@
-"""`vlm-tuning convert`: what is trained stays what it was, images stay the bytes they were, and nothing is left half."""
+"""`vlm-tuning convert`: what is trained stays what it was, images stay the same bytes, and nothing is left half."""
 
 import base64
 import http.server

@@ -361,5 +361,28 @@ def test_a_home_that_is_not_there_is_a_missing_file(tmp_path):
         load_image("~no-such-person/x.png", tmp_path, "row 0")
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_answers_that_are_dates_stay_as_they_are_written(tmp_path, suffix):
+    """Arrow would make them times."""
+    rows = [{"prompt": "When?", "completion": f"2024-01-{day:02}", "images": [], "day": day} for day in range(1, 20)]
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    row = open_source(str(file), text_field="messages", image_field="images")[1]
+    assert row.form.read(row.columns, row.where).messages == asked(text("When?"), answer="2024-01-02")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_rows_far_on_may_be_of_another_type(tmp_path, suffix):
+    """`datasets` decides on types by the first 10 MB, in which no row may have an image."""
+    rows = [{"messages": chat("q" * 1000), "images": []} for _ in range(11_000)]
+    rows.append({"messages": chat([IMAGE, text("q")]), "images": ["x.png"], "more": 1})
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    source = open_source(str(file), text_field="messages", image_field="images")
+    first, last = (row.form.read(row.columns, row.where) for row in (source[0], source[11_000]))
+    assert (first.messages, first.images) == (asked(text("q" * 1000)), [])
+    assert (last.messages, last.images) == (asked(IMAGE, text("q")), ["x.png"])
+
+
 def test_one_image_or_a_list_is_read_alike():
     assert list_images("x.png") == list_images(["x.png"])

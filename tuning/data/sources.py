@@ -1,6 +1,7 @@
 """Where rows come from: files, folders, saved datasets or the hub, read lazily and never re-encoded."""
 
 import bisect
+import functools
 import itertools
 import json
 import random
@@ -12,7 +13,7 @@ from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
-from datasets.features import Image, List
+from datasets.features import Image, Json, List
 from tqdm import tqdm
 
 from tuning.data.formats import RowFormat, detect_format
@@ -206,11 +207,39 @@ def _open_file(file: Path, name: str, streaming: bool) -> Part:
         if builder == "arrow":
             rows = datasets.Dataset.from_file(str(file))
             rows = rows.to_iterable_dataset() if streaming else rows
+        elif builder == "json" and not streaming:
+            rows = _load_json(file)
         else:
             rows = datasets.load_dataset(builder, data_files=[str(file)], split="train", streaming=streaming)
     except (DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
         raise _unreadable(file, name, error) from error
     return Part(name, rows, file.parent)
+
+
+def _load_json(file: Path) -> datasets.Dataset:
+    """JSON, in the types of its first 10 MB; as it is where later rows differ or text was taken for dates."""
+    load = functools.partial(datasets.load_dataset, "json", data_files=[str(file)], split="train")
+    try:
+        rows = load()
+    except DatasetGenerationError:
+        names = _names_in_json(file)
+        if not names:
+            raise
+        return load(features=datasets.Features({name: Json() for name in names}))
+    dated = [name for name, feature in rows.features.items() if "Value('timestamp" in repr(feature)]
+    return load(features=datasets.Features({**rows.features, **{name: Json() for name in dated}})) if dated else rows
+
+
+def _names_in_json(file: Path) -> list[str]:
+    """The keys of all rows; none where a row is no object. Raises `ValueError` where it is not JSON."""
+    with open(file, encoding="utf-8-sig") as text:
+        rows = map(json.loads, filter(str.strip, text)) if file.suffix == ".jsonl" else json.load(text)
+        names: dict[str, None] = {}
+        for row in rows:
+            if not isinstance(row, dict):
+                return []
+            names.update(dict.fromkeys(row))
+    return list(names)
 
 
 def _unreadable(file: Path, name: str, error: Exception) -> UserError:
