@@ -34,6 +34,7 @@ from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.families import find_family
 from tuning.model.lora import add_lora, check_modules_to_save, resolve_targets
 from tuning.model.parts import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, find_parts, freeze_parts, parameter_table
+from tuning.training.callbacks import SKIPPED_FILE
 from tuning.training.checkpoint import (
     COMPLETE_FILE,
     Progress,
@@ -251,6 +252,8 @@ def prepare_output(config: RunConfig, progress: Progress) -> None:
     try:
         if config.run.overwrite_output_dir:
             remove_earlier_run(output_dir)
+        if progress.folder is None:
+            (output_dir / SKIPPED_FILE).unlink(missing_ok=True)
         write_json(output_dir / "resolved_config.json", config.to_dict())
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {output_dir}") from error

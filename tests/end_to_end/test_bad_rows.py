@@ -331,7 +331,9 @@ def write(case: Case, suffix: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
     images = case.options.get("image_folder")
-    return data, {**case.options, **({"image_folder": str(folder / images)} if images else {})}
+    # LLaVA-1.5 alone would take the first image and let the others go before it counts.
+    place = {"image_folder": str(folder / images)} if images else {}
+    return data, {"max_images_per_sample": 8, **case.options, **place}
 
 
 def _rows(case: Case) -> list[dict]:

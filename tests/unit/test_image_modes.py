@@ -313,3 +313,10 @@ def test_image_folder_takes_the_place_of_the_data_files_folder(look, places):
         with pytest.raises(UserError, match=f"lies outside image_folder {places / 'images'}"):
             look(path, places / "data", WHERE, rules)
     look("a.png", None, WHERE, ImageRules(folder=str(places / "data" / "door")))  # the folder itself may be a link
+
+
+def test_a_postscript_program_is_no_image():
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    for read in (load_image, measure_image):
+        with pytest.raises(UserError, match="not in a known image format"):
+            read(program, None, "rows.jsonl, row 0")

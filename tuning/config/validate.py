@@ -99,8 +99,11 @@ def _mixture_problems(entries: list | None):
         if unknown := set(entry) - {"path", "weight", "split"}:
             yield f"{place}: unknown {', '.join(sorted(unknown))}; use path, weight and split"
         weight = entry.get("weight")
-        if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0):
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight is not None and not (is_number and 0 < weight < float("inf")):
             yield f"{place}: weight must be a number above 0, got {weight!r}"
+        if entry.get("split") is not None and not isinstance(entry["split"], str):
+            yield f"{place}: split must be text, got {entry['split']!r}"
     weighted = [entry.get("weight") is not None for entry in entries if isinstance(entry, dict)]
     if not entries or (any(weighted) and not all(weighted)):
         yield "training_data_path: give every dataset of the list a weight, or none of them"

@@ -119,6 +119,8 @@ def _open(content: Image.Image | Path | bytes, where: str, rules: ImageRules) ->
     else:
         with _without_pillows_limit():
             image = Image.open(content if isinstance(content, Path) else io.BytesIO(content))
+    if image.format == "EPS":  # a program in PostScript: Pillow would have Ghostscript run it
+        raise UnidentifiedImageError
     if image.width * image.height > rules.max_pixels:
         raise UserError(
             f"the image has {image.width}×{image.height} pixels, more than max_image_pixels {rules.max_pixels}.",

@@ -162,7 +162,13 @@ class Stream:
 
 
 def _read_part(part: Part) -> Iterator[Row]:
-    return (part.row(number, columns) for number, columns in enumerate(part.rows))
+    if isinstance(part.rows, datasets.IterableDataset):
+        # By rows it would give each worker process of a DataLoader other files only, and most of them none.
+        batches = part.rows.iter(batch_size=1)
+        rows = ({name: values[0] for name, values in batch.items()} for batch in batches)
+    else:
+        rows = part.rows
+    return (part.row(number, columns) for number, columns in enumerate(rows))
 
 
 def open_source(
@@ -190,7 +196,7 @@ def open_source(
     else:
         parts = [_open_hub(path, split or "train", config_name, streaming)]
     prepared = [_prepare(part, text_field, image_field) for part in parts]
-    if not streaming and not sum(len(part.rows) for part in prepared):
+    if all(next(_read_part(part), None) is None for part in prepared):
         raise UserError("has no rows.", where=path)
     return Source(prepared)
 
@@ -244,6 +250,8 @@ def _names_in_json(file: Path) -> list[str]:
 
 def _unreadable(file: Path, name: str, error: Exception) -> UserError:
     """Find the line that is to blame where there are lines."""
+    if "corresponds to no data" in str(error):
+        return UserError("has no rows.", where=name)
     if file.suffix == ".jsonl":
         with open(file, encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(line for line in lines if line.strip()):
@@ -311,6 +319,8 @@ def _prepare(part: Part, text_field: str, image_field: str) -> Part:
     rows = _undecoded(part.rows)
     first = list(rows.take(LOOKED_AT)) if streaming else list(rows.select(range(min(LOOKED_AT, len(rows)))))
     names = list(first[0]) if streaming and first else rows.column_names or []
+    if not names:
+        raise UserError("has no rows.", where=part.name)
     form = detect_format(names, first, text_field=text_field, image_field=image_field, where=part.name)
     return Part(part.name, rows.select_columns(form.columns), part.folder, form)
 

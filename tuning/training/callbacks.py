@@ -36,9 +36,23 @@ class JsonLinesLog(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def append_skipped(output_dir: str | os.PathLike, rows: Iterable[Skipped]) -> None:
-    """Append `{"row", "field", "reason"}` lines to `skipped_rows.jsonl`; `row` counts from 0 in its file."""
-    with open(Path(output_dir, SKIPPED_FILE), "a", encoding="utf-8") as file:
-        for skipped in rows:
-            entry = {"row": skipped.row, "field": skipped.field, "reason": skipped.reason}
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+class SkippedRowsFile:
+    """Writes `{"row", "field", "reason"}` lines to `skipped_rows.jsonl`; `row` counts from 0 in its file.
+
+    A line that an interrupted run wrote is not written again.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike):
+        self.path = Path(output_dir, SKIPPED_FILE)
+        self._written: set[str] | None = None
+
+    def append(self, rows: Iterable[Skipped]) -> None:
+        if self._written is None:
+            self._written = set(self.path.read_text(encoding="utf-8").split("\n")) if self.path.exists() else set()
+        with open(self.path, "a", encoding="utf-8") as file:
+            for skipped in rows:
+                entry = {"row": skipped.row, "field": skipped.field, "reason": skipped.reason}
+                line = json.dumps(entry, ensure_ascii=False)
+                if line not in self._written:
+                    self._written.add(line)
+                    file.write(line + "\n")

@@ -16,7 +16,7 @@ from tuning.data.collator import BatchFacts
 from tuning.data.encode import Skipped
 from tuning.errors import UserError
 from tuning.model.parts import Parts, parameter_groups
-from tuning.training.callbacks import SKIPPED_FILE, JsonLinesLog, append_skipped
+from tuning.training.callbacks import JsonLinesLog, SkippedRowsFile
 from tuning.training.checkpoint import IDENTITY_FILE, STATE_FILE, write_json
 from tuning.training.meter import Meter
 
@@ -48,6 +48,7 @@ class SupervisedTrainer(Trainer):
         self.meter = Meter()
         self.dropped_images = 0
         self.skipped: dict[str, Skipped] = {}
+        self.skipped_file = SkippedRowsFile(self.args.output_dir)
         self.cut_rows: set[str] = set()
         self.max_bad_fraction, self.rows_seen = max_bad_fraction, 0
         self._rows_of_batches: list[list[str]] = []
@@ -107,7 +108,7 @@ class SupervisedTrainer(Trainer):
         self.rows_seen += len(facts.rows)
         new = {where: skipped for where, skipped in facts.skipped.items() if where not in self.skipped}
         if new:
-            append_skipped(self.args.output_dir, new.values())
+            self.skipped_file.append(new.values())
             self.skipped.update(new)
             self._stop_at_too_many_bad_rows()
         return facts
@@ -120,7 +121,7 @@ class SupervisedTrainer(Trainer):
             raise UserError(
                 f"{len(bad)} of {rows} rows{'' if known else ' so far'} are bad, more than max_bad_fraction"
                 f" {self.max_bad_fraction:g}; the last one: {bad[-1].reason}",
-                str(Path(self.args.output_dir, SKIPPED_FILE)),
+                str(self.skipped_file.path),
                 "Mend them (vlm-tuning check lists all), or raise max_bad_fraction.",
             )
 
@@ -189,7 +190,7 @@ class SupervisedTrainer(Trainer):
         if self.dropped_images:
             say(f"{self.image_rule}: {self.dropped_images} further images were left out.")
         if self.skipped:
-            say(f"{len(self.skipped)} rows were left out; {Path(self.args.output_dir, SKIPPED_FILE)} names them.")
+            say(f"{len(self.skipped)} rows were left out; {self.skipped_file.path} names them.")
         if self.cut_rows:
             say(f"The answers of {len(self.cut_rows)} rows were cut to max_seq_length.")
 
