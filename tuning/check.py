@@ -1,5 +1,6 @@
 """`vlm-tuning check`: what will the model see, and is anything wrong? Reads every row, trains nothing."""
 
+import itertools
 import os
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ from tuning.console import say
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.measure import CHUNK, Measured, RowMeter, measure_rows
-from tuning.data.sources import Part, Row, Stream
+from tuning.data.sources import Part, Row, Stream, read_part
 from tuning.data_paths import open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
@@ -33,7 +34,6 @@ from tuning.sft_trainer import find_lora_targets, make_encoder, pick_attention, 
 from tuning.training.checkpoint import run_date, write_json, write_text
 
 SHOWN_PER_KIND = 3
-SEVERAL_TRIES = 100  # the rows tried again after all were read
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Findings:
     parts: list[Part]
     problems: list[Problem] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
+    tried: set[tuple[str, int]] = field(default_factory=set)
     figures: list[np.ndarray] = field(default_factory=list)
     image_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
@@ -69,8 +70,6 @@ class Findings:
         self.figures.append(np.array(good, dtype=np.int32).reshape(-1, 5))
 
     def note(self, error: UserError, file: str, number: int) -> None:
-        if any(problem.row == number and problem.file == file for problem in self.problems[-SEVERAL_TRIES:]):
-            return
         self.counts["bad_rows"] += 1
         self.problems.append(Problem(error.kind or "other", number, error.field, str(error), file))
 
@@ -81,7 +80,9 @@ class Findings:
             try:
                 made.append(action(row))
             except UserError as error:
-                self.note(error, row.file, row.number)
+                if (row.file, row.number) not in self.tried:
+                    self.note(error, row.file, row.number)
+                self.tried.add((row.file, row.number))
         return made
 
     def lengths(self) -> Lengths:
@@ -118,7 +119,7 @@ def check(config: RunConfig) -> Report:
         padding=lengths.padding_shares(config.training.per_device_train_batch_size, config.training.seed),
         estimates=estimate_run(config, source, lengths, memory),
         settings=settings,
-        warnings=[*find_warnings(findings, encoder), *compare_counts(samples, lengths)],
+        warnings=[*find_warnings(findings, encoder), *compare_counts(samples, lengths, encoder)],
         samples=samples,
         left_out=findings.left_out,
     )
@@ -145,15 +146,10 @@ def measure_all(config: RunConfig, source: Any, meter: RowMeter) -> Findings:
 
 
 def _measure_stream(source: Stream, meter: RowMeter, limit: int | None) -> Iterable[list[Measured]]:
-    numbers = {id(part.rows): number for number, part in enumerate(source.parts)}
-    for count, (number, row) in enumerate(
-        (number, part.row(index, columns))
-        for part in source.parts
-        for number in [numbers[id(part.rows)]]
-        for index, columns in enumerate(part.rows)
-    ):
-        if limit is not None and count >= limit:
-            return
+    numbered = ((number, row) for number, part in enumerate(source.parts) for row in read_part(part))
+    for number, row in itertools.islice(numbered, limit):
+        if isinstance(row, UserError):
+            raise row
         yield meter.measure([(number, row)])
 
 
@@ -248,12 +244,13 @@ def find_warnings(findings: Findings, encoder: Encoder) -> list[str]:
     return warnings
 
 
-def compare_counts(samples: list[SampleRow], lengths: Lengths) -> list[str]:
+def compare_counts(samples: list[SampleRow], lengths: Lengths, encoder: Encoder) -> list[str]:
     """Hold what was counted against rows that were encoded in full."""
     warnings = []
     for sample in samples:
         counted = lengths.tokens[(lengths.number == sample.row)].tolist()
-        if len(sample.tokens) not in counted:
+        is_cut = encoder.overlong_rows == "truncate_text" and encoder.max_seq_length in counted
+        if len(sample.tokens) not in counted and not is_cut:  # a cut may take a token more, to end with a character
             warnings.append(
                 f"{sample.file}, row {sample.row} has {len(sample.tokens)} tokens, but {counted} were counted: the"
                 " lengths here are approximate."

@@ -348,3 +348,30 @@ def test_bad_rows_of_a_stream_are_skipped_and_written_down_once(make_options, sp
 def test_a_stream_needs_a_number_of_steps(make_options):
     with pytest.raises(UserError, match="streaming: needs max_steps, because the number of rows is not known"):
         build_config(make_options("llava15", streaming=True))
+
+
+def test_bad_validation_rows_are_held_against_the_validation_rows(make_options, rows, capsys):
+    good = json.loads(rows.read_text().splitlines()[0])
+    validation = rows.parent / "validation_rows.jsonl"
+    lines = [good] * 60
+    lines[5] = lines[50] = {**good, "images": ["none.png"]}
+    validation.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = make_options("llava15", validation_data_path=str(validation), on_bad_row="skip", num_train_epochs=1)
+    result = tuning.train(options)  # two of 60 are few, two of the 16 training rows would be too many
+    assert result.metrics["eval_loss"] > 0
+
+
+def test_a_stream_that_breaks_off_is_named(make_options, tmp_path, capsys):
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"a": [1,2')
+    options = make_options("llava15", training_data_path=str(broken), streaming="true", max_steps=2)
+    assert sft_trainer.main([f"--{name}={value}" for name, value in options.items()]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"Error: {broken}: cannot be read")
+
+
+def test_a_run_whose_rows_are_all_left_out_saves_nothing(make_options, tmp_path):
+    options = make_options("llava15", max_seq_length=10, overlong_rows="drop", num_train_epochs=1)
+    with pytest.raises(UserError, match="every row was left out"):
+        tuning.train(options)
+    assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -319,3 +319,30 @@ def test_lengths_are_estimated_without_opening_an_image(tmp_path, monkeypatch):
     source = open_source(str(file), text_field="messages", image_field="images")
     lengths = source.text_lengths()
     assert lengths[1] < lengths[2] < lengths[0]
+
+
+def test_a_control_token_spread_over_two_parts_is_refused():
+    messages = messages_of(0)
+    messages[1]["content"] = [text("ab<|eot"), text("_id|>cd")]
+    with pytest.raises(UserError, match="is spread over two text parts") as caught:
+        encoder_of("mllama").encode(row_of(messages, None))
+    assert caught.value.where == "rows.json, row 0, field 'messages', message 1"
+
+
+def test_an_image_within_an_answer_is_never_cut():
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {% for p in m['content'] %}{% if p['type'] == 'image' %}<image>"
+        "{% else %}{{ p['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    processor = build_processor("llava15")
+    processor.chat_template = template
+    question = {"role": "user", "content": [text("Draw it.")]}
+    row = row_of([question, {"role": "assistant", "content": [text("Here it is "), IMAGE, text("ab")]}], [picture()])
+    whole = Encoder(processor, ChatFormat(processor), max_seq_length=999).encode(row).sequence["input_ids"]
+    for fewer in (1, 3, 5):
+        limit = len(whole) - fewer
+        encoder = Encoder(processor, ChatFormat(processor), max_seq_length=limit, overlong_rows="truncate_text")
+        cut = encoder.encode(row).sequence["input_ids"]
+        assert len(cut) == limit
+        assert (cut == encoder.image_token_id).sum() == (whole == encoder.image_token_id).sum()

@@ -320,3 +320,13 @@ def test_a_postscript_program_is_no_image():
     for read in (load_image, measure_image):
         with pytest.raises(UserError, match="not in a known image format"):
             read(program, None, "rows.jsonl, row 0")
+
+
+@pytest.mark.parametrize("read", [load_image, measure_image])
+def test_image_folder_can_be_the_fence_around_paths_from_the_data_file(read, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "rows").mkdir()
+    Image.new("RGB", (7, 5)).save(tmp_path / "images" / "a.png")
+    read("../images/a.png", tmp_path / "rows", "row 0", ImageRules(folder=str(tmp_path)))
+    with pytest.raises(UserError):
+        read("../images/a.png", tmp_path / "rows", "row 0", ImageRules(folder=str(tmp_path / "rows")))

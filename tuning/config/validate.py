@@ -10,7 +10,10 @@ import torch
 from tuning.config import names
 
 LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias")
-AT_LEAST_ONE = ("max_seq_length", "max_images_per_sample", "max_image_pixels", "max_messages_per_row", "max_rows")
+AT_LEAST_ONE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("max_seq_length", "max_images_per_sample", "max_image_pixels", "max_messages_per_row", "max_rows"),
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -93,7 +96,7 @@ def _mixture_problems(entries: list | None):
         return
     for number, entry in enumerate(entries):
         place = f"training_data_path, dataset {number}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
             yield f'{place}: expected an object like {{"path": …, "weight": …, "split": …}}, got {entry!r}'
             continue
         if unknown := set(entry) - {"path", "weight", "split"}:
@@ -145,7 +148,7 @@ def _data_problems(values: Mapping[str, Any]):
             yield f"{name}: must be at least 1, got {values[name]}"
     if not 0 <= values.get("max_bad_fraction", 0) <= 1:
         yield f"max_bad_fraction: must be between 0 and 1, got {values['max_bad_fraction']}"
-    if values.get("max_image_megabytes", 1) <= 0:
+    if not 0 < values.get("max_image_megabytes", 1) < float("inf"):
         yield f"max_image_megabytes: must be above 0, got {values['max_image_megabytes']}"
     if values.get("streaming") and values.get("max_steps", -1) < 1:
         yield "streaming: needs max_steps, because the number of rows is not known"
@@ -158,6 +161,13 @@ def _data_problems(values: Mapping[str, Any]):
 
 
 def _training_problems(values: Mapping[str, Any]):
+    if not 0 < values.get("num_train_epochs", 1) < float("inf"):
+        yield f"num_train_epochs: must be a number above 0, got {values['num_train_epochs']}"
+    if not 0 <= values.get("seed", 0) < 2**32:
+        yield f"seed: must be between 0 and 2³² - 1, got {values['seed']}"
+    processes = (values.get("accelerate_launch_args") or {}).get("num_processes", 1)
+    if not str(processes).isdigit() or int(processes) < 1:
+        yield f"accelerate_launch_args: num_processes must be a whole number above 0, got {processes!r}"
     if (values.get(names.CHECKPOINTING_KWARGS) or {}).get("use_reentrant"):
         yield (
             f"{names.CHECKPOINTING_KWARGS}: use_reentrant true loses gradients of frozen or sharded vision-language"

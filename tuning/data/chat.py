@@ -98,7 +98,13 @@ class ChatFormat:
 
     def generation_prompt(self, messages: list[Message]) -> str:
         """The text that asks the model for its next answer."""
-        return self._render([self._join_parts(message) for message in messages], add_generation_prompt=True)[0]
+        joined = [self._join_parts(message) for message in messages]
+        try:
+            return self._render(joined, add_generation_prompt=True)[0]
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the chat template refuses to ask for an answer: {error}", fix="Give another chat_template."
+            ) from error
 
     def count_placeholders(self, text: str) -> int | None:
         """Image placeholders in a rendered text, or None where the template writes something else."""
@@ -221,7 +227,7 @@ class ChatFormat:
             )
         text, marked = self._render([question, _message("assistant", mark)])
         before, after = text.split(mark)
-        prompt = self._render([question], add_generation_prompt=True)[0]
+        prompt = self.generation_prompt([question])
         self.lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
         self.end_of_turn = after.strip()
         self._marked_tail = text[text.index(mark) + len(mark) : marked[-1][1]] if marked else ""

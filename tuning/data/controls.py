@@ -18,22 +18,23 @@ FIRST_STAND_IN = 0xF0000  # Supplementary Private Use Area-A: no text that peopl
 class ControlTokens:
     """Strings that the tokenizer would read as control tokens: special ones, and others that the template writes.
 
+    In answers only the special ones: others (`<think>`, `<tool_call>`) are what a model learns to write.
+
     A user who types `<image>` or `</s>` would shift images or end a turn. Each is hidden behind a stand-in character
     before the template is rendered; a copy of the tokenizer knows the stand-ins as tokens of their own, which are then
     replaced by the ids that the string has as plain text.
     """
 
     def __init__(self, tokenizer: Any, template: str, image_token: str):
-        added = {
-            token.content
-            for token in tokenizer.added_tokens_decoder.values()
-            if token.special or token.content in template
-        }
-        strings = sorted({text for text in {*added, image_token} if text.strip()}, key=lambda text: (-len(text), text))
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | {image_token}
+        written = {token.content for token in added if token.content in template}
+        strings = sorted({text for text in special | written if text.strip()}, key=lambda text: (-len(text), text))
         self.tokenizer = tokenizer
         self.stand_ins = {text: chr(FIRST_STAND_IN + number) for number, text in enumerate(strings)}
         self._strings = {stand_in: text for text, stand_in in self.stand_ins.items()}
-        self._typed = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
+        self._typed = _any_of(strings)
+        self._typed_in_answers = _any_of([text for text in strings if text in special])
         self._hidden = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(FIRST_STAND_IN + max(len(strings) - 1, 0))}]")
 
     def hide(self, messages: list[Message], where: str = "") -> list[Message]:
@@ -46,16 +47,24 @@ class ControlTokens:
                 "Remove them.",
                 kind="odd characters",
             )
-        if not any(self._typed.search(text) for text in texts):
+        if not self._typed.search("".join(texts)):
             return messages
+        return [self._hide_in_message(message, f"{where}, message {index}") for index, message in enumerate(messages)]
 
-        def swap(part: dict) -> dict:
-            return {**part, "text": self._typed.sub(lambda found: self.stand_ins[found[0]], part["text"])}
-
-        return [
-            {**message, "content": [swap(part) if part["type"] == "text" else part for part in message["content"]]}
-            for message in messages
-        ]
+    def _hide_in_message(self, message: Message, where: str) -> Message:
+        typed = self._typed_in_answers if message["role"] == "assistant" else self._typed
+        parts, joined = [], ""
+        for part in message["content"]:
+            if part["type"] == "text":
+                part = {**part, "text": typed.sub(lambda found: self.stand_ins[found[0]], part["text"])}
+            joined = joined + part["text"] if part["type"] == "text" else ""
+            if found := typed.search(joined):  # only where parts meet is one left
+                advice = "Make one text of the parts."
+                raise UserError(
+                    f"{found[0]} is spread over two text parts.", where, advice, kind="control token across parts"
+                )
+            parts.append(part)
+        return {**message, "content": parts}
 
     def show(self, text: str) -> str:
         """The text with the strings in place of their stand-ins."""
@@ -109,3 +118,7 @@ class ControlTokens:
             start, whole = encode("\n"), encode(f"\n{piece}")
             ids += whole[len(start) :] if whole[: len(start)] == start else encode(piece)
         return ids
+
+
+def _any_of(strings: Sequence[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, strings)) or r"(?!)")

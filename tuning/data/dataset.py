@@ -15,11 +15,13 @@ from tuning.errors import UserError
 SHUFFLED_ROWS = 1000  # how many streamed rows are held to choose the next from
 
 
-def encode_row(row: Row, encoder: Encoder, skip_bad_rows: bool) -> Sample | UserError:
+def encode_row(row: Row | UserError, encoder: Encoder, skip_bad_rows: bool) -> Sample | UserError:
     """Encode a row. A bad one is returned as its `UserError`, or as a `Sample` without labels that takes its place.
 
     Raised inside a worker process, the error's message would reach the user buried in the worker's traceback.
     """
+    if isinstance(row, UserError):
+        return row  # the data ends here: there is nothing to skip to
     try:
         return encoder.encode(row)
     except UserError as error:
@@ -52,7 +54,7 @@ class StreamedRows(IterableDataset):
     def __init__(self, stream: Stream, *, block: int, seed: int, start: int = 0):
         self.stream, self.block, self.seed, self.start = stream, block, seed, start
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Row | UserError]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         first = self.start * self.block
@@ -60,13 +62,13 @@ class StreamedRows(IterableDataset):
             if index // self.block % workers == number:
                 yield row
 
-    def _endless(self) -> Iterator[Row]:
+    def _endless(self) -> Iterator[Row | UserError]:
         for epoch in itertools.count():
             choose = random.Random(f"{self.seed} {epoch}")
             yield from shuffle_nearby(self.stream.one_epoch(choose), choose)
 
 
-def shuffle_nearby(rows: Iterator[Row], choose: random.Random) -> Iterator[Row]:
+def shuffle_nearby(rows: Iterator[Row | UserError], choose: random.Random) -> Iterator[Row | UserError]:
     """Every row once, each drawn at random from the next `SHUFFLED_ROWS`."""
     held = list(itertools.islice(rows, SHUFFLED_ROWS))
     for row in rows:
@@ -83,5 +85,5 @@ class EncodingCollator:
     def __init__(self, encoder: Encoder, collator: PaddingCollator, skip_bad_rows: bool):
         self.encoder, self.collator, self.skip_bad_rows = encoder, collator, skip_bad_rows
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row | UserError]) -> dict[str, Any]:
         return self.collator([encode_row(row, self.encoder, self.skip_bad_rows) for row in rows])

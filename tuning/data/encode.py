@@ -184,10 +184,11 @@ class Encoder:
         cut, which would teach the model to stop in mid-sentence. Images and all other text stay.
         """
         offsets, chat = inputs["offset_mapping"][0].numpy(), prepared.chat
+        image_tokens = self._find_image_tokens(inputs)
         moved = after_expansion([*chat.contents, *chat.spans], _expansions(inputs))
         keep, not_trained = np.ones(len(offsets), dtype=bool), []
         for content, span in reversed(list(zip(moved[: len(chat.spans)], moved[len(chat.spans) :], strict=True))):
-            words = np.flatnonzero(overlaps(offsets, [content]))
+            words = np.flatnonzero(overlaps(offsets, [content]) & ~image_tokens)
             end = len(words) - min(excess, len(words) - 1)
             while 1 < end < len(words) and offsets[words[end], 0] < offsets[words[end - 1], 1]:
                 end -= 1  # several tokens may make one character: it is kept or cut as a whole

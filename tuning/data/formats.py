@@ -59,7 +59,11 @@ class RowFormat:
                 place = f"{where}, field '{self.text_fields[1]}'"
                 raise UserError("has no assistant turn.", place, "Add an answer or drop the row.", kind="no answer")
         if stored and not any(part["type"] == "image" for message in messages for part in message["content"]):
-            first = next(index for index, message in enumerate(messages) if message["role"] != "system")
+            first = next((i for i, message in enumerate(messages[: len(prompt)]) if message["role"] != "system"), None)
+            if first is None:
+                with blame_field(self.text_fields[0]):
+                    place = f"{where}, field '{self.text_fields[0]}'"
+                    raise UserError("has no user message for the images to be in.", place, kind="no question")
             images = [{"type": "image"} for _ in stored]  # a prompt that does not place its images has them first
             messages[first] = {**messages[first], "content": [*images, *messages[first]["content"]]}
         return Conversation(*take_images(messages, stored), trained_from=len(prompt))

@@ -4,11 +4,13 @@ import base64
 import binascii
 import io
 import os
+import struct
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,7 +19,12 @@ from tuning.data.remote import fetch_image
 from tuning.errors import UserError
 
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 turn the picture by a quarter (CIPA DC-008)
-UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+PNG_EXIF = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+# What Pillow raises on damaged files: its decoders check little.
+UNREADABLE = (
+    *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error),
+    *(NotImplementedError, RuntimeError, TypeError, LookupError, ArithmeticError),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def _reads_exif(image: Image.Image) -> bool:
 
     The size that it tells of a TIFF is the turned one.
     """
-    return image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+    return image.format != "TIFF" and (image.format != "PNG" or any(key in image.info for key in PNG_EXIF))
 
 
 def find_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> EncodedImage:
@@ -160,7 +167,10 @@ def _find_encoded(stored: Any, folder: Path | None, where: str, rules: ImageRule
             raise UserError(f"the image is on the network: {stored[:200]}.", where, advice, kind="remote image")
         return fetch_image(stored, where, max_bytes=rules.max_bytes)
     start = Path(rules.folder).expanduser() if rules.folder else folder or Path(".")
-    path = start / os.path.expanduser(stored.removeprefix("file://"))
+    name = unquote(stored.removeprefix("file://")) if stored.startswith("file://") else stored
+    path = start / os.path.expanduser(name)
+    if rules.folder and folder and len(stored) < 1024 and not os.path.isfile(path) and _is_inside(folder / name, start):
+        path = folder / name  # image_folder may also be the fence around paths that start from the data file
     if len(stored) < 1024 and os.path.isfile(path):  # Path's own methods raise on base64 text: it is no file name
         _check_place(path, start, where, rules)
         _check_size(path.stat().st_size, where, rules)
@@ -189,8 +199,7 @@ def _check_size(size: int, where: str, rules: ImageRules) -> None:
 
 def _check_place(path: Path, start: Path, where: str, rules: ImageRules) -> None:
     """A data file must not make a run read, and a model learn, what lies elsewhere on the machine."""
-    real = os.path.realpath(path)
-    if not rules.allow_outside and os.path.commonpath([real, os.path.realpath(start)]) != os.path.realpath(start):
+    if not rules.allow_outside and not _is_inside(path, start):
         raise UserError(
             f"the image {str(path)[:500]} lies outside {'image_folder' if rules.folder else 'the folder'} {start}.",
             where,
@@ -199,9 +208,14 @@ def _check_place(path: Path, start: Path, where: str, rules: ImageRules) -> None
         )
 
 
+def _is_inside(path: Path, folder: Path) -> bool:
+    real = os.path.realpath(folder)
+    return os.path.commonpath([os.path.realpath(path), real]) == real
+
+
 def _decode_base64(text: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         return b""
 

@@ -104,7 +104,9 @@ class RowMeter:
         )
         excess = tokens - encoder.max_seq_length
         if excess > 0:
-            shortest = [max(0, int(overlaps(offsets, [content]).sum()) - 1) for content in chat.contents]
+            shortest = [
+                max(0, int((overlaps(offsets, [content]) & ~placeholders).sum()) - 1) for content in chat.contents
+            ]
             if encoder.overlong_rows == "truncate_text" and sum(shortest) >= excess:
                 left = max(1, row.supervised_tokens - excess - 1)  # nor is the end token trained
                 return replace(row, tokens=encoder.max_seq_length, supervised_tokens=left, cut=True)

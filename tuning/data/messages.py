@@ -1,5 +1,6 @@
 """The text of a row → checked messages in one canonical shape, and the images that go with them."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,8 +137,7 @@ def take_images(messages: list[Message], stored: Sequence[Any]) -> tuple[list[Me
     for message in messages:
         for part in message["content"]:
             if part["type"] == "image":
-                image = part["source"] if "source" in part else next(column, None)
-                images += [] if image is None else [image]
+                images += [part["source"]] if "source" in part else itertools.islice(column, 1)
         bare.append({**message, "content": [{k: v for k, v in p.items() if k != "source"} for p in message["content"]]})
     return bare, [*images, *column]
 

@@ -11,6 +11,7 @@ from tuning.errors import UserError
 TIMEOUT = 10.0  # seconds without an answer
 DEADLINE = 60.0  # seconds for all of an image
 MAX_REDIRECTS = 5
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -66,7 +67,7 @@ def _connect(url: str, *, public_only: bool) -> http.client.HTTPConnection:
 def _connect_to_public_address(address: tuple[str, int], timeout: float, source_address=None) -> socket.socket:
     found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
     numbers = [str(entry[4][0]) for entry in found]
-    if private := next((number for number in numbers if not ipaddress.ip_address(number).is_global), None):
+    if private := next((number for number in numbers if not _is_public(number)), None):
         raise ValueError(f"it redirects to {address[0]} ({private}), which is not a public address")
     return socket.create_connection((numbers[0], address[1]), timeout, source_address)
 
@@ -84,3 +85,12 @@ def _read(response: http.client.HTTPResponse, max_bytes: int, limit: float) -> b
     if response.length:
         raise ValueError("the connection broke off")
     return bytes(data)
+
+
+def _is_public(number: str) -> bool:
+    """Whether an address is a public one; IPv6 forms that lead to an IPv4 address are judged by that one."""
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = ipaddress.ip_address(number)
+    if isinstance(address, ipaddress.IPv6Address):
+        nat64 = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else None
+        address = address.ipv4_mapped or address.sixtofour or nat64 or address
+    return address is not None and address.is_global and not address.is_multicast

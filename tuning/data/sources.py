@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 from datasets.exceptions import DatasetGenerationError
 from datasets.features import Image, Json, List
 from tqdm import tqdm
@@ -20,7 +21,15 @@ from tuning.data.formats import RowFormat, detect_format
 from tuning.errors import UserError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-LOOKED_AT = 16  # first rows from which the form is read
+LOOKED_AT, SPREAD = 16, 48  # rows from which the form is read: the first, and some from all over the data
+UNREADABLE = (
+    pyarrow.ArrowException,
+    DatasetGenerationError,
+    datasets.exceptions.DatasetsError,
+    OSError,
+    ValueError,
+    TypeError,
+)
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -138,22 +147,22 @@ class Stream:
     parts: list[Part]
     weights: list[float] | None = None
 
-    def __iter__(self) -> Iterator[Row]:
-        return itertools.chain.from_iterable(map(_read_part, self.parts))
+    def __iter__(self) -> Iterator[Row | UserError]:
+        return itertools.chain.from_iterable(map(read_part, self.parts))
 
-    def one_epoch(self, choose: random.Random) -> Iterator[Row]:
+    def one_epoch(self, choose: random.Random) -> Iterator[Row | UserError]:
         """All rows in order, or drawn by weight until each part has been read to its end once."""
         if self.weights is None:
             yield from self
             return
-        readers = [_read_part(part) for part in self.parts]
+        readers = [read_part(part) for part in self.parts]
         unfinished = set(range(len(readers)))
         while unfinished:
             number = choose.choices(range(len(readers)), self.weights)[0]
             row = next(readers[number], None)
             if row is None:
                 unfinished.discard(number)
-                readers[number] = _read_part(self.parts[number])
+                readers[number] = read_part(self.parts[number])
                 continue
             yield row
 
@@ -161,7 +170,23 @@ class Stream:
         return [[part.name] for part in self.parts]
 
 
-def _read_part(part: Part) -> Iterator[Row]:
+def read_part(part: Part) -> Iterator[Row | UserError]:
+    """The rows of a part, in order. What cannot be read any further is an error in the place of the next row."""
+    rows = _read_rows(part)
+    while True:
+        try:
+            row = next(rows, None)
+        except UNREADABLE as error:
+            yield UserError(
+                f"cannot be read: {str(error).splitlines()[0]}", part.name, "Mend the file.", kind="unreadable"
+            )
+            return
+        if row is None:
+            return
+        yield row
+
+
+def _read_rows(part: Part) -> Iterator[Row]:
     if isinstance(part.rows, datasets.IterableDataset):
         # By rows it would give each worker process of a DataLoader other files only, and most of them none.
         batches = part.rows.iter(batch_size=1)
@@ -196,7 +221,7 @@ def open_source(
     else:
         parts = [_open_hub(path, split or "train", config_name, streaming)]
     prepared = [_prepare(part, text_field, image_field) for part in parts]
-    if all(next(_read_part(part), None) is None for part in prepared):
+    if all(next(read_part(part), None) is None for part in prepared):
         raise UserError("has no rows.", where=path)
     return Source(prepared)
 
@@ -317,12 +342,20 @@ def _prepare(part: Part, text_field: str, image_field: str) -> Part:
     """Find the form of the rows, and keep images as stored bytes or paths: they are decoded one by one, later."""
     streaming = isinstance(part.rows, datasets.IterableDataset)
     rows = _undecoded(part.rows)
-    first = list(rows.take(LOOKED_AT)) if streaming else list(rows.select(range(min(LOOKED_AT, len(rows)))))
+    try:
+        first = list(rows.take(LOOKED_AT)) if streaming else list(rows.select(_choose_rows(len(rows))))
+    except UNREADABLE as error:
+        raise UserError(f"cannot be read: {str(error).splitlines()[0]}", part.name, "Mend the file.") from error
     names = list(first[0]) if streaming and first else rows.column_names or []
     if not names:
         raise UserError("has no rows.", where=part.name)
     form = detect_format(names, first, text_field=text_field, image_field=image_field, where=part.name)
     return Part(part.name, rows.select_columns(form.columns), part.folder, form)
+
+
+def _choose_rows(count: int) -> list[int]:
+    spread = range(LOOKED_AT, count, max(1, (count - LOOKED_AT) // SPREAD))
+    return [*range(min(LOOKED_AT, count)), *spread]
 
 
 def _undecoded(rows: Any) -> Any:

@@ -82,8 +82,9 @@ def estimate_run(
     }
     if memory is None:
         return estimates
-    found = memory.activations is not None
-    activations = f"{memory.activations / GIGABYTE:.3g}" if found else f"not found ({memory.unknown})"
+    activations = f"not found ({memory.unknown})"
+    if memory.activations is not None:
+        activations = f"{memory.activations / GIGABYTE:.3g}"
     how = (
         f"one step on the {training.per_device_train_batch_size} longest rows, run without weights, counting tensors:"
         f" weights {memory.weights / GIGABYTE:.3g}, gradients {memory.gradients / GIGABYTE:.3g}, optimizer"

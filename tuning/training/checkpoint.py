@@ -33,6 +33,8 @@ def run_identity(config: RunConfig, *, rows: list, architecture: str) -> dict[st
     options = config.to_dict()
     lora = SAME_LORA if config.lora.peft_method else ("peft_method",)
     same = {name: options[name] for name in (*SAME_MODEL, *SAME_FREEZING, *lora, *SAME_DATA, *SAME_ENCODING)}
+    if config.data.streaming:  # where a stream goes on is counted in batches
+        same |= {name: options[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     schedule = {name: options[name] for name in SCHEDULE}
     same |= {"rows": rows, "architecture": architecture, "schedule": schedule, "date_string": run_date(config)}
     return json.loads(json.dumps(same))  # as it comes back from disk: tuples are lists

@@ -48,6 +48,8 @@ class SupervisedTrainer(Trainer):
         self.meter = Meter()
         self.dropped_images = 0
         self.skipped: dict[str, Skipped] = {}
+        self.bad_rows, self.bad_validation_rows = list[Skipped](), list[Skipped]()
+        self.saw_supervised_tokens = False
         self.skipped_file = SkippedRowsFile(self.args.output_dir)
         self.cut_rows: set[str] = set()
         self.max_bad_fraction, self.rows_seen = max_bad_fraction, 0
@@ -97,7 +99,7 @@ class SupervisedTrainer(Trainer):
         self._rows_of_batches = [fact.rows for fact in facts]
         return batches, self._get_num_items_in_batch(batches, device)
 
-    def _take_facts(self, batch: dict[str, Any]) -> BatchFacts:
+    def _take_facts(self, batch: dict[str, Any], evaluated: Any = None) -> BatchFacts:
         facts = batch.pop("facts")
         if facts.error is not None:
             raise facts.error
@@ -106,18 +108,21 @@ class SupervisedTrainer(Trainer):
         self.dropped_images += facts.dropped_images
         self.cut_rows.update(facts.cut)
         self.rows_seen += len(facts.rows)
+        self.saw_supervised_tokens |= facts.supervised_tokens > 0 and evaluated is None
         new = {where: skipped for where, skipped in facts.skipped.items() if where not in self.skipped}
         if new:
             self.skipped_file.append(new.values())
             self.skipped.update(new)
-            self._stop_at_too_many_bad_rows()
+            bad = self.bad_validation_rows if evaluated is not None else self.bad_rows
+            bad += [skipped for skipped in new.values() if skipped.bad]
+            self._stop_at_too_many_bad_rows(bad, self.train_dataset if evaluated is None else evaluated)
         return facts
 
-    def _stop_at_too_many_bad_rows(self) -> None:
-        bad = [skipped for skipped in self.skipped.values() if skipped.bad]
-        known = has_length(self.train_dataset)
-        rows = len(self.train_dataset) if known else max(self.rows_seen, FEW_STREAMED_ROWS)
-        if len(bad) > self.max_bad_fraction * rows / self.args.world_size:
+    def _stop_at_too_many_bad_rows(self, bad: list[Skipped], dataset: Any) -> None:
+        """Each process counts the bad rows that it has met against all rows."""
+        known = has_length(dataset)
+        rows = len(dataset) if known else max(self.rows_seen, FEW_STREAMED_ROWS)
+        if len(bad) > self.max_bad_fraction * rows:
             raise UserError(
                 f"{len(bad)} of {rows} rows{'' if known else ' so far'} are bad, more than max_bad_fraction"
                 f" {self.max_bad_fraction:g}; the last one: {bad[-1].reason}",
@@ -172,7 +177,7 @@ class SupervisedTrainer(Trainer):
         model.eval()
         total, tokens, rows = torch.zeros(2, dtype=torch.float64), 0, 0
         for batch in dataloader:
-            facts = self._take_facts(batch)
+            facts = self._take_facts(batch, evaluated=dataloader.dataset)
             self._rows_of_step = facts.rows
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -181,18 +186,26 @@ class SupervisedTrainer(Trainer):
             rows += len(facts.rows)
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         summed = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").cpu()
-        tokens = max(int(summed[1].item()), 1)
+        tokens = int(summed[1].item())
+        if not tokens:
+            raise UserError("no token of the validation rows is supervised.", "validation_data_path")
         metrics = {f"{metric_key_prefix}_loss": summed[0].item() / tokens, f"{metric_key_prefix}_tokens": tokens}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
     def report_rows(self) -> None:
-        """Say what was left out of the data."""
+        """Say what was left out of the data. Raises `UserError` if that was all of it."""
         if self.dropped_images:
             say(f"{self.image_rule}: {self.dropped_images} further images were left out.")
         if self.skipped:
             say(f"{len(self.skipped)} rows were left out; {self.skipped_file.path} names them.")
         if self.cut_rows:
             say(f"The answers of {len(self.cut_rows)} rows were cut to max_seq_length.")
+        if self.rows_seen and not self.saw_supervised_tokens and self.args.world_size == 1:
+            raise UserError(
+                "every row was left out, so nothing was trained and nothing is saved.",
+                str(self.skipped_file.path),
+                "It names the rows and the reasons.",
+            )
 
     def restore(self, checkpoint: Path) -> None:
         """Take state and final weights, the best ones where those were asked for, without training."""
