@@ -293,7 +293,7 @@ def _image_cases():
         ("a number", 7, "expected an image, found int '7'"),
         ("a list", ["good.png"], "expected an image, found list"),
         ("an object", {"colour": "red"}, "expected an image, found dict"),
-        ("nothing", None, "but there are 0 images"),
+        ("nothing", None, "expected an image, found NoneType"),
     ):
         blamed = place if stored is not None else "images"
         yield f"an image that is {name}", Case(GOOD_PARTS, with_image(stored), blamed, says, suffixes=JSON)
