@@ -23,14 +23,13 @@ from tuning.data.sources import Part, Row, Stream, read_part
 from tuning.data_paths import open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
-from tuning.model.fsdp import find_wrap_classes
-from tuning.model.parts import find_parts, parameter_table
+from tuning.model.parts import find_parts, freeze_parameters, parameter_table
 from tuning.preview.estimates import Lengths, count_processes, estimate_run
 from tuning.preview.memory import MemoryEstimate, estimate_memory
 from tuning.preview.page import render_page
 from tuning.preview.report import Problem, Report, SampleRow
 from tuning.preview.rows import show_row
-from tuning.sft_trainer import find_lora_targets, make_encoder, pick_attention, prepare_model
+from tuning.sft_trainer import make_encoder, pick_attention, plan_model, prepare_model
 from tuning.training.checkpoint import run_date, write_json, write_text
 
 SHOWN_PER_KIND = 3
@@ -177,12 +176,13 @@ def describe_model(
     config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder, samples: list[Sample]
 ) -> tuple[MemoryEstimate | None, dict[str, str]]:
     """What trains and how, read from a model without weights, and the memory that a step on `samples` needs."""
-    targets = find_lora_targets(config, model_config) if config.lora.peft_method else []
+    plan = plan_model(config, model_config, encoder)
     attention, reason = pick_attention(config, model_config)
     model_config._attn_implementation = attention if attention != "flash_attention_2" else "sdpa"
     skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
-    parts, classes = find_parts(skeleton), find_wrap_classes(skeleton)
-    model = prepare_model(skeleton, config, targets)
+    parts, classes = find_parts(skeleton), plan.wrap_classes
+    model = prepare_model(skeleton, config, plan.lora_targets)
+    freeze_parameters(model, plan.idle)
     settings = {
         "parts": parameter_table(model, parts),
         "attention": reason.removeprefix("Attention: "),

@@ -2,12 +2,17 @@
 
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 1
+EXIT_STOPPED = 143
 EXIT_INTERNAL_ERROR = 203
 
 
@@ -29,6 +34,17 @@ class UserError(Exception):
         return f"{place}{self.what}{advice}"
 
 
+class RunEnded(Exception):
+    """A run that ended early for a reason outside of the program: a signal, another process, the machine.
+
+    Shown as `message` without a traceback, or not at all where it is empty; the command ends with `exit_code`.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.message, self.exit_code = message, exit_code
+
+
 @contextmanager
 def blame_field(name: str):
     """Note on every `UserError` raised inside that it was found in the field `name`."""
@@ -42,28 +58,57 @@ def blame_field(name: str):
 def exit_code_of(command: Callable[[], object]) -> int:
     """Run `command` and turn how it ended into an exit code; the only place that catches every exception.
 
-    0: done. 1: `UserError`, one message on standard error. 203: anything else, with its traceback. With the
+    0: done. 1: `UserError`, one message on standard error. 143, 203: `RunEnded`. 203: anything else, with its
+    traceback. Of the processes of a launch only the first to fail speaks: the others fail for its sake. With the
     environment variable `TERMINATION_LOG_FILE` set, the message is also written to that file.
     """
+    trace = ""
     try:
         command()
     except UserError as error:
         message, code = f"Error: {error}", EXIT_USER_ERROR
+    except RunEnded as error:
+        message, code = error.message, error.exit_code
     except KeyboardInterrupt:
         message, code = "Interrupted.", 130
     except SystemExit as exit_request:
         return exit_request.code if isinstance(exit_request.code, int) else EXIT_OK
     except Exception as error:
-        traceback.print_exc()
+        trace = traceback.format_exc()
         message, code = f"Internal error: {type(error).__name__}: {error}", EXIT_INTERNAL_ERROR
     else:
         return EXIT_OK
+    if message and claim_to_speak():
+        tell(message, trace)
+    return code
+
+
+def tell(message: str, trace: str = "") -> None:
+    """Print the last words of a run, and write `message` to `TERMINATION_LOG_FILE`, if that is set."""
     _close_progress_bars()
-    print(message, file=sys.stderr, flush=True)
+    print(trace + message, file=sys.stderr, flush=True)
     if log_file := os.environ.get("TERMINATION_LOG_FILE"):
         with open(log_file, "w", encoding="utf-8") as file:
             file.write(message + "\n")
-    return code
+
+
+def claim_to_speak() -> bool:
+    """Whether this process is the first of its launch on this machine to ask; always true for a process alone."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    try:
+        claim_file(os.getppid()).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # nothing can be written: better twice than never
+        return True
+    return True
+
+
+def claim_file(launcher: int) -> Path:
+    """The file by which the processes started by `launcher` (its process id) know that one of them has spoken."""
+    started = psutil.Process(launcher).create_time()
+    return Path(tempfile.gettempdir(), f"vlm-tuning-{launcher}-{started:.2f}")
 
 
 def _close_progress_bars() -> None:

@@ -5,9 +5,10 @@ Run it by path, as `python -m tuning.sft_trainer`, or call `tuning.train(config)
 
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tuning.config.arguments import RunConfig
 from tuning.config.parse import build_config, describe_options, read_json, read_options
 from tuning.console import say
 from tuning.data.chat import ChatFormat
-from tuning.data.collator import probe_collator
+from tuning.data.collator import PaddingCollator, probe_collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows, encode_row
 from tuning.data.encode import Encoder
 from tuning.data.images import ImageRules
@@ -31,19 +32,32 @@ from tuning.errors import UserError, exit_code_of
 from tuning.model import load
 from tuning.model.attention import choose_attention
 from tuning.model.cross_attention import keep_rows_apart
+from tuning.model.dry_run import CANNOT_SIMULATE, find_idle_parameters
 from tuning.model.families import find_family
-from tuning.model.lora import add_lora, check_modules_to_save, resolve_targets
-from tuning.model.parts import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, find_parts, freeze_parts, parameter_table
+from tuning.model.fsdp import choose_wrap_classes, is_fsdp_asked_for
+from tuning.model.lora import add_lora, check_modules_to_save, load_adapter, resolve_targets
+from tuning.model.parts import (
+    LANGUAGE_MODEL,
+    PROJECTOR,
+    VISION_TOWER,
+    find_parts,
+    freeze_parameters,
+    freeze_parts,
+    parameter_table,
+)
 from tuning.training.callbacks import SKIPPED_FILE
 from tuning.training.checkpoint import (
     COMPLETE_FILE,
+    SHARDED_MODEL,
     Progress,
+    find_leftovers,
     find_progress,
-    move_into_place,
     remove_earlier_run,
     run_identity,
     write_json,
 )
+from tuning.training.faults import worker_killed
+from tuning.training.interruption import Interruption
 from tuning.training.loss import install_supervised_loss
 from tuning.training.trainer import SupervisedTrainer
 
@@ -80,7 +94,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     identity["date_string"] = progress.date_string or identity["date_string"]
 
     encoder = make_encoder(config, processor, model_config, identity["date_string"])
-    padding = probe_collator(processor)
+    padding = make_collator(encoder, config.training)
     skip = config.data.on_bad_row == "skip"
     check_first_rows(source, encoder, skip)
     training_rows = (
@@ -94,7 +108,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         check_first_rows(validation_source, encoder, skip)
         validation_rows = EncodedRows(validation_source, encoder, skip_bad_rows=skip)
 
-    model = make_model(config, model_config)
+    plan = plan_model(config, model_config, encoder)
+    model = make_model(config, model_config, plan, progress)
     prepare_output(config, progress)
     trainer = SupervisedTrainer(
         model=model,
@@ -110,6 +125,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
             PROJECTOR: config.run.projector_learning_rate,
         },
         identity=identity,
+        interruption=Interruption(config.run.save_before_walltime),
+        wrap_classes=plan.wrap_classes,
         image_limit=encoder.max_images,
         max_bad_fraction=config.data.max_bad_fraction,
     )
@@ -147,9 +164,20 @@ def stream_rows(stream: Stream, config: RunConfig, progress: Progress) -> Stream
     """The training rows as they come, from where an earlier run stopped."""
     training = config.training
     seed = training.seed if training.data_seed is None else training.data_seed
-    rows = StreamedRows(stream, block=training.train_batch_size * training.world_size, seed=seed)
-    rows.start = progress.global_step * training.gradient_accumulation_steps
-    return rows
+    return StreamedRows(
+        stream,
+        batch_size=training.train_batch_size,
+        seed=seed,
+        rank=training.process_index,
+        world=training.world_size,
+        start=progress.global_step * training.gradient_accumulation_steps,
+    )
+
+
+def make_collator(encoder: Encoder, training: TrainingArguments) -> PaddingCollator:
+    """How rows become batches; on several processes every batch has an image. See `Encoder.filler`."""
+    filler = encoder.filler() if training.world_size > 1 else None
+    return replace(probe_collator(encoder.processor), filler=filler)
 
 
 def make_encoder(config: RunConfig, processor: Any, model_config: PreTrainedConfig, date_string: str) -> Encoder:
@@ -189,15 +217,56 @@ def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_b
             raise encoded
 
 
-def make_model(config: RunConfig, model_config: PreTrainedConfig):
-    """Load the model, choose what trains, and give it the supervised loss."""
-    targets = find_lora_targets(config, model_config) if config.lora.peft_method else []
+@dataclass(frozen=True)
+class ModelPlan:
+    """What is known of a model before its weights are read.
+
+    `lora_targets`: full names of the modules to adapt. `idle`: names of the vision tower's parameters that receive no
+    gradient, those past the last feature layer that is used. `wrap_classes`: of the layers that FSDP wraps.
+    """
+
+    lora_targets: list[str]
+    idle: set[str]
+    wrap_classes: list[str]
+
+
+def plan_model(config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder) -> ModelPlan:
+    """Read a skeleton of the model, so that what is wrong is reported before the weights are read."""
+    skeleton = load.build_skeleton(model_config)
+    wanted = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if is_fsdp_asked_for() else ""
+    wrap_classes = choose_wrap_classes(skeleton, [name.strip() for name in wanted.split(",") if name.strip()])
+    targets = find_lora_targets(config, skeleton) if config.lora.peft_method else []
+    prepared = prepare_model(skeleton, config, targets)
+    return ModelPlan(targets, find_idle_vision(prepared, encoder), wrap_classes)
+
+
+def find_idle_vision(skeleton: PreTrainedModel, encoder: Encoder) -> set[str]:
+    """Names of trainable parameters of the vision tower that no image can reach; none where that cannot be told."""
+    parts = find_parts(_base(skeleton))
+    batch = probe_collator(encoder.processor)([encoder.filler()])
+    del batch["facts"]
+    try:
+        return {name for name in find_idle_parameters(skeleton, batch) if parts.of(name) == VISION_TOWER}
+    except CANNOT_SIMULATE:
+        return set()
+
+
+def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, progress: Progress):
+    """Load the model, or the one of the checkpoint to go on from; let train what the config says."""
     attention, reason = pick_attention(config, model_config)
     say(reason)
     dtype = load.choose_dtype(config.model, model_config)
-    model = load.load_model(config.model, model_config, dtype=dtype, attention=attention)
+    settings, adapter = config.model, None
+    if progress.folder and config.lora.peft_method:
+        adapter = progress.folder
+    elif progress.folder and not (progress.folder / SHARDED_MODEL).is_dir():
+        settings = replace(settings, model_name_or_path=str(progress.folder))
+    model = load.load_model(settings, model_config, dtype=dtype, attention=attention)
     parts = find_parts(model)
-    model = prepare_model(model, config, targets)
+    model = prepare_model(model, config, plan.lora_targets)
+    freeze_parameters(model, plan.idle)
+    if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else the first process's are sent
+        load_adapter(model, adapter)
     say(parameter_table(model, parts))
     return model
 
@@ -227,9 +296,8 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, lora_targets: list[
     return model
 
 
-def find_lora_targets(config: RunConfig, model_config: PreTrainedConfig) -> list[str]:
-    """The modules LoRA adapts, found on a skeleton so that a wrong name is reported before the weights are read."""
-    skeleton = load.build_skeleton(model_config)
+def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel) -> list[str]:
+    """The full names of the modules that LoRA adapts."""
     parts = find_parts(skeleton)
     open_parts = {LANGUAGE_MODEL} if not config.model.freeze_language_model else set()
     open_parts |= {VISION_TOWER} if config.model.freeze_vision_tower is False else set()
@@ -252,6 +320,8 @@ def prepare_output(config: RunConfig, progress: Progress) -> None:
     try:
         if config.run.overwrite_output_dir:
             remove_earlier_run(output_dir)
+        for leftover in find_leftovers(output_dir):
+            shutil.rmtree(leftover)
         if progress.folder is None:
             (output_dir / SKIPPED_FILE).unlink(missing_ok=True)
         write_json(output_dir / "resolved_config.json", config.to_dict())
@@ -264,24 +334,25 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
     metrics: dict[str, float] = {}
     if progress.folder and progress.trained_to_end:
         say(f"{progress.folder} is the end of training: only the final model remains to be saved.")
-        trainer.restore(progress.folder)
+        trainer.take_state(progress.folder)
     else:
         if progress.folder:
             say(f"Continuing from {progress.folder}.")
-        metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
+        with trainer.interruption, worker_killed(), trainer.processes.blame_lost():
+            metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
         metrics |= next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
+        trainer.end_if_stopped()
     trainer.report_rows()
-    save(trainer, config)
+    save(trainer, config, progress)
     say(f"Done: {config.save_model_dir} holds the model after {trainer.state.global_step} steps.")
     return TrainingResult(Path(config.save_model_dir), trainer.state.global_step, metrics)
 
 
-def save(trainer: SupervisedTrainer, config: RunConfig) -> None:
+def save(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> None:
     """Save the final model beside its place, move it there, and only then mark the run as finished."""
     target, output_dir = Path(config.save_model_dir), Path(config.training.output_dir)
-    trainer.save_model(str(target / ".saving"), _internal_call=True)
+    trainer.save_final(target, progress.folder if progress.trained_to_end else None)
     if trainer.args.should_save:
-        move_into_place(target / ".saving", target)
         write_json(output_dir / COMPLETE_FILE, {**trainer.identity, "global_step": trainer.state.global_step})
     trainer.accelerator.wait_for_everyone()
     if config.training.push_to_hub:

@@ -87,6 +87,9 @@ class RunArguments:
     overwrite_output_dir: bool = option(False, "Start over: delete the checkpoints of an earlier run in output_dir.")
     vision_tower_learning_rate: float | None = option(None, "Learning rate of the vision tower.")
     projector_learning_rate: float | None = option(None, "Learning rate of the projector.")
+    save_before_walltime: float | None = option(
+        None, "Minutes the queue allows: save, and stop with exit code 143, while a step and a checkpoint still fit."
+    )
     accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch` (JSON only).")
 
 
@@ -130,4 +133,5 @@ TRAINING_DEFAULTS = {
     "remove_unused_columns": False,  # rows are encoded in the workers: no column may be taken away before
     "dataloader_persistent_workers": True,  # do not start the workers anew every epoch
     "report_to": "none",
+    "logging_nan_inf_filter": False,  # a loss that is no number ends the run: nothing to hide, and one wait less
 }

@@ -40,12 +40,7 @@ def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if values.get(names.CHECKPOINTING) and values.get(names.CHECKPOINTING_KWARGS) is None:
         values[names.CHECKPOINTING_KWARGS] = {"use_reentrant": False}
     if values.get("streaming"):
-        # The default for streamed rows, batches cut on the first process and sent to the others, takes tensors only.
-        values["accelerator_config"] = {**(values.get("accelerator_config") or {}), "dispatch_batches": False}
         values["ignore_data_skip"] = True  # our stream goes on where the checkpoint was
-    launch = values.get("accelerate_launch_args")
-    if launch and "WORLD_SIZE" not in os.environ:
-        notes.append(f"accelerate_launch_args is noted but has no effect on one process: {', '.join(launch)}.")
     return values, tuple(notes)
 
 
@@ -173,6 +168,10 @@ def _training_problems(values: Mapping[str, Any]):
             f"{names.CHECKPOINTING_KWARGS}: use_reentrant true loses gradients of frozen or sharded vision-language"
             ' models ("mat2 must be a matrix, got 1-D tensor"); use {"use_reentrant": false}'
         )
+    if values.get("average_tokens_across_devices") is False:
+        yield "average_tokens_across_devices: false would train another model on several processes; remove it"
+    if not 0 < values.get("save_before_walltime", 1) < float("inf"):
+        yield f"save_before_walltime: must be a number of minutes above 0, got {values['save_before_walltime']}"
     for name in ("label_smoothing_factor", "use_liger_kernel"):
         if values.get(name):
             yield f"{name}: is not supported: the loss is computed on supervised positions only; remove it"

@@ -34,19 +34,24 @@ class PaddingCollator:
 
     `nested_images`: the processor gives image tensors a dimension of rows first (`[rows, images, …]`, Mllama,
     Idefics) instead of joining the images of all rows (`[images, …]`, LLaVA). `blank_image` holds such a processor's
-    tensors for one blank image: they fill the place of a row without images.
+    tensors for one blank image: they fill the place of a row without images. `filler`: joins a batch that has no
+    image, where there are several processes; see `Encoder.filler`.
     """
 
     pad_token_id: int
     nested_images: bool = False
     blank_image: dict[str, torch.Tensor] = field(default_factory=dict)
+    filler: Sample | None = None
 
     def __call__(self, samples: Sequence[Sample | UserError]) -> dict[str, Any]:
         for sample in samples:
             if isinstance(sample, UserError):
                 return {"facts": BatchFacts(error=sample)}
         good = [sample for sample in samples if isinstance(sample, Sample)]
-        return {**self._sequences(good), **self._images(good), "facts": gather_facts(good)}
+        facts = gather_facts(good)
+        if self.filler and not any(sample.images for sample in good):
+            good.append(self.filler)
+        return {**self._sequences(good), **self._images(good), "facts": facts}
 
     def _sequences(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED}

@@ -44,22 +44,24 @@ class EncodedRows(Dataset):
 
 
 class StreamedRows(IterableDataset):
-    """Streamed rows in blocks, epoch after epoch without end, in an order that only `seed` decides.
+    """Streamed rows of process `rank` of `world`, epoch after epoch without end, in an order that only `seed` decides.
 
-    A block holds the rows of one batch of every process. With W workers, worker w reads all rows and passes on those
-    of block w, W + w, …, so that the order of batches does not depend on W. `start`: the block to begin with, for a
-    run that goes on; the blocks before it are read, but no image in them is decoded.
+    Rows come in blocks of `batch_size` for each process. With W workers, worker w reads all rows and passes on its
+    process's share of block w, W + w, …, so that the order of batches depends neither on W nor on `world`. `start`:
+    the block to begin with, for a run that goes on; the blocks before it are read, but no image in them is decoded.
     """
 
-    def __init__(self, stream: Stream, *, block: int, seed: int, start: int = 0):
-        self.stream, self.block, self.seed, self.start = stream, block, seed, start
+    def __init__(self, stream: Stream, *, batch_size: int, seed: int, rank: int = 0, world: int = 1, start: int = 0):
+        self.stream, self.batch_size, self.seed, self.rank, self.world = stream, batch_size, seed, rank, world
+        self.start = start
 
     def __iter__(self) -> Iterator[Row | UserError]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        first = self.start * self.block
+        first = self.start * self.batch_size * self.world
         for index, row in enumerate(itertools.islice(self._endless(), first, None)):
-            if index // self.block % workers == number:
+            block, place = divmod(index // self.batch_size, self.world)
+            if place == self.rank and block % workers == number:
                 yield row
 
     def _endless(self) -> Iterator[Row | UserError]:

@@ -149,8 +149,11 @@ class Encoder:
 
     def count_image_tokens(self, image: Image.Image) -> int:
         """How many tokens of a row `image` takes."""
+        return int(self._find_image_tokens(self._ask_about(image)).sum())
+
+    def _ask_about(self, image: Image.Image) -> dict[str, Any]:
         question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-        return int(self._find_image_tokens(self.process(self.chat.generation_prompt(question), [image])).sum())
+        return self.process(self.chat.generation_prompt(question), [image])
 
     def find_split_prompt(self) -> str:
         """The end of the generation prompt, where an answer's first word joins it into another token; else ""."""
@@ -217,13 +220,8 @@ class Encoder:
         cut_tokens: int = 0,
     ) -> Sample:
         image_tokens, expansions = self._find_image_tokens(inputs), _expansions(inputs)
-        inputs.pop("text_replacement_offsets", None)
-        offsets = inputs.pop("offset_mapping")[0].numpy()
-        input_ids = inputs["input_ids"][0]
-        images = {name: value for name, value in inputs.items() if name in self.image_names}
-        sequence = {name: value[0] for name, value in inputs.items() if name not in self.image_names}
-        wrong = {name for name, value in sequence.items() if value.shape[:1] != input_ids.shape}
-        assert not wrong, f"{type(self.processor).__name__} gives {wrong} without a position per token"
+        offsets = inputs["offset_mapping"][0].numpy()
+        sequence, images = self._split(inputs)
         trained = np.ones(len(offsets), dtype=bool)
         if self.assistant_only_loss:
             trained = overlaps(offsets, after_expansion(prepared.chat.spans, expansions))
@@ -231,7 +229,7 @@ class Encoder:
         trained[0] = False  # nothing comes before the first token that could predict it
         if not trained.any():
             raise self.nothing_trained(prepared)
-        sequence["labels"] = torch.where(torch.from_numpy(trained), input_ids, IGNORED)
+        sequence["labels"] = torch.where(torch.from_numpy(trained), sequence["input_ids"], IGNORED)
         return Sample(sequence, images, prepared.row.where, prepared.dropped_images, cut_tokens)
 
     def _leave_out(self, prepared: Prepared, excess: int) -> Sample:
@@ -256,6 +254,25 @@ class Encoder:
             advice or "Raise max_seq_length, shorten the row, or set overlong_rows drop or truncate_text.",
             kind="too long",
         )
+
+    def filler(self) -> Sample:
+        """A blank image and no trained token: for a process that has no image, or no row, where others have some.
+
+        Its vision tower then computes as theirs do. Without it the processes wait for each other for ever (FSDP), or
+        fail for want of a gradient (DDP).
+        """
+        sequence, images = self._split(self._ask_about(Image.new("RGB", (32, 32))))
+        return Sample({**sequence, "labels": torch.full_like(sequence["input_ids"], IGNORED)}, images, where="")
+
+    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The processor's output as what has a position per token, `[T, …]`, and the tensors of the images."""
+        inputs = {name: inputs[name] for name in inputs if name not in ("text_replacement_offsets", "offset_mapping")}
+        images = {name: value for name, value in inputs.items() if name in self.image_names}
+        sequence = {name: value[0] for name, value in inputs.items() if name not in self.image_names}
+        tokens = sequence["input_ids"].shape
+        wrong = {name for name, value in sequence.items() if value.shape[:1] != tokens}
+        assert not wrong, f"{type(self.processor).__name__} gives {wrong} without a position per token"
+        return sequence, images
 
     def placeholder(self, where: str, skipped: Skipped) -> Sample:
         """A sample of one untrained token that takes the place of a row left out, so that batches keep their size."""

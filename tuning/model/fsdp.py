@@ -1,7 +1,18 @@
-"""Which modules FSDP wraps: the transformer layers that a model really has."""
+"""FSDP2 through accelerate: which layers are wrapped, and parameters that it can tell apart."""
 
+import os
+from collections.abc import Sequence
+
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from tuning.errors import UserError
+
+
+def is_fsdp_asked_for() -> bool:
+    """Whether the launcher asked for FSDP (accelerate's way to tell its processes)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
 def find_wrap_classes(model: PreTrainedModel) -> list[str]:
@@ -13,3 +24,32 @@ def find_wrap_classes(model: PreTrainedModel) -> list[str]:
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
     return list(dict.fromkeys(type(layer).__name__ for layer in layers if type(layer).__name__ in named))
+
+
+def choose_wrap_classes(model: PreTrainedModel, wanted: Sequence[str] = ()) -> list[str]:
+    """The classes the user named, else those of `find_wrap_classes`. Raises `UserError` for one the model lacks."""
+    if missing := set(wanted) - {type(module).__name__ for module in model.modules()}:
+        raise UserError(
+            f"{type(model).__name__} contains no {', '.join(sorted(missing))}.",
+            "fsdp_transformer_layer_cls_to_wrap",
+            f"Leave it out, or choose from {', '.join(find_wrap_classes(model))}.",
+        )
+    return list(wanted) or find_wrap_classes(model)
+
+
+def give_addresses(model: nn.Module, *, raise_trained: bool) -> None:
+    """Replace parameters on the meta device by ones on the CPU whose memory is never touched.
+
+    Only the first process reads the weights (`fsdp_cpu_ram_efficient_loading`); the others' are on the meta device,
+    where every address is 0. accelerate matches the optimizer's parameters by address: those processes would train
+    the last parameter only, under all names. Untouched memory has an address and costs nothing. `raise_trained`:
+    trained weights are float32 at once, as accelerate would make them for mixed precision, touching all of it.
+    """
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and parameter not in replaced:
+                dtype = torch.float32 if raise_trained and parameter.requires_grad else parameter.dtype
+                empty = torch.empty_like(parameter, device="cpu", dtype=dtype)
+                replaced[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            module._parameters[name] = replaced.get(parameter, parameter)

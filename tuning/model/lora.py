@@ -3,8 +3,16 @@
 import re
 import warnings
 from collections import Counter
+from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -76,6 +84,15 @@ def check_modules_to_save(model: PreTrainedModel, names: list[str] | None) -> No
     if missing:
         tops = sorted({name for name in modules if name and name.count(".") < 2})
         raise UserError(f"{', '.join(missing)} matches no module; there are {', '.join(tops)}.", "modules_to_save")
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Give an adapted model the adapter weights saved in `folder`. Raises `UserError` where they do not fit."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    outcome = set_peft_model_state_dict(model, saved)
+    mine = get_peft_model_state_dict(model)
+    if outcome.unexpected_keys or mine.keys() - saved.keys():
+        raise UserError("holds another adapter than the one that is to be trained.", str(folder))
 
 
 def add_lora(model: PreTrainedModel, lora: LoraArguments, targets: list[str]) -> PeftModel:

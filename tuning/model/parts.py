@@ -46,6 +46,13 @@ def freeze_parts(model: PreTrainedModel, parts: Parts, frozen: set[str]) -> None
         parameter.requires_grad_(parts.of(name) not in frozen)
 
 
+def freeze_parameters(model: nn.Module, names: set[str]) -> None:
+    """Let the parameters called `names` stay as they are."""
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.requires_grad_(False)
+
+
 def parameter_table(model: nn.Module, parts: Parts) -> str:
     """Parameters per part, total and trainable, as text. Shared parameters count once."""
     total, trainable = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)

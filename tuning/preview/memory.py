@@ -1,7 +1,6 @@
 """Peak device memory of a training step, found by running one without weights and counting tensors."""
 
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -13,22 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import Trainer, TrainingArguments
 
 from tuning.config.names import CHECKPOINTING, CHECKPOINTING_KWARGS
 from tuning.data.encode import IGNORED
+from tuning.model.dry_run import CANNOT_SIMULATE, META, DryRun
 
-META = torch.device("meta")
-TOO_MANY = 2**28  # numbers of a mask; see _Meter
-# What running a model without weights raises: no meta kernel, or a Python decision by the value of an unknown number.
-CANNOT_SIMULATE = (NotImplementedError, RuntimeError)
 CANNOT_BUILD = (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 _aten = torch.ops.aten
-_INDEXES = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
-_CHOOSES = {*_INDEXES, _aten.masked_select, _aten.nonzero}  # the size of the result depends on a mask
 # What autocast computes in half precision, and in float32, as far as these models call it.
 _HALF = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.addmm}
 _HALF |= {torch.conv1d, torch.conv2d, torch.conv3d, F.scaled_dot_product_attention}
@@ -129,14 +122,8 @@ def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-class _Meter(TorchDispatchMode):
-    """Counts the bytes of live tensors, and lets numbers that decide shapes be real ones.
-
-    Floats are without contents, on the meta device; integers and truth values that follow from the batch alone are
-    real, on the CPU, whatever device they are asked for: token ids, masks, positions. So a mask selects as many rows
-    as it does in training. An operation on both takes the real ones for their shape. Masks of more than `TOO_MANY`
-    numbers (of every token for every other) are without contents too, or checking long rows would fill this machine.
-    """
+class _Meter(DryRun):
+    """Counts the bytes of live tensors of a dry run."""
 
     def __init__(self, model: nn.Module, processes: int):
         super().__init__()
@@ -162,7 +149,7 @@ class _Meter(TorchDispatchMode):
         self.known[storage._cdata] = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = _run(func, args, kwargs or {})
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 self._see(value.untyped_storage(), "activations")
@@ -190,56 +177,6 @@ class _Meter(TorchDispatchMode):
     def _count(self, kind: str, size: int) -> None:
         setattr(self, kind, getattr(self, kind) + size)
         self.peak = max(self.peak, self.activations + self.gradients // self.processes)
-
-
-def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`func` on floats without contents and real integers; see `_Meter`."""
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-    emptied = [tensor for tensor in tensors if tensor.device == META]
-    if not emptied and kwargs.get("device") == META:
-        return _make(func, args, kwargs, copies=bool(tensors))
-    if emptied and "device" in kwargs:  # a mask asked for where a real one is: it has nothing to bring there
-        kwargs = {**kwargs, "device": META}
-    if len(emptied) == len(tensors) or not (emptied or _makes_too_many(func, args, kwargs, tensors)):
-        return func(*args, **kwargs)
-    if func._schema.is_mutable and tensors[0].device != META:
-        raise NotImplementedError(f"{func} would write an unknown number into a known tensor")
-    if func.overloadpacket in _INDEXES:
-        args = (args[0], _as_positions(args[1]), *args[2:])
-    if func is _aten.masked_select.default:
-        return args[0].new_empty(int(args[1].expand(args[0].shape).sum()))
-    return func(*_emptied(args), **_emptied(kwargs))
-
-
-def _makes_too_many(func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> bool:
-    if func.overloadpacket in _CHOOSES or math.prod(tensor.numel() for tensor in tensors) <= TOO_MANY:
-        return False
-    made = func(*_emptied(args), **_emptied(kwargs))
-    return isinstance(made, torch.Tensor) and made.numel() > TOO_MANY
-
-
-def _emptied(value: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), value)
-
-
-def _make(func: Any, args: tuple, kwargs: dict[str, Any], *, copies: bool) -> Any:
-    """A new tensor, a copy of a real one or out of nothing: real if it holds integers, else without contents."""
-    real = {**kwargs, "device": torch.device("cpu")}
-    made = func(*args, **(real if copies else kwargs))
-    if made.is_floating_point():
-        return made.to(META)
-    return made if copies else func(*args, **real)
-
-
-def _as_positions(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Indices with every mask replaced by the positions where it is true, one tensor per dimension of the mask."""
-    positions: list[torch.Tensor | None] = []
-    for index in indices:
-        if index is not None and index.dtype in (torch.bool, torch.uint8):
-            positions += index.nonzero().unbind(1)
-        else:
-            positions.append(index)
-    return positions
 
 
 class _DeviceArithmetic(TorchFunctionMode):

@@ -9,12 +9,19 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.checkpoint as dcp
+from transformers import AutoConfig, AutoModelForImageTextToText
+
 from tuning.config.arguments import RunConfig
 from tuning.errors import UserError
 
 IDENTITY_FILE = "run_identity.json"
 COMPLETE_FILE = ".complete"
-STATE_FILE = "trainer_state.json"  # transformers writes it after everything else of a checkpoint
+STATE_FILE = "trainer_state.json"  # without it a checkpoint is not complete
+OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "random_states.pt"
+SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # folders that accelerate writes
+NOT_OF_A_MODEL = (STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE, "scaler.pt")
+STAGING, LEAVING = ".incomplete-", ".leaving-"  # before the names of folders that are being written or deleted
 
 SAME_DATA = (
     *("training_data_path", "dataset_text_field", "dataset_image_field", "dataset_split", "dataset_config_name"),
@@ -85,9 +92,8 @@ def find_progress(config: RunConfig, identity: dict[str, Any]) -> Progress:
         return _progress_at(Path(wanted), identity)
     checkpoints = list_checkpoints(output_dir)
     complete = [folder for folder in checkpoints if is_complete(folder)]
-    notes = tuple(
-        f"{folder} was not written completely and is ignored." for folder in checkpoints if folder not in complete
-    )
+    broken = [*find_leftovers(output_dir), *(folder for folder in checkpoints if folder not in complete)]
+    notes = tuple(f"{folder} was not written completely and is ignored." for folder in broken)
     if config.run.overwrite_output_dir:
         return Progress(notes=notes)
     if wanted is False and (complete or (output_dir / COMPLETE_FILE).exists()):
@@ -134,6 +140,57 @@ def is_complete(folder: Path) -> bool:
     return read_json(folder / STATE_FILE) is not None
 
 
+def staging_of(folder: Path) -> Path:
+    """Where the checkpoint `folder` is written, until it is whole."""
+    return folder.with_name(STAGING + folder.name)
+
+
+def find_leftovers(output_dir: Path) -> list[Path]:
+    """What an interrupted process left half-written or half-deleted."""
+    return sorted(folder for start in (STAGING, LEAVING) for folder in output_dir.glob(f"{start}checkpoint-*"))
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Give a whole checkpoint its name, once its contents are on the disk; an earlier one of that name goes."""
+    for file in [*(file for file in staging.rglob("*") if file.is_file()), staging]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    remove_folder(folder)
+    os.replace(staging, folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a checkpoint so that an interruption leaves no half of it under its name."""
+    if folder.exists():
+        leaving = folder.with_name(LEAVING + folder.name)
+        os.replace(folder, leaving)
+        shutil.rmtree(leaving)
+
+
+def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
+    """Delete complete checkpoints, oldest first, until `limit` are left; never one of `keep`."""
+    complete = [folder for folder in list_checkpoints(output_dir) if is_complete(folder)]
+    for folder in complete[:-limit] if limit else []:
+        if folder not in keep:
+            remove_folder(folder)
+
+
+def copy_model(folder: Path, target: Path) -> None:
+    """Copy the model, adapter or processor of a checkpoint; weights that FSDP sharded are put together."""
+    shutil.copytree(folder, target, ignore=_only_the_model, dirs_exist_ok=True)
+    if (folder / SHARDED_MODEL).is_dir():
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        state = {"model": model.state_dict()}
+        dcp.load(state, checkpoint_id=folder / SHARDED_MODEL, no_dist=True)
+        model.load_state_dict(state["model"])
+        model.save_pretrained(target)
+
+
+def _only_the_model(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if name in NOT_OF_A_MODEL or Path(folder, name).is_dir()]
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None where there is no whole one."""
     try:
@@ -144,7 +201,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def remove_earlier_run(output_dir: Path) -> None:
     """Delete the checkpoints and marks of an earlier run; the models it saved are overwritten at the end."""
-    for folder in list_checkpoints(output_dir):
+    for folder in [*find_leftovers(output_dir), *list_checkpoints(output_dir)]:
         shutil.rmtree(folder)
     (output_dir / COMPLETE_FILE).unlink(missing_ok=True)
 

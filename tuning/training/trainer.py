@@ -1,29 +1,32 @@
-"""A thin `transformers.Trainer`: counts supervised tokens, stops on bad rows and bad numbers, and resumes for real."""
+"""A thin `transformers.Trainer`: counts supervised tokens, deals out rows, and stops on bad rows and bad numbers."""
 
+import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch.utils.data import DataLoader, SequentialSampler
-from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainerState
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from tuning.console import say
-from tuning.data.batching import LengthGroupedRows
+from tuning.data.batching import RowOrder, SharedBatches
 from tuning.data.collator import BatchFacts
 from tuning.data.encode import Skipped
-from tuning.errors import UserError
+from tuning.errors import EXIT_STOPPED, RunEnded, UserError
+from tuning.model.fsdp import give_addresses
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.callbacks import JsonLinesLog, SkippedRowsFile
-from tuning.training.checkpoint import IDENTITY_FILE, STATE_FILE, write_json
+from tuning.training.faults import explain_memory, worker_killed
+from tuning.training.interruption import Interruption, Workers
 from tuning.training.meter import Meter
+from tuning.training.processes import Processes
+from tuning.training.resumable import ResumableTrainer
 
 FEW_STREAMED_ROWS = 1000  # a share of fewer streamed rows says little
 
 
-class SupervisedTrainer(Trainer):
+class SupervisedTrainer(ResumableTrainer):
     """Trains a model whose forward was given by `install_supervised_loss` on batches of `PaddingCollator`."""
 
     def __init__(
@@ -32,19 +35,22 @@ class SupervisedTrainer(Trainer):
         parts: Parts,
         identity: dict[str, Any],
         learning_rates: dict[str, float | None],
+        interruption: Interruption,
+        wrap_classes: list[str] | None = None,
         image_limit: int | None = None,
         max_bad_fraction: float = 0.0,
         eval_collator: Callable | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.eval_collator = eval_collator
+        self.eval_collator = eval_collator or self.data_collator
         self.parts, self.identity, self.learning_rates = parts, identity, learning_rates
         self.image_rule = (
             "only the first image is used" if image_limit == 1 else f"only the first {image_limit} images are used"
         )
         self.model_accepts_loss_kwargs = True  # our forward divides by num_items_in_batch
-        self._loss_shifts_labels = True
+        self.processes, self.interruption = Processes(self.accelerator), interruption
+        self.workers = Workers(self.args.dataloader_multiprocessing_context)
         self.meter = Meter()
         self.dropped_images = 0
         self.skipped: dict[str, Skipped] = {}
@@ -53,51 +59,84 @@ class SupervisedTrainer(Trainer):
         self.skipped_file = SkippedRowsFile(self.args.output_dir)
         self.cut_rows: set[str] = set()
         self.max_bad_fraction, self.rows_seen = max_bad_fraction, 0
-        self._rows_of_batches: list[list[str]] = []
-        self._rows_of_step: list[str] = []
-        self.add_callback(_EndOfStep(self.meter))
+        self._batches_of_step = list[BatchFacts]()
+        self._losses_of_step = list[torch.Tensor]()
+        self.stop_reason = ""
+        self.add_callback(_StepCallback(self))
         self.add_callback(JsonLinesLog(self.args.output_dir))
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = wrap_classes
+            give_addresses(self.model, raise_trained=self.accelerator.mixed_precision != "no")
 
     def get_train_dataloader(self) -> DataLoader:
-        return self._with_own_generator(super().get_train_dataloader())
+        """Rows in an order that the number of processes does not change, and this process's share of each batch."""
+        lengths, step = None, self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.args.train_sampling_strategy == "group_by_length":
+            lengths = self.train_dataset.source.text_lengths()  # the stock sampler would encode every row
+        if self.args.train_sampling_strategy == "sequential":
+            seed = None
+        if not isinstance(self.train_dataset, IterableDataset):
+            self.row_order = RowOrder(len(self.train_dataset), seed, lengths, group=step)
+        return self._make_loader(self.train_dataset, self.args.train_batch_size, self.data_collator, self.row_order)
+
+    row_order: RowOrder | None = None
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        collator: Any = self.data_collator  # type: ignore[has-type]
-        self.data_collator = self.eval_collator or collator  # streamed rows are encoded by theirs
-        loader = super().get_eval_dataloader(eval_dataset)
-        self.data_collator = collator
-        return self._with_own_generator(loader)
+        if self._eval_loader is None:
+            rows = self.eval_dataset
+            order = RowOrder(len(rows))
+            self._eval_loader = self._make_loader(rows, self.args.eval_batch_size, self.eval_collator, order)
+        return self._eval_loader
 
-    def _with_own_generator(self, loader: DataLoader) -> DataLoader:
-        """Keep a loader from drawing its workers' seed from the generator that dropout draws from.
+    _eval_loader: DataLoader | None = None
 
-        It would draw once when workers persist and again in the epoch after a resume: dropout would differ.
+    def _make_loader(self, rows: Any, batch_size: int, collator: Callable, order: RowOrder | None) -> DataLoader:
+        """A loader of this process's batches. accelerate would deal out rows in another way; see `SharedBatches`.
+
+        It has a generator of its own: its workers' seed is not drawn from the one that dropout draws from, once when
+        workers persist and again in the epoch after a resume, so that dropout would differ.
         """
-        generator = torch.Generator().manual_seed(self.args.seed)
-        for inner in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's loader holds the real one
-            inner.generator = generator
-        return loader
-
-    def _get_train_sampler(self, train_dataset=None):
-        """Group by lengths read from the text column; the stock sampler would encode every row to measure it."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedRows(rows.source.text_lengths(), group, seed)
-
-    def _get_eval_sampler(self, eval_dataset):
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        args, shares = self.args, {}
+        if order is None:  # rows that are streamed arrive as this process's share
+            shares = {"batch_size": batch_size}
+        else:
+            drop_last = args.dataloader_drop_last and order is self.row_order
+            rank, world = args.process_index, args.world_size
+            shares = {"batch_sampler": SharedBatches(order, batch_size, rank=rank, world=world, drop_last=drop_last)}
+        return DataLoader(
+            rows,
+            **shares,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=self.workers.start,
+            generator=torch.Generator().manual_seed(args.seed),
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """Fetch an optimizer step's batches, and take off them what is not for the model."""
+        """Fetch an optimizer step's batches, and take off them what is not for the model.
+
+        Returns them and the supervised tokens of all processes' batches. Where one process has met an error, all end.
+        """
         self.meter.begin_step()
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        facts = [self._take_facts(batch) for batch in batches]
-        self.meter.data_arrived(sum(fact.tokens for fact in facts), sum(fact.supervised_tokens for fact in facts))
-        self._rows_of_batches = [fact.rows for fact in facts]
-        return batches, self._get_num_items_in_batch(batches, device)
+        batches, facts, error = [], [], None
+        try:
+            with worker_killed():
+                batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+            facts = [self._take_facts(batch) for batch in batches]
+        except UserError as found:
+            error = found
+        self.processes.fail_together(error)
+        tokens, supervised = sum(fact.tokens for fact in facts), sum(fact.supervised_tokens for fact in facts)
+        self.meter.data_arrived(tokens, supervised)
+        self._batches_of_step = facts
+        return batches, self.processes.share([supervised]).sum()
 
     def _take_facts(self, batch: dict[str, Any], evaluated: Any = None) -> BatchFacts:
         facts = batch.pop("facts")
@@ -131,20 +170,41 @@ class SupervisedTrainer(Trainer):
             )
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """One forward and backward; a loss that is no number ends the run before it can reach the weights."""
-        self._rows_of_step = self._rows_of_batches.pop(0) if self._rows_of_batches else []
-        return super().training_step(model, inputs, num_items_in_batch)
+        """One forward and backward. The loss is looked at once a step: `end_of_backward`."""
+        with explain_memory(self.args, self._batches_of_step, self.state.global_step + 1):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses_of_step.append(loss)
+        return loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}, before the optimizer's step.",
-                "; ".join(self._rows_of_step),
+    def end_of_backward(self) -> None:
+        """Before the optimizer's step, on all processes together: is every loss a number, and is it time to stop?
+
+        Trained parameters that no batch of this step has reached (the vision tower's, where all rows are text) get a
+        gradient of zero, as they do where other processes have images: the optimizer would skip them on one process.
+        """
+        broken = ~torch.isfinite(torch.stack(self._losses_of_step))
+        verdict = self.processes.share([int(broken.any()), self.interruption.reason != ""])
+        if verdict[:, 0].any():
+            self._stop_at_bad_loss(broken.tolist())
+        if verdict[:, 1].any():
+            self.stop_reason = self.interruption.reason or "a signal to another process"
+        self._losses_of_step.clear()
+        for parameter in () if self.is_deepspeed_enabled else self.model.parameters():  # DeepSpeed keeps its own
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _stop_at_bad_loss(self, broken: list[bool]) -> None:
+        error = None
+        if any(broken):
+            number = broken.index(True)
+            rows = self._batches_of_step[number].rows
+            error = UserError(
+                f"the loss became {self._losses_of_step[number].item()} at step {self.state.global_step + 1},"
+                " before the optimizer's step.",
+                "; ".join(rows),
                 "Look at these rows; lower learning_rate or max_grad_norm; use bf16 instead of fp16.",
             )
-        return result
+        self.processes.fail_together(error)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Hugging Face's optimizer, with the learning rates of vision tower and projector set apart."""
@@ -175,22 +235,39 @@ class SupervisedTrainer(Trainer):
         if len(self.accelerator._models) == 0 and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
-        total, tokens, rows = torch.zeros(2, dtype=torch.float64), 0, 0
+        total, tokens, rows, broken = torch.zeros(2, dtype=torch.float64), 0, 0, None
         for batch in dataloader:
-            facts = self._take_facts(batch, evaluated=dataloader.dataset)
-            self._rows_of_step = facts.rows
+            facts, error = BatchFacts(), None
+            try:
+                facts = self._take_facts(batch, evaluated=dataloader.dataset)
+            except UserError as found:
+                error = found
+            self.processes.fail_together(error)
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = model(**inputs, num_items_in_batch=1).loss
+            if not torch.isfinite(loss):
+                broken = broken or UserError(f"the validation loss became {loss.item()}.", "; ".join(facts.rows))
             total += torch.tensor([loss.item(), facts.supervised_tokens], dtype=torch.float64)
             rows += len(facts.rows)
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.processes.fail_together(broken)
         summed = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").cpu()
         tokens = int(summed[1].item())
         if not tokens:
             raise UserError("no token of the validation rows is supervised.", "validation_data_path")
         metrics = {f"{metric_key_prefix}_loss": summed[0].item() / tokens, f"{metric_key_prefix}_tokens": tokens}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+    def end_if_stopped(self) -> None:
+        """Raises `RunEnded` where training was interrupted, with what to do next."""
+        if self.stop_reason and self.state.global_step < self.state.max_steps:
+            raise RunEnded(
+                f"Stopped by {self.stop_reason} after step {self.state.global_step} of {self.state.max_steps}:"
+                f" {self.args.output_dir}/checkpoint-{self.state.global_step} is complete. Run the same command again"
+                " to continue.",
+                EXIT_STOPPED,
+            )
 
     def report_rows(self) -> None:
         """Say what was left out of the data. Raises `UserError` if that was all of it."""
@@ -207,40 +284,29 @@ class SupervisedTrainer(Trainer):
                 "It names the rows and the reasons.",
             )
 
-    def restore(self, checkpoint: Path) -> None:
-        """Take state and final weights, the best ones where those were asked for, without training."""
-        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best or str(checkpoint))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Add to Hugging Face's files what a checkpoint needs to be complete."""
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
-            write_json(folder / IDENTITY_FILE, self.identity)
+class _StepCallback(TrainerCallback):
+    """What the trainer does at certain moments of its loop."""
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Load a full model's weights through `from_pretrained`.
+    def __init__(self, trainer: SupervisedTrainer):
+        self.trainer, self._started = trainer, 0.0
 
-        Checkpoints are saved under the published names of the weights, which `load_state_dict` of the running model
-        does not know: the stock method warns about missing keys and goes on with the base model's weights.
-        """
-        target = self.model if model is None else model
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or isinstance(target, PeftModel):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(saved.state_dict(), strict=True)
-        return None
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.row_order is not None:
+            self.trainer.row_order.set_epoch(int(state.epoch or 0))
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = time.monotonic()
 
-
-class _EndOfStep(TrainerCallback):
-    def __init__(self, meter: Meter):
-        self.meter = meter
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.end_of_backward()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.meter.end_step()
+        self.trainer.meter.end_step()
+        interruption = self.trainer.interruption
+        interruption.longest_step = max(interruption.longest_step, time.monotonic() - self._started)
+        if self.trainer.stop_reason and state.global_step < state.max_steps:
+            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.interruption.longest_save = self.trainer.seconds_to_save

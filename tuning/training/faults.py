@@ -1,0 +1,60 @@
+"""Faults of the machine, put into words: memory, and processes that were killed."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import TrainingArguments
+
+from tuning.config.names import CHECKPOINTING
+from tuning.data.collator import BatchFacts
+from tuning.errors import UserError
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+@contextmanager
+def explain_memory(training: TrainingArguments, batches: Sequence[BatchFacts], step: int) -> Iterator[None]:
+    """Turn running out of memory in step `step` into a `UserError` that says what was tried and what may help."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises nothing more special
+        if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in NO_MEMORY):
+            raise
+        tokens = ", ".join(f"{batch.tokens:,}" for batch in batches)
+        raise UserError(
+            f"the {training.device.type.upper()} has no memory left in step {step}, on batches of {tokens} tokens.",
+            fix=f"What helps, most first: {'; '.join(_remedies(training))}.",
+        ) from error
+
+
+def _remedies(training: TrainingArguments) -> list[str]:
+    """The three settings most likely to help, in this order: those that cost no quality of training first."""
+    size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    remedies = []
+    if size > 1:
+        fewer = size // 2
+        remedies.append(
+            f"per_device_train_batch_size {fewer} with gradient_accumulation_steps {-(-size * steps // fewer)}"
+        )
+    if not getattr(training, CHECKPOINTING):
+        remedies.append("gradient_checkpointing true")
+    remedies += ["peft_method lora, or more processes under FSDP", "a lower max_seq_length", "dtype bfloat16"]
+    return remedies[:3]
+
+
+@contextmanager
+def worker_killed() -> Iterator[None]:
+    """Turn the death of a process that reads data into a `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)([^.]*)", str(error))
+        if not found:
+            raise
+        raise UserError(
+            f"a process that reads data (pid {found[1].strip()}) {found[2].strip()}.",
+            "dataloader_num_workers",
+            "Most often the machine had no memory left: use fewer workers, or a lower dataloader_prefetch_factor.",
+        ) from error

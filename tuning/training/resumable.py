@@ -1,0 +1,342 @@
+"""Checkpoints that are whole or not there, and that any number of processes, sharded or not, can go on from."""
+
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate.utils import gather_object, save_fsdp_model, save_fsdp_optimizer
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from tuning.console import say
+from tuning.errors import UserError
+from tuning.training.checkpoint import (
+    IDENTITY_FILE,
+    OPTIMIZER_FILE,
+    RANDOM_FILE,
+    SCHEDULER_FILE,
+    SHARDED_MODEL,
+    SHARDED_OPTIMIZER,
+    STATE_FILE,
+    copy_model,
+    list_checkpoints,
+    move_into_place,
+    put_in_place,
+    remove_oldest,
+    staging_of,
+    write_json,
+)
+from tuning.training.processes import Processes
+
+CANNOT_WRITE = (OSError, SafetensorError, dcp.api.CheckpointException)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on the first process
+
+
+class ResumableTrainer(Trainer):
+    """A `Trainer` whose checkpoints are written beside their place and moved there once they are whole.
+
+    The weights to go on from are read where the model is made, since they are an ordinary model or adapter; only
+    those that FSDP sharded are read here. Optimizer states are stored under the names of their parameters.
+    """
+
+    identity: dict[str, Any]
+    processes: Processes
+    seconds_to_save = 0.0
+    _last_saved: Path | None = None
+
+    @property
+    def _saves_shards(self) -> bool:
+        """Adapters are small: they are never saved in shards."""
+        if not self.is_fsdp_enabled or isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            return False
+        return "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        folder, started = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"), time.monotonic()
+        if folder == self._last_saved:  # asked for twice: at the last step, and at the end of the epoch
+            return
+        self.store_flos()
+        if self.state.best_global_step:
+            best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best == folder or best.is_dir() else None
+        staging = staging_of(folder)
+        if self.is_deepspeed_enabled:
+            self._write_together(lambda: self._save_optimizer_and_scheduler(str(staging)), staging, folder)
+        self._write_together(lambda: self._write_model(staging), staging, folder)
+        if not self.args.save_only_model:
+            self._write_together(lambda: self._write_training_state(staging), staging, folder)
+        self._write_together(lambda: self._write_trainer_state(staging), staging, folder)
+        self._write_together(lambda: put_in_place(staging, folder) if self.args.should_save else None, staging, folder)
+        self._last_saved = folder
+        if self.args.should_save:
+            best_folder = self.state.best_model_checkpoint
+            remove_oldest(folder.parent, self.args.save_total_limit, keep={folder, Path(best_folder or folder)})
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        self.seconds_to_save = max(self.seconds_to_save, time.monotonic() - started)
+
+    def _write_together(self, write: Callable[[], None], staging: Path, folder: Path) -> None:
+        """Let all processes `write`; where one cannot, nothing half-written stays, and all of them end."""
+        error = None
+        try:
+            write()
+        except CANNOT_WRITE as failure:
+            error = self._cannot_write(folder, failure)
+            shutil.rmtree(staging, ignore_errors=True)
+        self.processes.fail_together(error)
+
+    def _cannot_write(self, folder: Path, failure: Exception) -> UserError:
+        last = next(reversed(list_checkpoints(Path(self.args.output_dir))), None)
+        reason = getattr(failure, "strerror", None) or str(failure).splitlines()[0]
+        return UserError(
+            f"cannot be written: {reason}.",
+            str(folder),
+            "Make room (save_total_limit keeps fewer checkpoints), or see to the permissions; then run the same command"
+            f" again: it {f'continues from {last}' if last else 'starts anew'}.",
+        )
+
+    def _write_model(self, folder: Path) -> None:
+        if not self._saves_shards:
+            self.save_model(str(folder), _internal_call=True)
+            return
+        save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, str(folder))
+        self._save_without_weights(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model or adapter as plain transformers and PEFT load it, once, under FSDP gathered from all processes.
+
+        Stock, nothing at all is saved where FSDP's state dicts are sharded, and with LoRA all base weights travel.
+        """
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        if isinstance(self.model, PeftModel):
+            weights = _gather_adapter(self.model)
+        else:
+            weights = get_model_state_dict(self.model, options=FULL)
+        for name in _second_names(self.model):  # once gathered, tied weights no longer show that they are
+            weights.pop(name, None)
+        self._save(output_dir, state_dict=weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Add to Hugging Face's files what a checkpoint needs to be complete."""
+        super()._save(output_dir, state_dict)
+        self._save_without_weights(Path(output_dir or self.args.output_dir))
+
+    def _save_without_weights(self, folder: Path) -> None:
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            model.config.save_pretrained(folder) if self._saves_shards else None
+            model.generation_config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            write_json(folder / IDENTITY_FILE, self.identity)
+
+    def _write_training_state(self, folder: Path) -> None:
+        states = gather_object([random_states()])
+        if self._saves_shards:
+            save_fsdp_optimizer(
+                self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer.optimizer, self.model, str(folder)
+            )
+        elif not self.is_deepspeed_enabled:
+            optimizer = self._optimizer_state()
+            if self.args.should_save:
+                _save_tensors(optimizer, folder / OPTIMIZER_FILE)
+        if self.args.should_save:
+            _save_tensors(states, folder / RANDOM_FILE)
+            if not self.is_deepspeed_enabled:
+                _save_tensors(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
+            self._save_scaler(str(folder))
+
+    def _write_trainer_state(self, folder: Path) -> None:
+        if not self.args.should_save:
+            return
+        for exported in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(exported, ExportableState):
+                kept = self.state.stateful_callbacks.get(type(exported).__name__)
+                if isinstance(kept, list):
+                    kept.append(exported.state())
+                else:
+                    self.state.stateful_callbacks[type(exported).__name__] = exported.state()
+        self.state.save_to_json(str(folder / STATE_FILE))
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """PyTorch's own state of the optimizer, parameters by number, and their `names`. Empty but on the first."""
+        if not self.is_fsdp_enabled:
+            return {**self.optimizer.optimizer.state_dict(), "names": self._trained_names()}
+        by_name = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
+        names = self._trained_names()
+        numbers = {name: number for number, name in enumerate(names)}
+        if not self.args.should_save:
+            return {}
+        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in by_name["param_groups"]]
+        state = {numbers[name]: state for name, state in by_name["state"].items()}
+        return {"state": state, "param_groups": groups, "names": names}
+
+    def _trained_names(self) -> list[str]:
+        """Names of the optimizer's parameters, in its order."""
+        model = self.accelerator.unwrap_model(self.model)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = self.optimizer.param_groups
+        return [plain_name(names[parameter]) for group in groups for parameter in group["params"]]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if (folder / SHARDED_OPTIMIZER).is_dir():
+            self._load_sharded_optimizer(folder)
+        elif (folder / OPTIMIZER_FILE).is_file():
+            self._load_optimizer(folder / OPTIMIZER_FILE)
+        else:
+            say(f"{folder} holds no state of the optimizer (save_only_model): it starts anew.")
+            return
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+
+    def _load_optimizer(self, file: Path) -> None:
+        optimizer, names = self.optimizer.optimizer, self._trained_names()
+        reads = not self.is_fsdp_enabled or self.processes.rank == 0
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True) if reads else None
+        if saved and sorted(saved["names"]) != sorted(names):
+            raise UserError("holds the state of other parameters than are trained now.", str(file))
+        if not self.is_fsdp_enabled:
+            state = {names.index(saved["names"][number]): state for number, state in saved["state"].items()}
+            groups = [
+                {**old, "params": new["params"]}
+                for old, new in zip(saved["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+            ]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            return
+        by_name: dict[str, Any] = {}
+        if saved:
+            state = {saved["names"][number]: state for number, state in saved["state"].items()}
+            groups = [
+                {**group, "params": [saved["names"][number] for number in group["params"]]}
+                for group in saved["param_groups"]
+            ]
+            by_name = {"state": state, "param_groups": groups}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_optimizer_state_dict(self.model, optimizer, by_name, options=options)
+
+    def _load_sharded_optimizer(self, folder: Path) -> None:
+        model, optimizer = self.model_wrapped, self.optimizer.optimizer
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, checkpoint_id=folder / SHARDED_OPTIMIZER)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read weights that FSDP sharded; all others were read where the model was made.
+
+        Stock, `load_state_dict` is given the published names of the weights, which it does not know: it warns about
+        missing keys and training goes on with the base model's.
+        """
+        folder = Path(resume_from_checkpoint) / SHARDED_MODEL
+        if folder.is_dir():
+            target = self.model if model is None else model
+            state = {"model": get_model_state_dict(target)}
+            dcp.load(state, checkpoint_id=folder)
+            set_model_state_dict(target, state["model"])
+
+    def _load_best_model(self) -> None:
+        """Nothing to load: the final model is a copy of the best checkpoint's; see `save_final`."""
+
+    def take_state(self, checkpoint: Path) -> None:
+        """Take the state of a run whose training has come to its end."""
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+
+    def save_final(self, target: Path, checkpoint: Path | None = None) -> None:
+        """Save the model of this run to `target`, file by file in one piece each.
+
+        It is the best checkpoint's where that was asked for, that of `checkpoint` where one is given, else the model
+        as it is now.
+        """
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        source, staging = Path(best) if best else checkpoint, target / ".saving"
+
+        def write() -> None:
+            if source is None or self.is_deepspeed_enabled:
+                self.save_model(str(staging), _internal_call=True)
+            elif self.args.should_save:
+                copy_model(source, staging)
+
+        self._write_together(write, staging, target)
+        self._write_together(
+            lambda: move_into_place(staging, target) if self.args.should_save else None, staging, target
+        )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Every process goes on from its own random states; one that had no predecessor keeps its own."""
+        file = Path(checkpoint or "", RANDOM_FILE)
+        if checkpoint and file.is_file():
+            states = torch.load(file, weights_only=True)
+            if self.processes.rank < len(states):
+                restore_random_states(states[self.processes.rank])
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what checkpointing and compiling wrappers put into it."""
+    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Everything of a sharded model that its adapter consists of, whole, on every process."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    mine = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name in trained or f".{model.active_adapter}." in name
+    }
+    return {name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor for name, tensor in mine.items()}
+
+
+def _second_names(model: nn.Module) -> set[str]:
+    """Every name but the first of parameters that have several."""
+    every = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {plain_name(name) for name, _ in model.named_parameters()}
+
+
+def random_states() -> dict[str, Any]:
+    """The states of every generator that training may draw from, on this process."""
+    name, keys, *rest = np.random.get_state()
+    numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
+    states = {"python": random.getstate(), "numpy": numpy_state, "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Undo of `random_states`."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _save_tensors(value: Any, file: Path) -> None:
+    """`torch.save` through a Python file, whose errors say what was wrong with the disk."""
+    with open(file, "wb") as stream:
+        torch.save(value, stream)
