@@ -15,6 +15,12 @@ def is_fsdp_asked_for() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
+def receives_weights() -> bool:
+    """Whether this process is sent the weights that the first process of its machine has read."""
+    frugal = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() in ("true", "1")
+    return is_fsdp_asked_for() and frugal and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
 def find_wrap_classes(model: PreTrainedModel) -> list[str]:
     """Class names of the layers to wrap, in the model's order.
 

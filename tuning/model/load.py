@@ -1,15 +1,19 @@
 """Checkpoint → configuration, processor, and model with every weight in its place."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tuning.config.arguments import ModelArguments
 from tuning.errors import UserError
+from tuning.model.fsdp import receives_weights
 
 
 def load_config(model: ModelArguments) -> PreTrainedConfig:
@@ -119,9 +123,14 @@ def load_model(
 ) -> PreTrainedModel:
     """Load all weights from safetensors. Raises `UserError` when the checkpoint lacks some or they do not fit.
 
-    transformers would fill those with random numbers and go on.
+    transformers would fill those with random numbers and go on. A process that is sent its weights gets the model
+    with parameters on the meta device; transformers has every process read all of them.
     """
     name = model.model_name_or_path
+    if receives_weights() and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        settings = {"dtype": dtype, "attn_implementation": attention}
+        with silent_transformers():  # it would list every weight as missing
+            return model_class(config).from_pretrained(None, config=config, state_dict={}, **settings)
     try:
         loaded, report = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -155,6 +164,15 @@ def load_model(
     if Path(name).expanduser().exists():
         loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters record it as their base
     return loaded
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Without warnings of transformers."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)
 
 
 def describe(config: PreTrainedConfig) -> str:
