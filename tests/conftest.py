@@ -72,6 +72,18 @@ def make_options(models, rows, tmp_path):
     return make
 
 
+def make_model(config):
+    """The model of a run, as it is before training."""
+    from tuning import sft_trainer
+    from tuning.model import load
+    from tuning.training.checkpoint import Progress
+
+    model_config = load.load_config(config.model)
+    encoder = sft_trainer.make_encoder(config, load.load_processor(config.model, model_config), model_config, "today")
+    plan = sft_trainer.plan_model(config, model_config, encoder)
+    return sft_trainer.make_model(config, model_config, plan, Progress())
+
+
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers of this test's runs, as they were when the final model was saved."""
@@ -79,9 +91,9 @@ def trainers(monkeypatch):
 
     seen, save = [], sft_trainer.save
 
-    def remember(trainer, config):
+    def remember(trainer, *rest):
         seen.append(trainer)
-        save(trainer, config)
+        save(trainer, *rest)
 
     monkeypatch.setattr(sft_trainer, "save", remember)
     return seen

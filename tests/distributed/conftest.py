@@ -25,7 +25,9 @@ def mixed_rows(tmp_path_factory):
     for number, images in enumerate(IMAGES_OF_ROWS):
         files = [f"{number}-{index}.png" for index in range(images)]
         for index, file in enumerate(files):
-            Image.new("RGB", [(40, 40), (90, 30), (30, 80)][number % 3], (9 * number, 80 * index, 120)).save(folder / file)
+            Image.new("RGB", [(40, 40), (90, 30), (30, 80)][number % 3], (9 * number, 80 * index, 120)).save(
+                folder / file
+            )
         question = [{"type": "image"} for _ in files] + [{"type": "text", "text": f"How many are there? {number}"}]
         answer = "There are three of them." + " One, two, three." * (number * 7 % 23)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

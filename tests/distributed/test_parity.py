@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed.conftest import run_jobs
 from safetensors.torch import load_file
 from tiny_models import LAYOUTS
 
 import tuning
-from distributed.conftest import run_jobs
 
 LORA = {
     "peft_method": "lora",

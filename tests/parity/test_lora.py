@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import LAYOUTS, build_model
+from tiny_models import LAYOUTS, build_model, build_processor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import tuning
@@ -22,7 +24,7 @@ LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 
 def find_targets(options: dict) -> list[str]:
     config = build_config(options)
-    return sft_trainer.find_lora_targets(config, load.load_config(config.model))
+    return sft_trainer.find_lora_targets(config, load.build_skeleton(load.load_config(config.model)))
 
 
 def part_of(name: str) -> str:
@@ -118,7 +120,7 @@ def test_the_saved_adapter_lists_full_names(layout, make_options, trainers):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_adapters_get_a_gradient(layout, make_options):
     config = build_config(make_options(layout, **LORA))
-    model = sft_trainer.make_model(config, load.load_config(config.model))
+    model = make_model(config)
     ids = torch.arange(5, 25)[None]
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -138,14 +140,31 @@ def test_modules_to_save_are_trained_and_saved_in_full(make_options):
     assert not torch.equal(saved[name], before)
 
 
+def find_idle(layout: str) -> set[str]:
+    """Names of parameters that a real backward through a real image leaves without a gradient."""
+    model, processor = build_model(layout), build_processor(layout)
+    token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_index)
+    inputs = processor(text=f"{token} What is it?", images=[Image.new("RGB", (50, 40))], return_tensors="pt")
+    model(**inputs).logits.sum().backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is None}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_of_the_tower_that_no_gradient_reaches_are_frozen(layout, make_options):
+    model = make_model(build_config(make_options(layout)))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == find_idle(layout)
+    assert bool(frozen) == (layout != "mllama")
+
+
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_frozen_parts_get_no_gradient_and_all_others_move(layout, part, make_options, trainers):
     tuning.train(make_options(layout, **{f"freeze_{part}": True}, max_steps=1, save_strategy="no"))
-    before = dict(build_model(layout).named_parameters())
+    before, idle = dict(build_model(layout).named_parameters()), find_idle(layout)
     moved = dict.fromkeys(PARTS, 0)
     for name, parameter in trainers[0].model.named_parameters():
-        assert parameter.requires_grad == (part_of(name) != part), name
+        assert parameter.requires_grad == (part_of(name) != part and name not in idle), name
         if part_of(name) == part:
             assert torch.equal(parameter, before[name]), name
         moved[part_of(name)] += not torch.equal(parameter, before[name])
@@ -175,7 +194,7 @@ def test_parts_train_at_their_own_learning_rates(layout, make_options, trainers)
     groups = trainers[0].optimizer.param_groups
     rate_of = {parameter: group["lr"] for group in groups for parameter in group["params"]}
     expected = {VISION_TOWER: 1e-5, PROJECTOR: 3e-4, LANGUAGE_MODEL: 1e-3}
-    named = dict(trainers[0].model.named_parameters())
+    named = {name: p for name, p in trainers[0].model.named_parameters() if name not in find_idle(layout)}
     assert len(rate_of) == sum(len(group["params"]) for group in groups) == len(named)
     assert {name: rate_of[p] for name, p in named.items()} == {name: expected[part_of(name)] for name in named}
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}

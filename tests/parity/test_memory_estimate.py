@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_model
 from PIL import Image
 from tiny_models import LAYOUTS
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -15,8 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 import tuning
 from tuning import sft_trainer
 from tuning.config.parse import build_config
-from tuning.model import load
-from tuning.preview import memory
+from tuning.model import dry_run, load
 from tuning.preview.memory import MemoryEstimate, estimate_memory
 from tuning.training.trainer import SupervisedTrainer
 
@@ -78,7 +78,7 @@ def estimate(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(load, "load_model", skeleton)
-            model = sft_trainer.make_model(config, load.load_config(config.model))
+            model = make_model(config)
         return estimate_memory(model, batch, config.training, **kwargs)
 
     return run
@@ -164,7 +164,7 @@ def test_long_rows_do_not_fill_this_machine(make_options, estimate, monkeypatch)
     batch = make_batch(400)
     batch["attention_mask"][0, -50:] = 0
     expected = estimate(make_options("llava15"), batch)
-    monkeypatch.setattr(memory, "TOO_MANY", 100_000)
+    monkeypatch.setattr(dry_run, "TOO_MANY", 100_000)
     assert estimate(make_options("llava15"), batch) == expected
     assert expected.activations > estimate(make_options("llava15"), make_batch(400)).activations + 2 * 400 * 400
 

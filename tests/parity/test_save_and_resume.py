@@ -226,7 +226,7 @@ def test_an_incomplete_checkpoint_is_refused_where_it_is_asked_for(resumable):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_best_weights_are_the_final_ones(method, killed, make_options, rows):
     changes = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
-    changes |= {"max_steps": 3, "learning_rate": 2.0, "lr_scheduler_type": "constant"}  # every step is a bad one
+    changes |= {"max_steps": 3, "learning_rate": 5.0, "lr_scheduler_type": "constant"}  # every step is a bad one
     options = make_options("llava15", **METHODS[method], **changes, validation_data_path=str(rows))
     folder = tuning.train(options).model_dir
     best = Path(json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())["best_model_checkpoint"])

@@ -41,6 +41,9 @@ def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         values[names.CHECKPOINTING_KWARGS] = {"use_reentrant": False}
     if values.get("streaming"):
         values["ignore_data_skip"] = True  # our stream goes on where the checkpoint was
+    launch = values.get("accelerate_launch_args")
+    if launch and "WORLD_SIZE" not in os.environ:
+        notes.append(f"accelerate_launch_args is noted but has no effect on one process: {', '.join(launch)}.")
     return values, tuple(notes)
 
 
@@ -170,8 +173,9 @@ def _training_problems(values: Mapping[str, Any]):
         )
     if values.get("average_tokens_across_devices") is False:
         yield "average_tokens_across_devices: false would train another model on several processes; remove it"
-    if not 0 < values.get("save_before_walltime", 1) < float("inf"):
-        yield f"save_before_walltime: must be a number of minutes above 0, got {values['save_before_walltime']}"
+    minutes = values.get("save_before_walltime")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        yield f"save_before_walltime: must be a number of minutes above 0, got {minutes}"
     for name in ("label_smoothing_factor", "use_liger_kernel"):
         if values.get(name):
             yield f"{name}: is not supported: the loss is computed on supervised positions only; remove it"

@@ -216,9 +216,9 @@ class ResumableTrainer(Trainer):
         optimizer, names = self.optimizer.optimizer, self._trained_names()
         reads = not self.is_fsdp_enabled or self.processes.rank == 0
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True) if reads else None
-        if saved and sorted(saved["names"]) != sorted(names):
+        if saved is not None and sorted(saved["names"]) != sorted(names):
             raise UserError("holds the state of other parameters than are trained now.", str(file))
-        if not self.is_fsdp_enabled:
+        if saved is not None and not self.is_fsdp_enabled:
             state = {names.index(saved["names"][number]): state for number, state in saved["state"].items()}
             groups = [
                 {**old, "params": new["params"]}
@@ -307,7 +307,9 @@ def _gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
         for name, tensor in model.state_dict().items()
         if name in trained or f".{model.active_adapter}." in name
     }
-    return {name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor for name, tensor in mine.items()}
+    return {
+        name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor for name, tensor in mine.items()
+    }
 
 
 def _second_names(model: nn.Module) -> set[str]:
@@ -318,7 +320,8 @@ def _second_names(model: nn.Module) -> set[str]:
 
 def random_states() -> dict[str, Any]:
     """The states of every generator that training may draw from, on this process."""
-    name, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()
+    name, keys, *rest = legacy
     numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
     states = {"python": random.getstate(), "numpy": numpy_state, "cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

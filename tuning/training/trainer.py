@@ -1,6 +1,8 @@
 """A thin `transformers.Trainer`: counts supervised tokens, deals out rows, and stops on bad rows and bad numbers."""
 
+import math
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -176,8 +178,12 @@ class SupervisedTrainer(ResumableTrainer):
         self._losses_of_step.append(loss)
         return loss
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        self._grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self._grad_norm
+
     def end_of_backward(self) -> None:
-        """Before the optimizer's step, on all processes together: is every loss a number, and is it time to stop?
+        """Before the optimizer's step, on all processes together: is every number one, and is it time to stop?
 
         Trained parameters that no batch of this step has reached (the vision tower's, where all rows are text) get a
         gradient of zero, as they do where other processes have images: the optimizer would skip them on one process.
@@ -188,6 +194,8 @@ class SupervisedTrainer(ResumableTrainer):
             self._stop_at_bad_loss(broken.tolist())
         if verdict[:, 1].any():
             self.stop_reason = self.interruption.reason or "a signal to another process"
+        if not self.args.fp16 and not math.isfinite(self._grad_norm):  # fp16's scaler skips such a step itself
+            raise self._bad_number(f"the gradients became {float(self._grad_norm)}", self._batches_of_step)
         self._losses_of_step.clear()
         for parameter in () if self.is_deepspeed_enabled else self.model.parameters():  # DeepSpeed keeps its own
             if parameter.requires_grad and parameter.grad is None:
@@ -197,14 +205,16 @@ class SupervisedTrainer(ResumableTrainer):
         error = None
         if any(broken):
             number = broken.index(True)
-            rows = self._batches_of_step[number].rows
-            error = UserError(
-                f"the loss became {self._losses_of_step[number].item()} at step {self.state.global_step + 1},"
-                " before the optimizer's step.",
-                "; ".join(rows),
-                "Look at these rows; lower learning_rate or max_grad_norm; use bf16 instead of fp16.",
-            )
+            loss = self._losses_of_step[number].item()
+            error = self._bad_number(f"the loss became {loss}", self._batches_of_step[number : number + 1])
         self.processes.fail_together(error)
+
+    def _bad_number(self, what: str, batches: list[BatchFacts]) -> UserError:
+        return UserError(
+            f"{what} at step {self.state.global_step + 1}, before the optimizer's step.",
+            "; ".join(row for batch in batches for row in batch.rows),
+            "Look at these rows; lower learning_rate or max_grad_norm; use bf16 instead of fp16.",
+        )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Hugging Face's optimizer, with the learning rates of vision tower and projector set apart."""
@@ -289,7 +299,8 @@ class _StepCallback(TrainerCallback):
     """What the trainer does at certain moments of its loop."""
 
     def __init__(self, trainer: SupervisedTrainer):
-        self.trainer, self._started = trainer, 0.0
+        # In a cycle with the trainer, loaders would be collected after their queues, and wait for their processes.
+        self.trainer, self._started = weakref.proxy(trainer), 0.0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.row_order is not None:
