@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "train":
         from tuning.sft_trainer import main as train
 
-        return train(arguments)
+        return train(arguments, all_gpus=True)
     if command == "check":
         from tuning.check import main as check
 

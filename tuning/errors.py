@@ -86,7 +86,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
 def tell(message: str, trace: str = "") -> None:
     """Print the last words of a run, and write `message` to `TERMINATION_LOG_FILE`, if that is set."""
     _close_progress_bars()
-    print(trace + message, file=sys.stderr, flush=True)
+    other_bar = "\n" if os.environ.get("RANK", "0") != "0" else ""  # the first process's, which may have no end
+    print(other_bar + trace + message, file=sys.stderr, flush=True)
     if log_file := os.environ.get("TERMINATION_LOG_FILE"):
         with open(log_file, "w", encoding="utf-8") as file:
             file.write(message + "\n")
@@ -97,6 +98,9 @@ def claim_to_speak() -> bool:
     if "WORLD_SIZE" not in os.environ:
         return True
     try:
+        for file in Path(tempfile.gettempdir()).glob("vlm-tuning-*-*"):
+            if not psutil.pid_exists(int(file.name.split("-")[2])):  # its launcher is gone
+                file.unlink(missing_ok=True)
         claim_file(os.getppid()).touch(exist_ok=False)
     except FileExistsError:
         return False

@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from tuning.config.arguments import RunConfig
-from tuning.config.parse import build_config, describe_options, read_json, read_options
+from tuning.config.parse import build_config, check_options, describe_options, read_json, read_options
 from tuning.console import say
 from tuning.data.chat import ChatFormat
 from tuning.data.collator import PaddingCollator, probe_collator
@@ -29,12 +29,13 @@ from tuning.data.images import ImageRules
 from tuning.data.sources import Mixture, Source, Stream
 from tuning.data_paths import open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
+from tuning.launch import launch, wanted_launch
 from tuning.model import load
 from tuning.model.attention import choose_attention
 from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.dry_run import CANNOT_SIMULATE, find_idle_parameters
 from tuning.model.families import find_family
-from tuning.model.fsdp import choose_wrap_classes, is_fsdp_asked_for
+from tuning.model.fsdp import choose_wrap_classes, give_up_fsdp_on_cpu, is_fsdp_asked_for
 from tuning.model.lora import add_lora, check_modules_to_save, load_adapter, resolve_targets
 from tuning.model.parts import (
     LANGUAGE_MODEL,
@@ -80,7 +81,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     for note in config.notes:
         say(note)
     check_launcher(config)
-    use_one_device(config.training)
+    settle_devices(config.training)
     set_seed(config.training.seed)
 
     model_config = load.load_config(config.model)
@@ -139,12 +140,18 @@ def _as_run_config(config: RunConfig | Mapping[str, Any] | str | os.PathLike) ->
     return build_config(config if isinstance(config, Mapping) else read_json(config))
 
 
-def use_one_device(training: TrainingArguments) -> None:
-    """Without a launcher a run uses one device: `nn.DataParallel`, transformers' choice, is slow and wrong here."""
+def settle_devices(training: TrainingArguments) -> None:
+    """Say and mend what the libraries would do by themselves with this machine's devices.
+
+    Without a launcher a run uses one device: `nn.DataParallel`, transformers' choice, is slow and wrong here.
+    """
+    if give_up_fsdp_on_cpu():
+        say("FSDP shards over accelerators, and there is none: the processes train whole copies of the model (DDP).")
     if training.n_gpu > 1:
         say(
-            f"Using one of {training.n_gpu} GPUs. To use all: accelerate launch --num_processes={training.n_gpu}"
-            " --config_file fixtures/accelerate_fsdp_defaults.yaml tuning/sft_trainer.py …"
+            f"Using one of {training.n_gpu} GPUs. To use all: vlm-tuning train …, or accelerate launch"
+            f" --num_processes={training.n_gpu} --config_file fixtures/accelerate_fsdp_defaults.yaml"
+            " tuning/sft_trainer.py …"
         )
         training._n_gpu = 1
 
@@ -359,13 +366,23 @@ def save(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> N
         trainer.push_to_hub()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: returns its exit code."""
+def start(arguments: Sequence[str], *, all_gpus: bool = False) -> None:
+    """Train in this process, or in as many as the options ask for."""
+    options = read_options(arguments)
+    values, _ = check_options(options)
+    if launch_args := wanted_launch(values.get("accelerate_launch_args", {}), all_gpus=all_gpus):
+        launch(launch_args, arguments)
+    else:
+        train(build_config(options))
+
+
+def main(argv: Sequence[str] | None = None, *, all_gpus: bool = False) -> int:
+    """The command: returns its exit code. `all_gpus`: use all of this machine's, where the options name no number."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "--help") for argument in arguments):
         print(describe_options())
         return 0
-    return exit_code_of(lambda: train(build_config(read_options(arguments))))
+    return exit_code_of(lambda: start(arguments, all_gpus=all_gpus))
 
 
 if __name__ == "__main__":

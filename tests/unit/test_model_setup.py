@@ -11,7 +11,7 @@ from tuning.config.arguments import ModelArguments
 from tuning.errors import UserError
 from tuning.model import attention, load
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, VISION_TOWER, find_parts
-from tuning.sft_trainer import use_one_device
+from tuning.sft_trainer import settle_devices
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_mllama_never_gets_flash_attention_and_the_user_is_told(monkeypatch):
 
 def test_without_a_launcher_one_of_several_gpus_is_used_and_said(capsys):
     arguments = SimpleNamespace(n_gpu=4, _n_gpu=4)
-    use_one_device(arguments)
+    settle_devices(arguments)
     assert arguments._n_gpu == 1
     assert "--num_processes=4" in capsys.readouterr().out
 

@@ -133,5 +133,6 @@ TRAINING_DEFAULTS = {
     "remove_unused_columns": False,  # rows are encoded in the workers: no column may be taken away before
     "dataloader_persistent_workers": True,  # do not start the workers anew every epoch
     "report_to": "none",
+    "ddp_find_unused_parameters": False,  # what gets no gradient is frozen, and every batch has an image
     "logging_nan_inf_filter": False,  # a loss that is no number ends the run: nothing to hide, and one wait less
 }

@@ -105,6 +105,20 @@ def build_config(options: Mapping[str, Any]) -> RunConfig:
     Raises one `UserError` that lists every problem: unknown names (with the nearest real one), values of the wrong
     type, and rules between options. Nothing is loaded.
     """
+    values, notes = check_options(options)
+    sections = {
+        section: kind(**{key: value for key, value in values.items() if OWN_FIELDS.get(key) == section})
+        for section, kind in SECTIONS.items()
+    }
+    training = {key: value for key, value in values.items() if key in names.TRAINING_FIELDS}
+    try:
+        return RunConfig(**sections, training=TrainingArguments(**(TRAINING_DEFAULTS | training)), notes=notes)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(str(error), "config") from error
+
+
+def check_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The first half of `build_config`, which touches no device: today's names and typed values, and what to tell."""
     problems: list[str] = []
     current = _translate_names(options, problems)
     values = {}
@@ -117,19 +131,10 @@ def build_config(options: Mapping[str, Any]) -> RunConfig:
             problems.append(f"{name}: {error}")
     values, notes = adjust(values)
     problems += find_problems(values)
-    if not problems:
-        sections = {
-            section: kind(**{key: value for key, value in values.items() if OWN_FIELDS.get(key) == section})
-            for section, kind in SECTIONS.items()
-        }
-        training = {key: value for key, value in values.items() if key in names.TRAINING_FIELDS}
-        try:
-            return RunConfig(**sections, training=TrainingArguments(**(TRAINING_DEFAULTS | training)), notes=notes)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            problems.append(str(error))
-    raise UserError(
-        problems[0] if len(problems) == 1 else "\n  - ".join([f"{len(problems)} problems:", *problems]), "config"
-    )
+    if problems:
+        listed = "\n  - ".join([f"{len(problems)} problems:", *problems])
+        raise UserError(problems[0] if len(problems) == 1 else listed, "config")
+    return values, notes
 
 
 def _translate_names(options: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

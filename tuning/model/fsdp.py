@@ -4,6 +4,8 @@ import os
 from collections.abc import Sequence
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,6 +15,17 @@ from tuning.errors import UserError
 def is_fsdp_asked_for() -> bool:
     """Whether the launcher asked for FSDP (accelerate's way to tell its processes)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def give_up_fsdp_on_cpu() -> bool:
+    """Do without FSDP where the processes have no accelerator: accelerate, asked for it, silently uses DDP there.
+
+    Returns whether it was asked for. Call this once the process group is there.
+    """
+    if not is_fsdp_asked_for() or PartialState().distributed_type != DistributedType.MULTI_CPU:
+        return False
+    os.environ["ACCELERATE_USE_FSDP"] = "false"  # what accelerate and transformers go by
+    return True
 
 
 def receives_weights() -> bool:

@@ -214,28 +214,24 @@ class ResumableTrainer(Trainer):
 
     def _load_optimizer(self, file: Path) -> None:
         optimizer, names = self.optimizer.optimizer, self._trained_names()
-        reads = not self.is_fsdp_enabled or self.processes.rank == 0
-        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True) if reads else None
-        if saved is not None and sorted(saved["names"]) != sorted(names):
-            raise UserError("holds the state of other parameters than are trained now.", str(file))
-        if saved is not None and not self.is_fsdp_enabled:
-            state = {names.index(saved["names"][number]): state for number, state in saved["state"].items()}
-            groups = [
-                {**old, "params": new["params"]}
-                for old, new in zip(saved["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
-            ]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-            return
-        by_name: dict[str, Any] = {}
-        if saved:
-            state = {saved["names"][number]: state for number, state in saved["state"].items()}
-            groups = [
-                {**group, "params": [saved["names"][number] for number in group["params"]]}
-                for group in saved["param_groups"]
-            ]
-            by_name = {"state": state, "param_groups": groups}
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_optimizer_state_dict(self.model, optimizer, by_name, options=options)
+        if self.is_fsdp_enabled and self.processes.rank:  # the first process reads and sends
+            names, groups, by_name = [], [], {}
+        else:
+            saved = torch.load(file, map_location="cpu", mmap=self.is_fsdp_enabled, weights_only=True)
+            if sorted(saved["names"]) != sorted(names):
+                raise UserError("holds the state of other parameters than are trained now.", str(file))
+            by_name = {saved["names"][number]: state for number, state in saved["state"].items()}
+            groups = saved["param_groups"]
+            groups = [{**group, "params": [saved["names"][number] for number in group["params"]]} for group in groups]
+        if self.is_fsdp_enabled:
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            whole = {"state": by_name, "param_groups": groups} if groups else {}
+            set_optimizer_state_dict(self.model, optimizer, whole, options=options)
+        else:
+            mine = optimizer.state_dict()["param_groups"]
+            groups = [{**group, "params": own["params"]} for group, own in zip(groups, mine, strict=True)]
+            by_number = {number: by_name[name] for number, name in enumerate(names) if name in by_name}
+            optimizer.load_state_dict({"state": by_number, "param_groups": groups})
 
     def _load_sharded_optimizer(self, folder: Path) -> None:
         model, optimizer = self.model_wrapped, self.optimizer.optimizer

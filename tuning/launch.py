@@ -1,0 +1,126 @@
+"""One process or many: starts `accelerate launch` where a config asks for several, and says how it ended."""
+
+import difflib
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from tuning.errors import EXIT_INTERNAL_ERROR, EXIT_STOPPED, RunEnded, UserError, claim_file
+
+SCRIPT = Path(__file__).with_name("sft_trainer.py")
+DEFAULTS = Path(__file__).with_name("fixtures") / "accelerate_fsdp_defaults.yaml"
+ALREADY_TOLD = (1, EXIT_STOPPED, EXIT_INTERNAL_ERROR)  # exit codes of a process that has said why
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def wanted_launch(launch_args: Mapping[str, Any], *, all_gpus: bool) -> dict[str, Any]:
+    """The options of `accelerate launch` for a run; empty where it needs one process and no launcher.
+
+    `all_gpus`: without `num_processes`, use every local GPU, if there are several.
+    """
+    if "WORLD_SIZE" in os.environ:  # a launcher has started this very process
+        return {}
+    launch = dict(launch_args)
+    if {"config_file", "num_machines"} & launch.keys():
+        return launch
+    if "num_processes" not in launch and (launch or all_gpus):
+        launch["num_processes"] = max(1, count_gpus())
+    return launch if str(launch.get("num_processes", 1)) != "1" else {}
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def launch(launch_args: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Run sft_trainer.py with `arguments` in the processes that `launch_args` ask for, and wait for their end.
+
+    Raises `UserError` for an option that `accelerate launch` lacks, and `RunEnded` with the exit code of the first
+    process that failed: silent where that process has said why, else with who it was and how it ended. SIGTERM and
+    SIGUSR1 are passed on to the processes.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    parser = launch_command_parser()
+    flags = launch_flags(launch_args, parser)
+    parsed = parser.parse_args([*flags, str(SCRIPT), *arguments])
+    parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's option; the others are ours to pass on
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        with passing_on_signals():
+            launch_command(parsed)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise ended(failure.exitcode, f"process {rank} (pid {failure.pid})") from error
+    except subprocess.CalledProcessError as error:
+        raise ended(error.returncode, "the process") from error
+    except ValueError as error:  # options that do not go together
+        raise UserError(str(error).splitlines()[0], "accelerate_launch_args") from error
+
+
+def launch_flags(launch_args: Mapping[str, Any], parser: Any) -> list[str]:
+    """`launch_args` as words of a command line. Without a `config_file`, the shipped FSDP2 settings fill the rest."""
+    known = {action.dest: action for action in parser._actions}
+    flags = []
+    if "config_file" not in launch_args:
+        flags = [f"--config_file={DEFAULTS}", "--main_process_port=0"]  # 0: any that is free
+        if "num_machines" in launch_args or "main_process_port" in launch_args:
+            flags.pop()
+    for name, value in launch_args.items():
+        action = known.get({"use_cpu": "cpu"}.get(name, name))
+        if action is None:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            raise UserError(
+                f"{name}: accelerate launch has no such option.",
+                "accelerate_launch_args",
+                f"Did you mean {near[0]}?" if near else "accelerate launch --help lists them.",
+            )
+        flag = action.option_strings[0]
+        if action.nargs == 0:
+            flags += [flag] if value not in (False, None, "false") else []
+        elif value is not None:
+            flags.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return flags
+
+
+def ended(exit_code: int, who: str) -> RunEnded:
+    """How a run with a failed process ends."""
+    spoken = claim_file(os.getpid())
+    has_spoken = spoken.exists()
+    spoken.unlink(missing_ok=True)
+    if exit_code in ALREADY_TOLD or has_spoken:
+        return RunEnded("", exit_code if exit_code in ALREADY_TOLD else EXIT_INTERNAL_ERROR)
+    how = f"was ended by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    advice = " Often the machine had no memory left." if exit_code == -signal.SIGKILL else ""
+    return RunEnded(
+        f"Training ended: {who} {how}.{advice} Run the same command again to continue from the last checkpoint.",
+        EXIT_INTERNAL_ERROR,
+    )
+
+
+@contextmanager
+def passing_on_signals() -> Iterator[None]:
+    """Pass signals to stop on to the processes, which save and end; this one waits for them as before."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children():
+            if str(SCRIPT) in child.cmdline():
+                child.send_signal(number)
+
+    before: dict[signal.Signals, Callable | int | None] = {n: signal.signal(n, pass_on) for n in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
