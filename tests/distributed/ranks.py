@@ -1,5 +1,7 @@
 """One rank of a launch: runs the jobs of a JSON file one after the other, as `tuning.train` would be called.
 
+A job is the options of a run, and what to set in the environment under `environ`.
+
 Starting a process costs seconds, so every test of a strategy shares one launch. With `FSDP_ON_CPU` set, accelerate is
 made to take the CPU for an accelerator: it shards parameters on accelerators only, but FSDP2 itself runs on gloo.
 """
@@ -7,7 +9,6 @@ made to take the CPU for an accelerator: it shards parameters on accelerators on
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 
 
@@ -34,12 +35,8 @@ def main(path: str) -> None:
     if os.environ.get("FSDP_ON_CPU"):
         shard_on_cpu()
     for job in json.loads(Path(path).read_text()):
-        try:
-            tuning.train(job)
-        except Exception:
-            Path(job["output_dir"]).mkdir(parents=True, exist_ok=True)
-            Path(job["output_dir"], f"failed-{os.environ['RANK']}").write_text(traceback.format_exc())
-            raise
+        os.environ.update(job.pop("environ", {}))
+        tuning.train(job)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
 from tuning.console import say
@@ -117,7 +118,11 @@ class ResumableTrainer(Trainer):
             self.save_model(str(folder), _internal_call=True)
             return
         save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, str(folder))
-        self._save_without_weights(folder)
+        if self.args.should_save:
+            self.model.config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            self._save_extras(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model or adapter as plain transformers and PEFT load it, once, under FSDP gathered from all processes.
@@ -140,15 +145,12 @@ class ResumableTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Add to Hugging Face's files what a checkpoint needs to be complete."""
         super()._save(output_dir, state_dict)
-        self._save_without_weights(Path(output_dir or self.args.output_dir))
-
-    def _save_without_weights(self, folder: Path) -> None:
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            model.config.save_pretrained(folder) if self._saves_shards else None
-            model.generation_config.save_pretrained(folder)
-            self.processing_class.save_pretrained(folder)
-            write_json(folder / IDENTITY_FILE, self.identity)
+            self._save_extras(Path(output_dir or self.args.output_dir))
+
+    def _save_extras(self, folder: Path) -> None:
+        self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
+        write_json(folder / IDENTITY_FILE, self.identity)
 
     def _write_training_state(self, folder: Path) -> None:
         states = gather_object([random_states()])

@@ -1,0 +1,114 @@
+"""A checkpoint can be continued by any number of processes, sharded or not, with the same losses and weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from distributed.conftest import run_jobs
+from safetensors.torch import load_file
+
+import tuning
+from tuning.training.checkpoint import SHARDED_MODEL, SHARDED_OPTIMIZER
+
+LORA = {
+    "peft_method": "lora",
+    "target_modules": ["q_proj", "v_proj"],
+    "r": 4,
+    "lora_dropout": 0.0,
+    "modules_to_save": ["multi_modal_projector"],
+}
+CASES = {"granite_vision": {}, "llava15": LORA}
+# A large epsilon: else Adam takes a full step wherever a gradient is mere rounding.
+COMMON = {"max_steps": 6, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "adam_epsilon": 1e-3}
+SHARDED = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+FULL = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+
+
+def make_job(models, rows, folder: Path, layout: str, size: int, **changes) -> dict:
+    return {
+        "model_name_or_path": str(models[layout]),
+        "training_data_path": str(rows),
+        "output_dir": str(folder),
+        "per_device_train_batch_size": size,
+        "dataloader_num_workers": 0,
+        **COMMON,
+        **CASES[layout],
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, models, mixed_rows):
+    """Folder of whole runs and of continued ones: `layout/first` and `layout/first to second`."""
+    root = tmp_path_factory.mktemp("resumed")
+
+    def job(layout: str, name: str, size: int, **changes) -> dict:
+        if " to " in name:
+            first = root / layout / name.partition(" to ")[0]
+            changes["resume_from_checkpoint"] = str(first / "checkpoint-3")
+        return make_job(models, mixed_rows, root / layout / name, layout, size, **changes)
+
+    for layout in CASES:
+        tuning.train(job(layout, "one", 8))
+    fsdp = []
+    for layout in CASES:
+        fsdp += [
+            job(layout, "full", 4, environ=FULL),
+            job(layout, "one to full", 4, environ=FULL),
+            job(layout, "full to full", 4, environ=FULL),
+            job(layout, "full to sharded", 4, environ=SHARDED),
+            job(layout, "sharded", 4, environ=SHARDED),
+            job(layout, "sharded to sharded", 4, environ=SHARDED),
+        ]
+    run_jobs("fsdp", fsdp, root)
+    ddp = []
+    for layout in CASES:
+        ddp += [job(layout, name, 4) for name in ("ddp", "one to ddp", "full to ddp", "sharded to ddp")]
+    run_jobs("ddp", ddp, root)
+    for layout in CASES:
+        for first in ("full", "sharded", "ddp"):
+            tuning.train(job(layout, f"{first} to one", 8))
+    return root
+
+
+NAMES = [
+    *("full", "sharded", "ddp"),
+    *("one to full", "one to ddp", "full to full", "full to sharded", "full to ddp", "full to one"),
+    *("sharded to sharded", "sharded to ddp", "sharded to one", "ddp to one"),
+]
+
+
+def read_model(folder: Path) -> dict[str, torch.Tensor]:
+    file = folder / "adapter_model.safetensors"
+    return load_file(file if file.exists() else folder / "model.safetensors")
+
+
+def read_losses(folder: Path) -> list[float]:
+    lines = (folder / "training_logs.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", CASES)
+def test_every_way_ends_where_one_process_ends(layout, name, runs):
+    expected, found = runs / layout / "one", runs / layout / name
+    losses = read_losses(expected)[3 if " to " in name else 0 :]
+    torch.testing.assert_close(read_losses(found), losses, rtol=1e-5, atol=0)
+    weights, reference = read_model(found), read_model(expected)
+    torch.testing.assert_close(weights, reference, rtol=0, atol=1e-4)
+    start = read_model(runs / layout / "one" / "checkpoint-3")
+    assert max((reference[key] - start[key]).abs().max() for key in reference) > 3e-3  # the last steps did move
+
+
+@pytest.mark.parametrize("name", ["full", "sharded", "ddp"])
+@pytest.mark.parametrize("layout", CASES)
+def test_a_checkpoint_of_many_processes_has_what_one_of_one_process_has(layout, name, runs):
+    expected, found = (
+        {file.name for file in (runs / layout / kind / "checkpoint-3").iterdir()} for kind in ("one", name)
+    )
+    if name == "sharded" and layout == "granite_vision":  # adapters are not saved in shards
+        expected = expected - {"model.safetensors", "optimizer.pt"} | {SHARDED_MODEL, SHARDED_OPTIMIZER}
+    assert found == expected
+    final = {file.name for file in (runs / layout / name).iterdir()}
+    assert final == {file.name for file in (runs / layout / "one").iterdir()}
