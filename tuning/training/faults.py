@@ -15,7 +15,9 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 @contextmanager
-def explain_memory(training: TrainingArguments, batches: Sequence[BatchFacts], step: int) -> Iterator[None]:
+def explain_memory(
+    training: TrainingArguments, batches: Sequence[BatchFacts], *, step: int, lora: bool
+) -> Iterator[None]:
     """Turn running out of memory in step `step` into a `UserError` that says what was tried and what may help."""
     try:
         yield
@@ -25,23 +27,23 @@ def explain_memory(training: TrainingArguments, batches: Sequence[BatchFacts], s
         tokens = ", ".join(f"{batch.tokens:,}" for batch in batches)
         raise UserError(
             f"the {training.device.type.upper()} has no memory left in step {step}, on batches of {tokens} tokens.",
-            fix=f"What helps, most first: {'; '.join(_remedies(training))}.",
+            fix=f"What helps, most first: {'; '.join(_remedies(training, lora))}.",
         ) from error
 
 
-def _remedies(training: TrainingArguments) -> list[str]:
-    """The three settings most likely to help, in this order: those that cost no quality of training first."""
+def _remedies(training: TrainingArguments, lora: bool) -> list[str]:
+    """The three settings most likely to help, in order: first those that leave what is trained as it is."""
     size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
     remedies = []
     if size > 1:
         fewer = size // 2
-        remedies.append(
-            f"per_device_train_batch_size {fewer} with gradient_accumulation_steps {-(-size * steps // fewer)}"
-        )
+        steps = -(-size * steps // fewer)
+        remedies.append(f"per_device_train_batch_size {fewer} with gradient_accumulation_steps {steps}")
     if not getattr(training, CHECKPOINTING):
         remedies.append("gradient_checkpointing true")
-    remedies += ["peft_method lora, or more processes under FSDP", "a lower max_seq_length", "dtype bfloat16"]
-    return remedies[:3]
+    if not lora:
+        remedies.append("peft_method lora")
+    return [*remedies, "a lower max_seq_length", "more processes under FSDP", "dtype bfloat16"][:3]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import gather_object, save_fsdp_model, save_fsdp_optimizer
 from peft import PeftModel
@@ -238,7 +239,7 @@ class ResumableTrainer(Trainer):
     def _load_sharded_optimizer(self, folder: Path) -> None:
         model, optimizer = self.model_wrapped, self.optimizer.optimizer
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=folder / SHARDED_OPTIMIZER)
+        dcp.load(state, checkpoint_id=folder / SHARDED_OPTIMIZER, no_dist=not dist.is_initialized())
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -251,7 +252,7 @@ class ResumableTrainer(Trainer):
         if folder.is_dir():
             target = self.model if model is None else model
             state = {"model": get_model_state_dict(target)}
-            dcp.load(state, checkpoint_id=folder)
+            dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
             set_model_state_dict(target, state["model"])
 
     def _load_best_model(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length
@@ -173,7 +174,8 @@ class SupervisedTrainer(ResumableTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """One forward and backward. The loss is looked at once a step: `end_of_backward`."""
-        with explain_memory(self.args, self._batches_of_step, self.state.global_step + 1):
+        step, lora = self.state.global_step + 1, isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        with explain_memory(self.args, self._batches_of_step, step=step, lora=lora):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses_of_step.append(loss)
         return loss
