@@ -15,7 +15,9 @@ from typing import Any
 if not __package__:  # run by path: Python puts this folder first, where `tuning` cannot be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch.distributed as dist
 from PIL import Image
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from tuning.config.arguments import RunConfig
@@ -147,6 +149,8 @@ def settle_devices(training: TrainingArguments) -> None:
     """
     if give_up_fsdp_on_cpu():
         say("FSDP shards over accelerators, and there is none: the processes train whole copies of the model (DDP).")
+    if dist.is_initialized() and training.use_cpu:  # transformers passes ddp_timeout on for accelerators only
+        _set_pg_timeout(training.ddp_timeout_delta)
     if training.n_gpu > 1:
         say(
             f"Using one of {training.n_gpu} GPUs. To use all: vlm-tuning train …, or accelerate launch"

@@ -52,6 +52,11 @@ def start(strategy: str, arguments: list[str], **environ: str) -> subprocess.Pop
     )
 
 
+def outcomes(folder: Path) -> list[str]:
+    """How each rank ended the job with this output_dir."""
+    return [Path(f"{folder}-outcome-{rank}").read_text() for rank in range(2)]
+
+
 def run_jobs(strategy: str, jobs: list[dict], folder: Path) -> str:
     """Run every job on two processes, one after the other in one launch. Returns what was printed."""
     (folder / "jobs.json").write_text(json.dumps(jobs))

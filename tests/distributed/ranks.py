@@ -1,14 +1,18 @@
 """One rank of a launch: runs the jobs of a JSON file one after the other, as `tuning.train` would be called.
 
-A job is the options of a run, and what to set in the environment under `environ`.
+A job is the options of a run; `environ`: what to set in the environment; `fault`: the rank that is to meet one, and
+which. How each rank ended goes to `outcome-RANK` beside the job's output_dir.
 
 Starting a process costs seconds, so every test of a strategy shares one launch. With `FSDP_ON_CPU` set, accelerate is
 made to take the CPU for an accelerator: it shards parameters on accelerators only, but FSDP2 itself runs on gloo.
 """
 
+import errno
 import json
 import os
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,17 +30,62 @@ def shard_on_cpu() -> None:
     state.PartialState.__init__ = pretend
 
 
+def no_number(trainer, compute_loss, *args, **kwargs):
+    return compute_loss(trainer, *args, **kwargs) * float("nan" if trainer.state.global_step == 2 else 1)
+
+
+def asked_to_stop(trainer, compute_loss, *args, **kwargs):
+    if trainer.state.global_step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return compute_loss(trainer, *args, **kwargs)
+
+
+def no_room(trainer, write, folder):
+    if trainer.state.global_step == 4:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write(trainer, folder)
+
+
+FAULTS = {
+    "nan": ("compute_loss", no_number),
+    "signal": ("compute_loss", asked_to_stop),
+    "disk": ("_write_trainer_state", no_room),
+}
+
+
+@contextmanager
+def met(fault: dict | None):
+    """Let this rank's trainer meet a fault, if it is the one to."""
+    from tuning.training.trainer import SupervisedTrainer
+
+    if fault is None or str(fault["rank"]) != os.environ["RANK"]:
+        yield
+        return
+    name, faulty = FAULTS[fault["kind"]]
+    sound = getattr(SupervisedTrainer, name)
+    setattr(SupervisedTrainer, name, lambda trainer, *args, **kwargs: faulty(trainer, sound, *args, **kwargs))
+    yield
+    setattr(SupervisedTrainer, name, sound)
+
+
 def main(path: str) -> None:
     import torch
 
     import tuning
+    from tuning.errors import RunEnded, UserError
 
     torch.set_num_threads(1)
     if os.environ.get("FSDP_ON_CPU"):
         shard_on_cpu()
     for job in json.loads(Path(path).read_text()):
         os.environ.update(job.pop("environ", {}))
-        tuning.train(job)
+        outcome = Path(f"{job['output_dir']}-outcome-{os.environ['RANK']}")
+        with met(job.pop("fault", None)):
+            try:
+                tuning.train(job)
+                outcome.write_text("done")
+            except (UserError, RunEnded) as error:
+                outcome.write_text(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

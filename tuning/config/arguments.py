@@ -134,5 +134,6 @@ TRAINING_DEFAULTS = {
     "dataloader_persistent_workers": True,  # do not start the workers anew every epoch
     "report_to": "none",
     "ddp_find_unused_parameters": False,  # what gets no gradient is frozen, and every batch has an image
+    "ddp_broadcast_buffers": False,  # they never change
     "logging_nan_inf_filter": False,  # a loss that is no number ends the run: nothing to hide, and one wait less
 }

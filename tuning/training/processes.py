@@ -36,31 +36,32 @@ class Processes:
 
     @contextmanager
     def blame_lost(self) -> Iterator[None]:
-        """Turn the failure of talking to a process that is gone into a message that names it."""
+        """Turn the failure of talking to a process into a message that names the one that is gone or silent."""
         try:
             yield
         except RuntimeError as error:  # DistBackendError and gloo's own are RuntimeErrors
-            lost = [rank for rank in range(self.number) if not self._is_alive(rank)]
+            others = {rank: self._state_of(rank) for rank in range(self.number) if rank != self.rank}
+            lost = {rank: state for rank, state in others.items() if state == GONE}
             words = str(error).lower()
-            if self.number == 1 or not (lost or any(word in words for word in _TALKING)):
+            if not others or not (lost or any(word in words for word in _TALKING)):
                 raise
-            who = ", ".join(f"process {rank} (pid {self._places[rank][1]})" for rank in lost)
-            raise RunEnded(
-                f"{who} ended unexpectedly; often the machine had no memory left."
-                if lost
-                else f"another process did not answer: {str(error).splitlines()[0]}",
-                EXIT_INTERNAL_ERROR,
-            ) from error
+            named = ", ".join(
+                f"process {rank} (pid {self._places[rank][1]}) is {state}" for rank, state in (lost or others).items()
+            )
+            what = f"{named}; often the machine had no memory left." if lost else f"no answer: {named}. {error}"
+            advice = "Run the same command again to continue from the last checkpoint."
+            raise RunEnded(f"Training ended at process {self.rank}: {what} {advice}", EXIT_INTERNAL_ERROR) from error
 
-    def _is_alive(self, rank: int) -> bool:
-        """Of processes on other machines nothing is known: they count as alive."""
+    def _state_of(self, rank: int) -> str:
         host, pid = self._places[rank]
-        if rank == self.rank or host != self._places[self.rank][0]:
-            return True
+        if host != self._places[self.rank][0]:
+            return "on another machine"
         try:
-            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+            status = psutil.Process(pid).status()
         except psutil.NoSuchProcess:
-            return False
+            return GONE
+        return GONE if status == psutil.STATUS_ZOMBIE else status
 
 
+GONE = "gone"
 _TALKING = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "nccl", "gloo")

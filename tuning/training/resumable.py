@@ -216,19 +216,17 @@ class ResumableTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
 
     def _load_optimizer(self, file: Path) -> None:
+        """Under FSDP the first process sends the states, which the others leave unread in their file."""
         optimizer, names = self.optimizer.optimizer, self._trained_names()
-        if self.is_fsdp_enabled and self.processes.rank:  # the first process reads and sends
-            names, groups, by_name = [], [], {}
-        else:
-            saved = torch.load(file, map_location="cpu", mmap=self.is_fsdp_enabled, weights_only=True)
-            if sorted(saved["names"]) != sorted(names):
-                raise UserError("holds the state of other parameters than are trained now.", str(file))
-            by_name = {saved["names"][number]: state for number, state in saved["state"].items()}
-            groups = saved["param_groups"]
+        saved = torch.load(file, map_location="cpu", mmap=self.is_fsdp_enabled, weights_only=True)
+        if sorted(saved["names"]) != sorted(names):
+            raise UserError("holds the state of other parameters than are trained now.", str(file))
+        by_name = {saved["names"][number]: state for number, state in saved["state"].items()}
+        groups = saved["param_groups"]
+        if self.is_fsdp_enabled and by_name:
             groups = [{**group, "params": [saved["names"][number] for number in group["params"]]} for group in groups]
-        if self.is_fsdp_enabled:
+            whole = {"state": by_name, "param_groups": groups} if self.processes.rank == 0 else {}
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            whole = {"state": by_name, "param_groups": groups} if groups else {}
             set_optimizer_state_dict(self.model, optimizer, whole, options=options)
         else:
             mine = optimizer.state_dict()["param_groups"]
