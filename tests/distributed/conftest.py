@@ -33,6 +33,8 @@ def mixed_rows(tmp_path_factory):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": messages, "images": files}))
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    text_only = [line for line, images in zip(lines, IMAGES_OF_ROWS, strict=True) if not images]
+    (folder / "text_only.jsonl").write_text("\n".join((text_only * 3)[:19]) + "\n")
     return folder / "rows.jsonl"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tuning.config.arguments import ModelArguments
@@ -114,8 +115,17 @@ def choose_dtype(model: ModelArguments, config: PreTrainedConfig) -> torch.dtype
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights: structure can be read before anything is loaded."""
-    with torch.device("meta"):
+    with without_zero3(), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Keep transformers from sharding a model by DeepSpeed as it is made: a skeleton has nothing to shard."""
+    zero3 = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    yield
+    deepspeed._hf_deepspeed_config_weak_ref = zero3
 
 
 def load_model(

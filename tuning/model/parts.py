@@ -57,8 +57,9 @@ def parameter_table(model: nn.Module, parts: Parts) -> str:
     """Parameters per part, total and trainable, as text. Shared parameters count once."""
     total, trainable = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        total[parts.of(name)] += parameter.numel()
-        trainable[parts.of(name)] += parameter.numel() if parameter.requires_grad else 0
+        size = getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed leaves nothing in what it shards
+        total[parts.of(name)] += size
+        trainable[parts.of(name)] += size if parameter.requires_grad else 0
     rows = [(part, total[part], trainable[part]) for part in PARTS]
     rows.append(("all", sum(total.values()), sum(trainable.values())))
     lines = [f"{'part':<22} {'parameters':>15} {'trainable':>15} {'':>8}"]

@@ -1,0 +1,151 @@
+"""How many processes a config starts, with which options; the files that come with the library."""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from tuning import errors, launch
+from tuning.errors import UserError, claim_file, claim_to_speak
+from tuning.launch import ended, launch_flags, wanted_launch
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = sorted((ROOT / "fixtures").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("launch_args", "gpus", "processes"),
+    [
+        ({}, 0, None),
+        ({}, 1, None),
+        ({}, 4, 4),
+        ({"num_processes": 2}, 0, 2),
+        ({"num_processes": 1}, 4, None),
+        ({"fsdp_transformer_layer_cls_to_wrap": "GraniteDecoderLayer"}, 0, None),
+        ({"fsdp_transformer_layer_cls_to_wrap": "GraniteDecoderLayer"}, 4, 4),
+    ],
+)
+def test_as_many_processes_as_asked_for_else_one_a_gpu(launch_args, gpus, processes, monkeypatch):
+    monkeypatch.setattr(launch, "count_gpus", lambda: gpus)
+    wanted = wanted_launch(launch_args, all_gpus=True)
+    assert wanted.get("num_processes") == processes
+    assert not wanted or launch_args.items() <= wanted.items()
+
+
+def test_a_process_that_was_launched_launches_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert wanted_launch({"num_processes": 2}, all_gpus=True) == {}
+
+
+def test_several_gpus_are_used_by_the_command_only(monkeypatch):
+    monkeypatch.setattr(launch, "count_gpus", lambda: 4)
+    assert wanted_launch({}, all_gpus=False) == {}
+
+
+def parse(launch_args: dict):
+    parser = launch_command_parser()
+    return parser.parse_args([*launch_flags(launch_args, parser), "script.py"])
+
+
+def test_options_of_accelerate_launch_become_its_flags():
+    parsed = parse(
+        {
+            "num_processes": 4,
+            "mixed_precision": "bf16",
+            "multi_gpu": True,
+            "tpu": False,
+            "gpu_ids": [0, 2],
+            "fsdp_transformer_layer_cls_to_wrap": "GraniteDecoderLayer",
+        }
+    )
+    assert (parsed.num_processes, parsed.mixed_precision, parsed.multi_gpu, parsed.tpu) == (4, "bf16", True, False)
+    assert parsed.gpu_ids == "0,2"
+    assert parsed.fsdp_transformer_layer_cls_to_wrap == "GraniteDecoderLayer"
+    assert parsed.config_file == str(launch.DEFAULTS)
+    assert parsed.main_process_port == 0
+
+
+def test_a_config_file_of_the_user_is_taken_as_it_is():
+    parsed = parse({"config_file": "mine.yaml"})
+    assert parsed.config_file == "mine.yaml"
+    assert parsed.main_process_port is None
+
+
+def test_an_unknown_option_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match="num_proceses: accelerate launch has no such option"):
+        parse({"num_proceses": 2})
+
+
+@pytest.mark.parametrize(
+    ("code", "spoken", "expected", "words"),
+    [
+        (1, True, 1, ""),
+        (143, True, 143, ""),
+        (203, True, 203, ""),
+        (-9, True, 203, ""),
+        (-9, False, 203, r"process 3 \(pid 7\) was ended by SIGKILL.* no memory left"),
+        (7, False, 203, "ended with exit code 7"),
+    ],
+)
+def test_how_a_launch_ends(code, spoken, expected, words):
+    file = claim_file(psutil.Process().pid)
+    file.touch() if spoken else file.unlink(missing_ok=True)
+    end = ended(code, "process 3 (pid 7)")
+    assert end.exit_code == expected
+    assert re.search(words, end.message) if words else end.message == ""
+    assert not file.exists()
+
+
+def test_only_the_first_process_of_a_launch_speaks(monkeypatch, tmp_path):
+    monkeypatch.setattr(errors.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "vlm-tuning-999999999-1.00").touch()  # of a launcher that is gone
+    assert [claim_to_speak(), claim_to_speak()] == [True, True]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [claim_to_speak(), claim_to_speak()] == [True, False]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("file", FIXTURES, ids=lambda file: file.stem)
+def test_every_fixture_is_read_by_accelerate_and_every_line_is_explained(file):
+    config = load_config_from_file(str(file))
+    assert config.distributed_type.value in file.read_text()
+    if "fsdp" in file.stem:
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert "fsdp_transformer_layer_cls_to_wrap" not in config.fsdp_config
+    lines = file.read_text().splitlines()
+    assert [line for line in lines if "#" not in line] == [
+        line for line in lines if line in ("fsdp_config:", "deepspeed_config:")
+    ]
+    assert f"--config_file={'fixtures/' + file.name}" in file.read_text().replace("config_file ", "config_file=")
+
+
+def test_the_cluster_examples_are_well_formed():
+    subprocess.run(["bash", "-n", str(ROOT / "examples" / "slurm" / "train.sbatch")], check=True)
+    service, job = yaml.safe_load_all((ROOT / "examples" / "kubernetes" / "job.yaml").read_text())
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    words = container["args"][0].partition("--accelerate_launch_args ")[2].replace('\\"', '"').strip().strip('"')
+    launch_args = json.loads(words.replace("$JOB_COMPLETION_INDEX", "0"))
+    assert launch_args["main_process_ip"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert parse(launch_args).machine_rank == 0
+
+
+def test_an_installed_package_brings_its_settings(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = zipfile.ZipFile(wheel)
+    place = launch.DEFAULTS.relative_to(Path(launch.__file__).parents[1])
+    assert packed.read(str(place)) == (ROOT / "fixtures" / "accelerate_fsdp_defaults.yaml").read_bytes()
