@@ -7,7 +7,6 @@ import itertools
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -350,8 +349,7 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
     else:
         if progress.folder:
             say(f"Continuing from {progress.folder}.")
-        with trainer.interruption, worker_killed(), trainer.processes.blame_lost(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers' name for it
+        with trainer.interruption, trainer.workers, worker_killed(), trainer.processes.blame_lost():
             metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
         metrics |= next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
         trainer.end_if_stopped()

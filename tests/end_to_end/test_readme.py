@@ -56,6 +56,16 @@ def test_the_config_file_trains_through_the_command(workspace):
     assert (workspace / "from_file" / ".complete").exists()
 
 
+def test_the_config_file_trains_on_two_processes(workspace):
+    line = next(line for line in "\n".join(blocks("bash")).splitlines() if line.startswith("accelerate launch"))
+    words = [re.sub("^(tuning|fixtures)/", f"{ROOT}/\\1/", word) for word in line.split()]
+    flags = ["--output_dir", "from_two", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags[2:], *words[2:], *flags[:2]]
+    result = run(command, workspace)
+    assert result.returncode == 0, result.stderr
+    assert (workspace / "from_two" / ".complete").exists()
+
+
 def test_the_check_writes_its_page(workspace):
     assert "vlm-tuning check config.json" in "".join(blocks("bash"))
     result = run([sys.executable, "-m", "tuning.cli", "check", "config.json"], workspace)

@@ -1,6 +1,5 @@
 """Being asked to stop: signals, and the time limit of a queue."""
 
-import atexit
 import multiprocessing
 import os
 import signal
@@ -53,13 +52,18 @@ class Interruption:
 class Workers:
     """Keeps the processes that read data from ending when all processes of a job are signalled to stop.
 
-    The trainer still needs them to finish its step. Once it leaves, they may be terminated again, as Python does with
-    what is left of them. `start` is run by each when it begins.
+    The trainer still needs them to finish its step. After `__exit__` they may be terminated again, as PyTorch and
+    Python do with what is left of them. `start` is run by each when it begins.
     """
 
     def __init__(self, start_method: str | None = None):
         self.leaving = multiprocessing.get_context(start_method).Event()
-        atexit.register(self.leaving.set)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leaving.set()
 
     def start(self, *_: object) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,6 +46,7 @@ class SupervisedTrainer(ResumableTrainer):
         eval_collator: Callable | None = None,
         **kwargs,
     ):
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers' name for it
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator or self.data_collator
         self.parts, self.identity, self.learning_rates = parts, identity, learning_rates
