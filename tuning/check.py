@@ -24,12 +24,13 @@ from tuning.data_paths import open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
 from tuning.model.parts import find_parts, freeze_parameters, parameter_table
+from tuning.model_plan import pick_attention, plan_model, prepare_model
 from tuning.preview.estimates import Lengths, count_processes, estimate_run
 from tuning.preview.memory import MemoryEstimate, estimate_memory
 from tuning.preview.page import render_page
 from tuning.preview.report import Problem, Report, SampleRow
 from tuning.preview.rows import show_row
-from tuning.sft_trainer import make_encoder, pick_attention, plan_model, prepare_model
+from tuning.sft_trainer import make_encoder
 from tuning.training.checkpoint import run_date, write_json, write_text
 
 SHOWN_PER_KIND = 3

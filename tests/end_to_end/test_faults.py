@@ -81,6 +81,7 @@ MOMENTS = {
     "before the checkpoint has its name": (die_at(resumable, "put_in_place", 2), 2),
     "when the checkpoint has its name": (die_at(resumable, "put_in_place", 2, after=True), 4),
     "before an old checkpoint is deleted": (die_at(checkpoint.shutil, "rmtree", 1), 6),
+    "when an old checkpoint is no longer one": (die_at(checkpoint.shutil, "rmtree", 2), 6),
     "before the final model is saved": (die_at(ResumableTrainer, "save_final", 1), 6),
     "before the final model is in its place": (die_at(resumable, "move_into_place", 1), 6),
     "before the run is marked as complete": (die_at(resumable, "move_into_place", 1, after=True), 6),

@@ -13,7 +13,7 @@ from tiny_models import LAYOUTS, build_model, build_processor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import tuning
-from tuning import sft_trainer
+from tuning import model_plan, sft_trainer
 from tuning.config.parse import build_config
 from tuning.errors import UserError
 from tuning.model import load
@@ -24,7 +24,7 @@ LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 
 def find_targets(options: dict) -> list[str]:
     config = build_config(options)
-    return sft_trainer.find_lora_targets(config, load.build_skeleton(load.load_config(config.model)))
+    return model_plan.find_lora_targets(config, load.build_skeleton(load.load_config(config.model)))
 
 
 def part_of(name: str) -> str:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import tuning
-from tuning import sft_trainer
+from tuning import model_plan
 from tuning.config.parse import build_config
 from tuning.model import dry_run, load
 from tuning.preview.memory import MemoryEstimate, estimate_memory
@@ -202,7 +202,7 @@ def test_a_model_that_cannot_be_simulated_has_an_estimate_without_activations(ma
 
     options = make_options("llava15")
     whole = estimate(options, make_batch())
-    monkeypatch.setattr(sft_trainer, "install_supervised_loss", lambda model: None)
+    monkeypatch.setattr(model_plan, "install_supervised_loss", lambda model: None)
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", decides_by_a_number)
     estimated = estimate(options, make_batch())
     assert estimated.activations is None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,8 +30,12 @@ def _is_inside(name: str, roots: tuple[str, ...]) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
-def find_parts(model: PreTrainedModel) -> Parts:
-    """Locate the parts through `get_decoder`, `get_output_embeddings` and `get_encoder(modality="image")`."""
+def find_parts(model: PreTrainedModel | PeftModel) -> Parts:
+    """Locate the parts through `get_decoder`, `get_output_embeddings` and `get_encoder(modality="image")`.
+
+    An adapted model has the parts of its base.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     names = {id(module): name for name, module in model.named_modules()}
     language = [model.get_decoder(), model.get_output_embeddings()]
     vision = model.get_encoder(modality="image")

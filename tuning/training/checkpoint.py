@@ -164,8 +164,9 @@ def remove_folder(folder: Path) -> None:
     """Delete a checkpoint so that an interruption leaves no half of it under its name."""
     if folder.exists():
         leaving = folder.with_name(LEAVING + folder.name)
+        shutil.rmtree(leaving, ignore_errors=True)
         os.replace(folder, leaving)
-        shutil.rmtree(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)  # what cannot be deleted now is at the next start
 
 
 def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path]) -> None:

@@ -1,0 +1,117 @@
+"""A config → the model that is trained, planned on a skeleton before the weights are read."""
+
+import os
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tuning.config.arguments import RunConfig
+from tuning.console import say
+from tuning.data.collator import probe_collator
+from tuning.data.encode import Encoder
+from tuning.model import load
+from tuning.model.attention import choose_attention
+from tuning.model.cross_attention import keep_rows_apart
+from tuning.model.dry_run import CANNOT_SIMULATE, find_idle_parameters
+from tuning.model.fsdp import choose_wrap_classes, is_fsdp_asked_for
+from tuning.model.lora import add_lora, check_modules_to_save, load_adapter, resolve_targets
+from tuning.model.parts import (
+    LANGUAGE_MODEL,
+    PROJECTOR,
+    VISION_TOWER,
+    find_parts,
+    freeze_parameters,
+    freeze_parts,
+    parameter_table,
+)
+from tuning.training.checkpoint import SHARDED_MODEL, Progress
+from tuning.training.loss import install_supervised_loss
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What is known of a model before its weights are read.
+
+    `lora_targets`: full names of the modules to adapt. `idle`: names of the vision tower's parameters that receive no
+    gradient, those past the last feature layer that is used. `wrap_classes`: of the layers that FSDP wraps.
+    """
+
+    lora_targets: list[str]
+    idle: set[str]
+    wrap_classes: list[str]
+
+
+def plan_model(config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder) -> ModelPlan:
+    """Read a skeleton of the model, so that what is wrong is reported before the weights are read."""
+    skeleton = load.build_skeleton(model_config)
+    wanted = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if is_fsdp_asked_for() else ""
+    wrap_classes = choose_wrap_classes(skeleton, [name.strip() for name in wanted.split(",") if name.strip()])
+    targets = find_lora_targets(config, skeleton) if config.lora.peft_method else []
+    prepared = prepare_model(skeleton, config, targets)
+    return ModelPlan(targets, find_idle_vision(prepared, encoder), wrap_classes)
+
+
+def find_idle_vision(skeleton: PreTrainedModel, encoder: Encoder) -> set[str]:
+    """Names of trainable parameters of the vision tower that no image can reach; none where that cannot be told."""
+    parts = find_parts(skeleton)
+    batch = probe_collator(encoder.processor)([encoder.filler()])
+    del batch["facts"]
+    try:
+        return {name for name in find_idle_parameters(skeleton, batch) if parts.of(name) == VISION_TOWER}
+    except CANNOT_SIMULATE:
+        return set()
+
+
+def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, progress: Progress):
+    """Load the model, or the one of the checkpoint to go on from; let train what the config says."""
+    attention, reason = pick_attention(config, model_config)
+    say(reason)
+    dtype = load.choose_dtype(config.model, model_config)
+    settings, adapter = config.model, None
+    if progress.folder and config.lora.peft_method:
+        adapter = progress.folder
+    elif progress.folder and not (progress.folder / SHARDED_MODEL).is_dir():
+        settings = replace(settings, model_name_or_path=str(progress.folder))
+    model = load.load_model(settings, model_config, dtype=dtype, attention=attention)
+    parts = find_parts(model)
+    model = prepare_model(model, config, plan.lora_targets)
+    freeze_parameters(model, plan.idle)
+    if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else the first process's are sent
+        load_adapter(model, adapter)
+    say(parameter_table(model, parts))
+    return model
+
+
+def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> tuple[str, str]:
+    """The attention for this run, and a sentence on why."""
+    return choose_attention(
+        load.model_class(model_config),
+        use_flash_attn=config.model.use_flash_attn,
+        dtype=load.choose_dtype(config.model, model_config),
+        device_type=config.training.device.type,
+    )
+
+
+def prepare_model(model: PreTrainedModel, config: RunConfig, lora_targets: list[str]):
+    """Give a model, or a skeleton of it, the supervised loss and let train what the config says."""
+    keep_rows_apart(model)
+    install_supervised_loss(model)
+    if config.lora.peft_method:
+        return add_lora(model, config.lora, lora_targets)
+    frozen = {
+        VISION_TOWER: config.model.freeze_vision_tower,
+        PROJECTOR: config.model.freeze_multi_modal_projector,
+        LANGUAGE_MODEL: config.model.freeze_language_model,
+    }
+    freeze_parts(model, find_parts(model), {part for part, freeze in frozen.items() if freeze})
+    return model
+
+
+def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel) -> list[str]:
+    """The full names of the modules that LoRA adapts."""
+    parts = find_parts(skeleton)
+    open_parts = {LANGUAGE_MODEL} if not config.model.freeze_language_model else set()
+    open_parts |= {VISION_TOWER} if config.model.freeze_vision_tower is False else set()
+    open_parts |= {PROJECTOR} if config.model.freeze_multi_modal_projector is False else set()
+    check_modules_to_save(skeleton, config.lora.modules_to_save)
+    return resolve_targets(skeleton, parts, config.lora, open_parts)
