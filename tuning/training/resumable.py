@@ -87,12 +87,15 @@ class ResumableTrainer(Trainer):
         self._write_together(lambda: self._write_trainer_state(staging), staging, folder)
         self._write_together(lambda: put_in_place(staging, folder) if self.args.should_save else None, staging, folder)
         self._last_saved = folder
-        if self.args.should_save:
-            best_folder = self.state.best_model_checkpoint
-            remove_oldest(folder.parent, self.args.save_total_limit, keep={folder, Path(best_folder or folder)})
+        self._remove_oldest()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         self.seconds_to_save = max(self.seconds_to_save, time.monotonic() - started)
+
+    def _remove_oldest(self) -> None:
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            remove_oldest(Path(self.args.output_dir), self.args.save_total_limit, keep={Path(best)} if best else set())
 
     def _write_together(self, write: Callable[[], None], staging: Path, folder: Path) -> None:
         """Let all processes `write`; where one cannot, nothing half-written stays, and all of them end."""
