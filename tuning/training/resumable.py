@@ -279,9 +279,9 @@ class ResumableTrainer(Trainer):
                 copy_model(source, staging)
 
         self._write_together(write, staging, target)
-        self._write_together(
-            lambda: move_into_place(staging, target) if self.args.should_save else None, staging, target
-        )
+        if self.args.should_save:
+            move_into_place(staging, target)
+        self._remove_oldest()  # an interruption may have come before it
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Every process goes on from its own random states; one that had no predecessor keeps its own."""
