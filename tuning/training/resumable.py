@@ -273,7 +273,9 @@ class ResumableTrainer(Trainer):
         source, staging = Path(best) if best else checkpoint, target / ".saving"
 
         def write() -> None:
-            if source is None or self.is_deepspeed_enabled:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)  # of an interrupted save
+            if source is None:
                 self.save_model(str(staging), _internal_call=True)
             elif self.args.should_save:
                 copy_model(source, staging)
