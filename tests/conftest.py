@@ -72,18 +72,6 @@ def make_options(models, rows, tmp_path):
     return make
 
 
-def make_model(config):
-    """The model of a run, as it is before training."""
-    from tuning import model_plan, sft_trainer
-    from tuning.model import load
-    from tuning.training.checkpoint import Progress
-
-    model_config = load.load_config(config.model)
-    encoder = sft_trainer.make_encoder(config, load.load_processor(config.model, model_config), model_config, "today")
-    plan = model_plan.plan_model(config, model_config, encoder)
-    return model_plan.make_model(config, model_config, plan, Progress())
-
-
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers of this test's runs, as they were when the final model was saved."""

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from distributed.conftest import ROOT
+from launches import ROOT
 from transformers import AutoModelForImageTextToText
 
 import tuning

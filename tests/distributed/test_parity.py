@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.conftest import outcomes, run_jobs
+from launches import outcomes, run_jobs
 from safetensors.torch import load_file
 from tiny_models import LAYOUTS
 

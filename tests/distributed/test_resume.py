@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.conftest import run_jobs
+from launches import run_jobs
 from safetensors.torch import load_file
 
 import tuning

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from end_to_end.faults import assert_same_run, read_losses, run_in_child, small_disk, start_run
+from child_runs import assert_same_run, read_losses, run_in_child, small_disk, start_run
 
 import tuning
 from tuning.data import encode

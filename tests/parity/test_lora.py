@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
 from PIL import Image
+from preparation import make_model
 from safetensors.torch import load_file, save_file
 from tiny_models import LAYOUTS, build_model, build_processor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor

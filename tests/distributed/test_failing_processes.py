@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distributed.conftest import ROOT, outcomes, run_jobs
+from launches import ROOT, outcomes, run_jobs
 
 from tuning.training.checkpoint import is_complete, list_checkpoints
 

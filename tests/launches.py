@@ -1,0 +1,44 @@
+"""Launches of two real processes on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RANKS = str(Path(__file__).parent / "distributed" / "ranks.py")
+FIXTURES = {"ddp": "accelerate_ddp.yaml", "fsdp": "accelerate_fsdp_defaults.yaml"}
+
+
+def start(strategy: str, arguments: list[str], **environ: str) -> subprocess.Popen:
+    """`accelerate launch` of two processes; under `fsdp` they really shard, see ranks.py."""
+    config = str(ROOT / "fixtures" / FIXTURES[strategy])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environ
+    environment |= {"FSDP_ON_CPU": "1"} if strategy == "fsdp" else {}
+    return subprocess.Popen(
+        [*command, f"--config_file={config}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def outcomes(folder: Path) -> list[str]:
+    """How each rank ended the job with this output_dir."""
+    return [Path(f"{folder}-outcome-{rank}").read_text() for rank in range(2)]
+
+
+def run_jobs(strategy: str, jobs: list[dict], folder: Path) -> str:
+    """Run every job on two processes, one after the other in one launch. Returns what was printed."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    process = start(strategy, [RANKS, str(folder / "jobs.json")])
+    try:
+        printed, _ = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == 0, printed[-6000:]
+    return printed
