@@ -183,7 +183,7 @@ def describe_model(
     skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
     parts, classes = find_parts(skeleton), plan.wrap_classes
     model = prepare_model(skeleton, config, plan.lora_targets)
-    freeze_parameters(model, plan.idle)
+    freeze_parameters(model, plan.idle or set())
     settings = {
         "parts": parameter_table(model, parts),
         "attention": reason.removeprefix("Attention: "),

@@ -5,7 +5,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -97,14 +97,15 @@ def claim_to_speak() -> bool:
     """Whether this process is the first of its launch on this machine to ask; always true for a process alone."""
     if "WORLD_SIZE" not in os.environ:
         return True
-    try:
-        for file in Path(tempfile.gettempdir()).glob("vlm-tuning-*-*"):
+    for file in Path(tempfile.gettempdir()).glob("vlm-tuning-[0-9]*-[0-9]*"):
+        with suppress(OSError, ValueError):
             if not psutil.pid_exists(int(file.name.split("-")[2])):  # its launcher is gone
-                file.unlink(missing_ok=True)
+                file.unlink()
+    try:
         claim_file(os.getppid()).touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # nothing can be written: better twice than never
+    except (OSError, psutil.Error):  # there is no such file: better twice than never
         return True
     return True
 

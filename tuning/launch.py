@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -58,13 +58,13 @@ def launch(launch_args: Mapping[str, Any], arguments: Sequence[str]) -> None:
     parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's option; the others are ours to pass on
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        with passing_on_signals():
+        with passing_on_signals() as passed_on:
             launch_command(parsed)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise ended(failure.exitcode, f"process {rank} (pid {failure.pid})") from error
+        raise ended(failure.exitcode, f"process {rank} (pid {failure.pid})", passed_on) from error
     except subprocess.CalledProcessError as error:
-        raise ended(error.returncode, "the process") from error
+        raise ended(error.returncode, "the process", passed_on) from error
     except ValueError as error:  # options that do not go together
         raise UserError(str(error).splitlines()[0], "accelerate_launch_args") from error
 
@@ -94,15 +94,20 @@ def launch_flags(launch_args: Mapping[str, Any], parser: Any) -> list[str]:
     return flags
 
 
-def ended(exit_code: int, who: str) -> RunEnded:
-    """How a run with a failed process ends."""
+def ended(exit_code: int, who: str, passed_on: Sequence[int] = ()) -> RunEnded:
+    """How a run with a failed process ends. `passed_on`: signals that the processes were sent."""
     spoken = claim_file(os.getpid())
     has_spoken = spoken.exists()
     spoken.unlink(missing_ok=True)
     if exit_code in ALREADY_TOLD or has_spoken:
         return RunEnded("", exit_code if exit_code in ALREADY_TOLD else EXIT_INTERNAL_ERROR)
+    if -exit_code in passed_on:  # it was not training yet
+        return RunEnded(f"Stopped by {signal.Signals(-exit_code).name} before a first step.", EXIT_STOPPED)
     how = f"was ended by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
-    advice = " Often the machine had no memory left." if exit_code == -signal.SIGKILL else ""
+    advice = {
+        -signal.SIGKILL: " Often the machine had no memory left.",
+        -signal.SIGABRT: " Often it waited in vain for another one (ddp_timeout).",
+    }.get(exit_code, "")
     return RunEnded(
         f"Training ended: {who} {how}.{advice} Run the same command again to continue from the last checkpoint.",
         EXIT_INTERNAL_ERROR,
@@ -110,17 +115,20 @@ def ended(exit_code: int, who: str) -> RunEnded:
 
 
 @contextmanager
-def passing_on_signals() -> Iterator[None]:
-    """Pass signals to stop on to the processes, which save and end; this one waits for them as before."""
+def passing_on_signals() -> Iterator[list[signal.Signals]]:
+    """Pass signals to stop on to the processes, which save and end; this one waits for them. Yields those signals."""
+    passed_on: list[signal.Signals] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.append(signal.Signals(number))
         for child in psutil.Process().children():
-            if str(SCRIPT) in child.cmdline():
-                child.send_signal(number)
+            with suppress(psutil.Error):  # it has just ended
+                if str(SCRIPT) in child.cmdline():
+                    child.send_signal(number)
 
     before: dict[signal.Signals, Callable | int | None] = {n: signal.signal(n, pass_on) for n in FORWARDED}
     try:
-        yield
+        yield passed_on
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tuning.config.arguments import RunConfig
@@ -22,6 +23,7 @@ from tuning.model.parts import (
     find_parts,
     freeze_parameters,
     freeze_parts,
+    lower_frozen,
     parameter_table,
 )
 from tuning.training.checkpoint import SHARDED_MODEL, Progress
@@ -33,11 +35,12 @@ class ModelPlan:
     """What is known of a model before its weights are read.
 
     `lora_targets`: full names of the modules to adapt. `idle`: names of the vision tower's parameters that receive no
-    gradient, those past the last feature layer that is used. `wrap_classes`: of the layers that FSDP wraps.
+    gradient, those past the last feature layer that is used; None where that cannot be told. `wrap_classes`: of the
+    layers that FSDP wraps.
     """
 
     lora_targets: list[str]
-    idle: set[str]
+    idle: set[str] | None
     wrap_classes: list[str]
 
 
@@ -51,15 +54,15 @@ def plan_model(config: RunConfig, model_config: PreTrainedConfig, encoder: Encod
     return ModelPlan(targets, find_idle_vision(prepared, encoder), wrap_classes)
 
 
-def find_idle_vision(skeleton: PreTrainedModel, encoder: Encoder) -> set[str]:
-    """Names of trainable parameters of the vision tower that no image can reach; none where that cannot be told."""
+def find_idle_vision(skeleton: PreTrainedModel, encoder: Encoder) -> set[str] | None:
+    """Names of trainable parameters of the vision tower that no image can reach; None where that cannot be told."""
     parts = find_parts(skeleton)
     batch = probe_collator(encoder.processor)([encoder.filler()])
     del batch["facts"]
     try:
         return {name for name in find_idle_parameters(skeleton, batch) if parts.of(name) == VISION_TOWER}
-    except CANNOT_SIMULATE:
-        return set()
+    except (*CANNOT_SIMULATE, TypeError, ValueError, IndexError):  # of code that expects numbers
+        return None
 
 
 def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, progress: Progress):
@@ -67,15 +70,19 @@ def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPla
     attention, reason = pick_attention(config, model_config)
     say(reason)
     dtype = load.choose_dtype(config.model, model_config)
-    settings, adapter = config.model, None
+    settings, adapter, raised = config.model, None, False
     if progress.folder and config.lora.peft_method:
         adapter = progress.folder
     elif progress.folder and not (progress.folder / SHARDED_MODEL).is_dir():
         settings = replace(settings, model_name_or_path=str(progress.folder))
-    model = load.load_model(settings, model_config, dtype=dtype, attention=attention)
+        raised = is_fsdp_asked_for() and (config.training.bf16 or config.training.fp16)  # it trains float32 weights
+    first_dtype = torch.float32 if raised else dtype
+    model = load.load_model(settings, model_config, dtype=first_dtype, attention=attention)
     parts = find_parts(model)
     model = prepare_model(model, config, plan.lora_targets)
-    freeze_parameters(model, plan.idle)
+    freeze_parameters(model, plan.idle or set())
+    if raised:
+        lower_frozen(model, dtype)
     if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else the first process's are sent
         load_adapter(model, adapter)
     say(parameter_table(model, parts))

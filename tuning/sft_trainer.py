@@ -103,6 +103,9 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         validation_rows = EncodedRows(validation_source, encoder, skip_bad_rows=skip)
 
     plan = plan_model(config, model_config, encoder)
+    if plan.idle is None and config.training.ddp_find_unused_parameters is False:
+        say("What of this model gets no gradient could not be told beforehand: ddp_find_unused_parameters is true.")
+        config.training.ddp_find_unused_parameters = True
     model = make_model(config, model_config, plan, progress)
     prepare_output(config, progress)
     trainer = SupervisedTrainer(
@@ -241,13 +244,17 @@ def prepare_output(config: RunConfig, progress: Progress) -> None:
 def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> TrainingResult:
     """Train from where an earlier run stopped, if one did, and save the model."""
     metrics: dict[str, float] = {}
+    if len(set(trainer.processes.share([progress.global_step])[:, 0].tolist())) > 1:
+        where = f"output_dir {config.training.output_dir}"
+        raise UserError("the machines find different checkpoints here.", where, "Give one that all of them share.")
     if progress.folder and progress.trained_to_end:
         say(f"{progress.folder} is the end of training: only the final model remains to be saved.")
         trainer.take_state(progress.folder)
     else:
         if progress.folder:
             say(f"Continuing from {progress.folder}.")
-        with trainer.interruption, trainer.workers, worker_killed(), trainer.processes.blame_lost():
+        processes = trainer.processes
+        with trainer.interruption, trainer.workers, processes.blame_lost(), trainer.explain_memory(), worker_killed():
             metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
         metrics |= next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
         trainer.end_if_stopped()

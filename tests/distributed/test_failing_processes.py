@@ -45,8 +45,19 @@ def bad_rows(mixed_rows, tmp_path_factory):
     return file
 
 
+@pytest.fixture(scope="module")
+def many_bad_rows(mixed_rows):
+    """Rows of which 12 of 19 are bad: more than half of all, fewer than half of all on each of two processes."""
+    lines = mixed_rows.read_text().splitlines()
+    for number in range(4, 16):
+        lines[number] = lines[number].replace('"assistant"', '"wizard"')
+    file = mixed_rows.parent / "many_bad.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def ended(request, make_job, bad_rows, tmp_path_factory):
+def ended(request, make_job, bad_rows, many_bad_rows, tmp_path_factory):
     """Folder with runs of which one process met a fault, and runs that go on after it."""
     root = tmp_path_factory.mktemp(f"faults-{request.param}")
     bad = {"training_data_path": str(bad_rows), "train_sampling_strategy": "sequential"}
@@ -59,8 +70,10 @@ def ended(request, make_job, bad_rows, tmp_path_factory):
         make_job(root / "signal"),
         make_job(root / "disk", fault={"rank": 0, "kind": "disk"}),
         make_job(root / "disk"),
+        make_job(root / "few bad", **bad, on_bad_row="skip", max_bad_fraction=0.1),
+        make_job(root / "many bad", training_data_path=str(many_bad_rows), on_bad_row="skip", max_bad_fraction=0.5),
     ]
-    run_jobs(request.param, jobs[:5] + jobs[6:7], root)
+    run_jobs(request.param, jobs[:5] + jobs[6:7] + jobs[8:], root)
     first = {name: outcomes(root / name) for name in ("nan", "row", "validation", "signal", "disk")}
     left = {name: [f.name for f in list_checkpoints(root / name) if is_complete(f)] for name in first}
     run_jobs(request.param, [jobs[5], jobs[7]], root)
@@ -102,6 +115,14 @@ def test_a_full_disk_of_the_process_that_writes_ends_all(ended):
     assert first["disk"][1] == "RunEnded: "
     assert left["disk"] == ["checkpoint-2"]
     assert losses(root / "disk") == pytest.approx(losses(root / "whole"), rel=1e-6)
+
+
+def test_bad_rows_are_counted_over_all_processes(ended):
+    root, _, _ = ended
+    assert outcomes(root / "few bad") == ["done", "done"]
+    lines = [json.loads(line) for line in (root / "few bad" / "skipped_rows.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == [10]
+    assert all("of 19 rows are bad, more than max_bad_fraction 0.5" in words for words in outcomes(root / "many bad"))
 
 
 def losses(folder: Path) -> list[float]:

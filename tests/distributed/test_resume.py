@@ -61,6 +61,8 @@ def runs(tmp_path_factory, models, mixed_rows):
             job(layout, "sharded", 4, environ=SHARDED),
             job(layout, "sharded to sharded", 4, environ=SHARDED),
         ]
+    half = {"bf16": True, "dtype": "bfloat16", "environ": FULL}
+    fsdp += [job("granite_vision", name, 4, **half) for name in ("bf16", "bf16 to bf16")]
     run_jobs("fsdp", fsdp, root)
     ddp = []
     for layout in CASES:
@@ -99,6 +101,13 @@ def test_every_way_ends_where_one_process_ends(layout, name, runs):
     torch.testing.assert_close(weights, reference, rtol=0, atol=1e-4)
     start = read_model(runs / layout / "one" / "checkpoint-3")
     assert max((reference[key] - start[key]).abs().max() for key in reference) > 3e-3  # the last steps did move
+
+
+def test_weights_that_fsdp_keeps_in_float32_are_not_rounded_by_a_resume(runs):
+    whole, continued = (runs / "granite_vision" / name for name in ("bf16", "bf16 to bf16"))
+    assert read_losses(continued) == read_losses(whole)[3:]
+    torch.testing.assert_close(read_model(continued), read_model(whole), rtol=0, atol=0)
+    assert {tensor.dtype for tensor in read_model(whole).values()} == {torch.float32, torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", ["full", "sharded", "ddp"])

@@ -1,5 +1,6 @@
 """Whatever ends a run early, the same command goes on and ends where an uninterrupted run does."""
 
+import json
 import os
 import random
 import resource
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from child_runs import assert_same_run, read_losses, run_in_child, small_disk, start_run
+from child_runs import assert_same_run, final_weights, read_losses, run_in_child, small_disk, start_run
+from safetensors.torch import load_file
 
 import tuning
 from tuning.data import encode
 from tuning.errors import EXIT_STOPPED, RunEnded, UserError
 from tuning.training import checkpoint, resumable
+from tuning.training.interruption import Interruption
 from tuning.training.resumable import ResumableTrainer
 from tuning.training.trainer import SupervisedTrainer
 
@@ -313,3 +316,78 @@ def test_a_checkpoint_without_an_optimizer_is_said_to_have_none(options, capsys)
     tuning.train({**options, "save_only_model": True, "max_steps": 4})
     assert "holds no state of the optimizer" in capsys.readouterr().out
     assert [step for step, _ in read_losses(options)] == [1, 2, 3, 4]
+    lines = [json.loads(line) for line in Path(options["output_dir"], "training_logs.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines if "loss" in line][2] < 1e-3  # the schedule goes on
+
+
+@pytest.mark.parametrize("changes", [{"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 2}])
+def test_another_number_of_rows_a_step_is_refused_on_resume(changes, options):
+    with pytest.raises(RunEnded):
+        tuning.train({**options, "save_before_walltime": 0.001})
+    with pytest.raises(UserError, match="× processes × gradient_accumulation_steps was 2, is 4"):
+        tuning.train({**options, **changes})
+
+
+def test_the_same_rows_in_other_batches_go_on(options):
+    options = {**options, "lora_dropout": 0.0}
+    reference = {**options, "output_dir": options["output_dir"] + "-reference"}
+    tuning.train(reference)
+    with pytest.raises(RunEnded):
+        tuning.train({**options, "save_before_walltime": 0.001})
+    tuning.train({**options, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})
+    assert [step for step, _ in read_losses(options)] == [1, 2, 3, 4, 5, 6]
+    torch.testing.assert_close(read_losses(options), read_losses(reference), rtol=1e-5, atol=1e-5)
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "load_best_model_at_end": True,
+    "save_total_limit": 1,
+    "lr_scheduler_type": "constant",
+}
+
+
+def test_a_stopped_run_keeps_its_last_checkpoint_beside_the_best(options, rows, monkeypatch):
+    changes = {**BEST, "eval_steps": 1, "save_steps": 1, "validation_data_path": str(rows), "learning_rate": 0.5}
+    monkeypatch.setattr(Interruption, "check", lambda interruption: "a test" if len(read_losses(options)) == 3 else "")
+    with pytest.raises(RunEnded, match="checkpoint-4 is complete"):
+        tuning.train({**options, **changes})
+    left = {folder.name for folder in checkpoint.list_checkpoints(Path(options["output_dir"]))}
+    state = json.loads(Path(options["output_dir"], "checkpoint-4", checkpoint.STATE_FILE).read_text())
+    assert left == {"checkpoint-4", Path(state["best_model_checkpoint"]).name}
+    assert len(left) == 2
+
+
+def test_the_best_of_the_saved_models_is_the_final_one_where_a_better_was_not_saved(options, rows, monkeypatch):
+    losses = {2: 3.0, 4: 2.0, 6: 1.0, 8: 4.0}
+
+    def evaluate(trainer, *args, **kwargs):
+        metrics = {"eval_loss": losses[trainer.state.global_step]}
+        trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(SupervisedTrainer, "evaluate", evaluate)
+    changes = {**BEST, "eval_steps": 2, "save_steps": 4, "max_steps": 8, "validation_data_path": str(rows)}
+    tuning.train({**options, **changes})
+    folder = Path(options["output_dir"])
+    expected = load_file(folder / "checkpoint-4" / "adapter_model.safetensors")
+    found = final_weights(options)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_rates_that_are_new_on_resume_are_refused(options):
+    full = {**options, "peft_method": None}
+    full = {name: value for name, value in full.items() if name not in LORA} | {"peft_method": "none"}
+    with pytest.raises(RunEnded):
+        tuning.train({**full, "save_before_walltime": 0.001})
+    with pytest.raises(UserError, match=r"has \d groups of parameters, this run has \d.*vision_tower_learning_rate"):
+        tuning.train({**full, "vision_tower_learning_rate": 1e-5})
+
+
+def test_memory_that_the_optimizer_lacks_is_explained(options, monkeypatch):
+    def greedy(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", greedy)
+    with pytest.raises(UserError, match="no memory left in step 1, on batches of"):
+        tuning.train(options)

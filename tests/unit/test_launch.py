@@ -109,13 +109,19 @@ def test_how_a_launch_ends(code, spoken, expected, words):
     assert not file.exists()
 
 
+def test_a_signal_before_training_is_no_fault():
+    end = ended(-15, "process 0 (pid 7)", [15])
+    assert (end.exit_code, end.message) == (143, "Stopped by SIGTERM before a first step.")
+
+
 def test_only_the_first_process_of_a_launch_speaks(monkeypatch, tmp_path):
     monkeypatch.setattr(errors.tempfile, "gettempdir", lambda: str(tmp_path))
     (tmp_path / "vlm-tuning-999999999-1.00").touch()  # of a launcher that is gone
+    (tmp_path / "vlm-tuning-my-data").touch()  # somebody's own
     assert [claim_to_speak(), claim_to_speak()] == [True, True]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert [claim_to_speak(), claim_to_speak()] == [True, False]
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("file", FIXTURES, ids=lambda file: file.stem)

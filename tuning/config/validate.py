@@ -173,6 +173,8 @@ def _training_problems(values: Mapping[str, Any]):
         )
     if values.get("average_tokens_across_devices") is False:
         yield "average_tokens_across_devices: false would train another model on several processes; remove it"
+    if values.get("save_on_each_node"):
+        yield "save_on_each_node: checkpoints are written once, to an output_dir that all machines share; remove it"
     minutes = values.get("save_before_walltime")
     if minutes is not None and not 0 < minutes < float("inf"):
         yield f"save_before_walltime: must be a number of minutes above 0, got {minutes}"

@@ -31,6 +31,7 @@ SAME_ENCODING = ("max_seq_length", "overlong_rows", "max_images_per_sample", "as
 SAME_MODEL = ("model_name_or_path", "dtype", "processor_kwargs")
 SAME_FREEZING = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
 SAME_LORA = ("peft_method", "r", "lora_alpha", "target_modules", "bias", "modules_to_save", "use_rslora", "use_dora")
+ROWS_OF_A_STEP = "per_device_train_batch_size × processes × gradient_accumulation_steps"
 SCHEDULE = ("num_train_epochs", "max_steps")
 FREE_TO_CHANGE = ("schedule", "date_string")
 
@@ -40,8 +41,8 @@ def run_identity(config: RunConfig, *, rows: list, architecture: str) -> dict[st
     options = config.to_dict()
     lora = SAME_LORA if config.lora.peft_method else ("peft_method",)
     same = {name: options[name] for name in (*SAME_MODEL, *SAME_FREEZING, *lora, *SAME_DATA, *SAME_ENCODING)}
-    if config.data.streaming:  # where a stream goes on is counted in batches
-        same |= {name: options[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    training = config.training  # how far a run is in its data is counted in steps
+    same[ROWS_OF_A_STEP] = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
     schedule = {name: options[name] for name in SCHEDULE}
     same |= {"rows": rows, "architecture": architecture, "schedule": schedule, "date_string": run_date(config)}
     return json.loads(json.dumps(same))  # as it comes back from disk: tuples are lists

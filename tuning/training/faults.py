@@ -14,21 +14,18 @@ from tuning.errors import UserError
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
-@contextmanager
-def explain_memory(
-    training: TrainingArguments, batches: Sequence[BatchFacts], *, step: int, lora: bool
-) -> Iterator[None]:
-    """Turn running out of memory in step `step` into a `UserError` that says what was tried and what may help."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises nothing more special
-        if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in NO_MEMORY):
-            raise
-        tokens = ", ".join(f"{batch.tokens:,}" for batch in batches)
-        raise UserError(
-            f"the {training.device.type.upper()} has no memory left in step {step}, on batches of {tokens} tokens.",
-            fix=f"What helps, most first: {'; '.join(_remedies(training, lora))}.",
-        ) from error
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory has run out: CUDA's has an error of its own, the CPU's allocator only words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in NO_MEMORY)
+
+
+def out_of_memory(training: TrainingArguments, batches: Sequence[BatchFacts], *, step: int, lora: bool) -> UserError:
+    """What was tried in step `step` when memory ran out, and what may help."""
+    tokens = ", ".join(f"{batch.tokens:,}" for batch in batches)
+    return UserError(
+        f"the {training.device.type.upper()} has no memory left in step {step}, on batches of {tokens} tokens.",
+        fix=f"What helps, most first: {'; '.join(_remedies(training, lora))}.",
+    )
 
 
 def _remedies(training: TrainingArguments, lora: bool) -> list[str]:

@@ -11,30 +11,34 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RESERVE = 1.5  # how much longer than the longest step and checkpoint so far the last ones may take
+LEAST_SECONDS = 120  # the first checkpoint, of which nothing is known, must fit, too
 
 
 class Interruption:
-    """Notices, between `__enter__` and `__exit__`, that this process should stop; `reason` says why, once it should.
+    """Notices, between `__enter__` and `__exit__`, that this process should stop.
 
     SIGTERM and SIGUSR1 are noted instead of ending the process. `minutes`: the time the queue allows since this process
-    began; the run should stop while a step and a checkpoint, `RESERVE` times as long as the longest so far, still fit
-    into it.
+    began; the run should stop while a step and a checkpoint, `RESERVE` times as long as the longest so far and at least
+    `LEAST_SECONDS`, still fit into it.
     """
 
     def __init__(self, minutes: float | None = None):
         self.deadline = None if minutes is None else psutil.Process().create_time() + 60 * minutes
         self.signal: signal.Signals | None = None
         self.longest_step = self.longest_save = 0.0
+        self._checked: float | None = None
         self._before: dict[signal.Signals, object] = {}
 
-    @property
-    def reason(self) -> str:
+    def check(self) -> str:
+        """Once a step: why the run should stop, or "". A step is what lies between two checks: data and saving too."""
+        now, before, self._checked = time.time(), self._checked, time.time()
+        self.longest_step = max(self.longest_step, now - (before or now))
         if self.signal is not None:
             return self.signal.name
         if self.deadline is None:
             return ""
-        needed = RESERVE * (self.longest_step + self.longest_save)
-        return "save_before_walltime" if time.time() + needed >= self.deadline else ""
+        needed = max(LEAST_SECONDS, RESERVE * (self.longest_step + self.longest_save))
+        return "save_before_walltime" if now + needed >= self.deadline else ""
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only

@@ -26,13 +26,17 @@ class Processes:
         mine = torch.tensor([list(numbers)], dtype=torch.int64, device=self.accelerator.device)
         return self.accelerator.gather(mine) if self.number > 1 else mine
 
-    def fail_together(self, error: Exception | None) -> None:
-        """Raise `error` where there is one, and end the other processes without a word of their own."""
-        failed = self.share([error is not None])[:, 0] if self.number > 1 else None
+    def fail_together(self, error: Exception | None, *numbers: int) -> torch.Tensor:
+        """Raise `error` where there is one, and end the other processes without a word of their own.
+
+        Else returns what `share(numbers)` does, for the price of one message.
+        """
+        shared = self.share([error is not None, *numbers])
         if error is not None:
             raise error
-        if failed is not None and failed.any():
+        if self.number > 1 and shared[:, 0].any():
             raise RunEnded("", EXIT_USER_ERROR)
+        return shared[:, 1:]
 
     @contextmanager
     def blame_lost(self) -> Iterator[None]:

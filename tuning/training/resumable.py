@@ -77,7 +77,8 @@ class ResumableTrainer(Trainer):
         self.store_flos()
         if self.state.best_global_step:
             best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
-            self.state.best_model_checkpoint = str(best) if best == folder or best.is_dir() else None
+            if best == folder or best.is_dir():  # else the best of those that were saved stays
+                self.state.best_model_checkpoint = str(best)
         staging = staging_of(folder)
         if self.is_deepspeed_enabled:
             self._write_together(lambda: self._save_optimizer_and_scheduler(str(staging)), staging, folder)
@@ -94,8 +95,8 @@ class ResumableTrainer(Trainer):
 
     def _remove_oldest(self) -> None:
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            remove_oldest(Path(self.args.output_dir), self.args.save_total_limit, keep={Path(best)} if best else set())
+            kept = {Path(folder) for folder in (self.state.best_model_checkpoint, self._last_saved) if folder}
+            remove_oldest(Path(self.args.output_dir), self.args.save_total_limit, keep=kept)
 
     def _write_together(self, write: Callable[[], None], staging: Path, folder: Path) -> None:
         """Let all processes `write`; where one cannot, nothing half-written stays, and all of them end."""
@@ -109,6 +110,8 @@ class ResumableTrainer(Trainer):
 
     def _cannot_write(self, folder: Path, failure: Exception) -> UserError:
         last = next(reversed(list_checkpoints(Path(self.args.output_dir))), None)
+        if isinstance(failure, dcp.api.CheckpointException):  # of all processes that failed
+            failure = next(iter(failure.failures.values()))[0]
         reason = getattr(failure, "strerror", None) or str(failure).splitlines()[0]
         return UserError(
             f"cannot be written: {reason}.",
@@ -168,13 +171,13 @@ class ResumableTrainer(Trainer):
                 _save_tensors(optimizer, folder / OPTIMIZER_FILE)
         if self.args.should_save:
             _save_tensors(states, folder / RANDOM_FILE)
-            if not self.is_deepspeed_enabled:
-                _save_tensors(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
             self._save_scaler(str(folder))
 
     def _write_trainer_state(self, folder: Path) -> None:
         if not self.args.should_save:
             return
+        if not self.is_deepspeed_enabled:
+            _save_tensors(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
         for exported in [*self.callback_handler.callbacks, self.control]:
             if isinstance(exported, ExportableState):
                 kept = self.state.stateful_callbacks.get(type(exported).__name__)
@@ -214,9 +217,10 @@ class ResumableTrainer(Trainer):
         elif (folder / OPTIMIZER_FILE).is_file():
             self._load_optimizer(folder / OPTIMIZER_FILE)
         else:
-            say(f"{folder} holds no state of the optimizer (save_only_model): it starts anew.")
-            return
+            say(f"{folder} holds no state of the optimizer (save_only_model): its averages start anew.")
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _load_optimizer(self, file: Path) -> None:
         """Under FSDP the first process sends the states, which the others leave unread in their file."""
@@ -226,6 +230,12 @@ class ResumableTrainer(Trainer):
             raise UserError("holds the state of other parameters than are trained now.", str(file))
         by_name = {saved["names"][number]: state for number, state in saved["state"].items()}
         groups = saved["param_groups"]
+        if len(groups) != len(optimizer.param_groups):
+            raise UserError(
+                f"has {len(groups)} groups of parameters, this run has {len(optimizer.param_groups)}.",
+                str(file),
+                "Keep vision_tower_learning_rate, projector_learning_rate and weight_decay as they were.",
+            )
         if self.is_fsdp_enabled and by_name:
             groups = [{**group, "params": [saved["names"][number] for number in group["params"]]} for group in groups]
             whole = {"state": by_name, "param_groups": groups} if self.processes.rank == 0 else {}
@@ -255,6 +265,14 @@ class ResumableTrainer(Trainer):
             state = {"model": get_model_state_dict(target)}
             dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
             set_model_state_dict(target, state["model"])
+
+    def _finalize_training(self, *args, **kwargs):
+        """Stock, a `save_total_limit` of 1 deletes the last checkpoint here, which a run that was stopped needs."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_best_model(self) -> None:
         """Nothing to load: the final model is a copy of the best checkpoint's; see `save_final`."""

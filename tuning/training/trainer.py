@@ -1,13 +1,14 @@
 """A thin `transformers.Trainer`: counts supervised tokens, deals out rows, and stops on bad rows and bad numbers."""
 
 import math
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
@@ -21,7 +22,7 @@ from tuning.errors import EXIT_STOPPED, RunEnded, UserError
 from tuning.model.fsdp import give_addresses
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.callbacks import JsonLinesLog, SkippedRowsFile
-from tuning.training.faults import explain_memory, worker_killed
+from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
 from tuning.training.interruption import Interruption, Workers
 from tuning.training.meter import Meter
 from tuning.training.processes import Processes
@@ -58,7 +59,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.workers = Workers(self.args.dataloader_multiprocessing_context)
         self.meter = Meter()
         self.dropped_images = 0
-        self.skipped: dict[str, Skipped] = {}
+        self.skipped, self._left_out = dict[str, Skipped](), dict[str, Skipped]()  # of all; of this process, not told
         self.bad_rows, self.bad_validation_rows = list[Skipped](), list[Skipped]()
         self.saw_supervised_tokens = False
         self.skipped_file = SkippedRowsFile(self.args.output_dir)
@@ -137,13 +138,14 @@ class SupervisedTrainer(ResumableTrainer):
             facts = [self._take_facts(batch) for batch in batches]
         except UserError as found:
             error = found
-        self.processes.fail_together(error)
         tokens, supervised = sum(fact.tokens for fact in facts), sum(fact.supervised_tokens for fact in facts)
+        counts = self.processes.fail_together(error, supervised, len(self._left_out), self.rows_seen).sum(dim=0)
+        self._note_left_out(int(counts[1]), self.bad_rows, self.train_dataset, int(counts[2]))
         self.meter.data_arrived(tokens, supervised)
         self._batches_of_step = facts
-        return batches, self.processes.share([supervised]).sum()
+        return batches, counts[0]
 
-    def _take_facts(self, batch: dict[str, Any], evaluated: Any = None) -> BatchFacts:
+    def _take_facts(self, batch: dict[str, Any], evaluating: bool = False) -> BatchFacts:
         facts = batch.pop("facts")
         if facts.error is not None:
             raise facts.error
@@ -152,20 +154,22 @@ class SupervisedTrainer(ResumableTrainer):
         self.dropped_images += facts.dropped_images
         self.cut_rows.update(facts.cut)
         self.rows_seen += len(facts.rows)
-        self.saw_supervised_tokens |= facts.supervised_tokens > 0 and evaluated is None
-        new = {where: skipped for where, skipped in facts.skipped.items() if where not in self.skipped}
-        if new:
-            self.skipped_file.append(new.values())
-            self.skipped.update(new)
-            bad = self.bad_validation_rows if evaluated is not None else self.bad_rows
-            bad += [skipped for skipped in new.values() if skipped.bad]
-            self._stop_at_too_many_bad_rows(bad, self.train_dataset if evaluated is None else evaluated)
+        self.saw_supervised_tokens |= facts.supervised_tokens > 0 and not evaluating
+        self._left_out |= {where: row for where, row in facts.skipped.items() if where not in self.skipped}
         return facts
 
-    def _stop_at_too_many_bad_rows(self, bad: list[Skipped], dataset: Any) -> None:
-        """Each process counts the bad rows that it has met against all rows."""
+    def _note_left_out(self, number: int, bad: list[Skipped], dataset: Any, rows_seen: int) -> None:
+        """Tell all processes of the `number` rows that they have just left out. Too many bad ones end the run."""
+        if not number:
+            return
+        new = {where: row for where, row in gather_object(list(self._left_out.items())) if where not in self.skipped}
+        self._left_out.clear()
+        self.skipped.update(new)
+        bad += [row for row in new.values() if row.bad]
+        if self.args.should_save:
+            self.skipped_file.append(new.values())
         known = has_length(dataset)
-        rows = len(dataset) if known else max(self.rows_seen, FEW_STREAMED_ROWS)
+        rows = len(dataset) if known else max(rows_seen, FEW_STREAMED_ROWS)
         if len(bad) > self.max_bad_fraction * rows:
             raise UserError(
                 f"{len(bad)} of {rows} rows{'' if known else ' so far'} are bad, more than max_bad_fraction"
@@ -176,9 +180,7 @@ class SupervisedTrainer(ResumableTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """One forward and backward. The loss is looked at once a step: `end_of_backward`."""
-        step, lora = self.state.global_step + 1, isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        with explain_memory(self.args, self._batches_of_step, step=step, lora=lora):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses_of_step.append(loss)
         return loss
 
@@ -193,12 +195,14 @@ class SupervisedTrainer(ResumableTrainer):
         gradient of zero, as they do where other processes have images: the optimizer would skip them on one process.
         """
         broken = ~torch.isfinite(torch.stack(self._losses_of_step))
-        verdict = self.processes.share([int(broken.any()), self.interruption.reason != ""])
+        reason = self.interruption.check()
+        verdict = self.processes.share([int(broken.any()), reason != ""])
         if verdict[:, 0].any():
             self._stop_at_bad_loss(broken.tolist())
         if verdict[:, 1].any():
-            self.stop_reason = self.interruption.reason or "a signal to another process"
-        if not self.args.fp16 and not math.isfinite(self._grad_norm):  # fp16's scaler skips such a step itself
+            self.stop_reason = reason or "a signal to another process"
+        checked = not self.args.fp16 and not self.is_deepspeed_enabled  # which skip such a step, or have taken it
+        if checked and not math.isfinite(self._grad_norm):
             raise self._bad_number(f"the gradients became {float(self._grad_norm)}", self._batches_of_step)
         self._losses_of_step.clear()
         for parameter in () if self.is_deepspeed_enabled else self.model.parameters():  # DeepSpeed keeps its own
@@ -253,10 +257,11 @@ class SupervisedTrainer(ResumableTrainer):
         for batch in dataloader:
             facts, error = BatchFacts(), None
             try:
-                facts = self._take_facts(batch, evaluated=dataloader.dataset)
+                facts = self._take_facts(batch, evaluating=True)
             except UserError as found:
                 error = found
-            self.processes.fail_together(error)
+            left_out = self.processes.fail_together(error, len(self._left_out)).sum()
+            self._note_left_out(int(left_out), self.bad_validation_rows, dataloader.dataset, rows)
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = model(**inputs, num_items_in_batch=1).loss
@@ -273,25 +278,41 @@ class SupervisedTrainer(ResumableTrainer):
         metrics = {f"{metric_key_prefix}_loss": summed[0].item() / tokens, f"{metric_key_prefix}_tokens": tokens}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
+    @contextmanager
+    def explain_memory(self) -> Iterator[None]:
+        """Turn running out of memory into a message; the optimizer's first step takes some, too."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            lora = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+            step = self.state.global_step + 1
+            raise out_of_memory(self.args, self._batches_of_step, step=step, lora=lora) from error
+
     def end_if_stopped(self) -> None:
         """Raises `RunEnded` where training was interrupted, with what to do next."""
         if self.stop_reason and self.state.global_step < self.state.max_steps:
+            named = isinstance(self.args.resume_from_checkpoint, str)
             raise RunEnded(
                 f"Stopped by {self.stop_reason} after step {self.state.global_step} of {self.state.max_steps}:"
                 f" {self.args.output_dir}/checkpoint-{self.state.global_step} is complete. Run the same command again"
-                " to continue.",
+                f"{', without resume_from_checkpoint,' if named else ''} to continue.",
                 EXIT_STOPPED,
             )
 
     def report_rows(self) -> None:
-        """Say what was left out of the data. Raises `UserError` if that was all of it."""
-        if self.dropped_images:
-            say(f"{self.image_rule}: {self.dropped_images} further images were left out.")
+        """Say what all processes left out of the data. Raises `UserError` if that was all of it."""
+        counts = [self.dropped_images, self.rows_seen, self.saw_supervised_tokens]
+        images, seen, supervised = self.processes.share(counts).sum(dim=0).tolist()
+        cut = len(set(gather_object(list(self.cut_rows))))
+        if images:
+            say(f"{self.image_rule}: {images} further images were left out.")
         if self.skipped:
             say(f"{len(self.skipped)} rows were left out; {self.skipped_file.path} names them.")
-        if self.cut_rows:
-            say(f"The answers of {len(self.cut_rows)} rows were cut to max_seq_length.")
-        if self.rows_seen and not self.saw_supervised_tokens and self.args.world_size == 1:
+        if cut:
+            say(f"The answers of {cut} rows were cut to max_seq_length.")
+        if seen and not supervised:
             raise UserError(
                 "every row was left out, so nothing was trained and nothing is saved.",
                 str(self.skipped_file.path),
@@ -304,24 +325,23 @@ class _StepCallback(TrainerCallback):
 
     def __init__(self, trainer: SupervisedTrainer):
         # In a cycle with the trainer, loaders would be collected after their queues, and wait for their processes.
-        self.trainer, self._started = weakref.proxy(trainer), 0.0
+        self.trainer = weakref.proxy(trainer)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.row_order is not None:
             self.trainer.row_order.set_epoch(int(state.epoch or 0))
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._started = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.end_of_backward()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.meter.end_step()
-        interruption = self.trainer.interruption
-        interruption.longest_step = max(interruption.longest_step, time.monotonic() - self._started)
         if self.trainer.stop_reason and state.global_step < state.max_steps:
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_training_stop and self.trainer.stop_reason:
+            control.should_save = control.should_evaluate = False
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.interruption.longest_save = self.trainer.seconds_to_save
