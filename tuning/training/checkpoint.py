@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -184,9 +186,16 @@ def copy_model(folder: Path, target: Path) -> None:
     if (folder / SHARDED_MODEL).is_dir():
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
         state = {"model": model.state_dict()}
-        dcp.load(state, checkpoint_id=folder / SHARDED_MODEL, no_dist=True)
+        read_shards(state, folder / SHARDED_MODEL, alone=True)
         model.load_state_dict(state["model"])
         model.save_pretrained(target)
+
+
+def read_shards(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
+    """Fill the tensors of `state` from what processes wrote together; read by all of this run, or by one `alone`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is not needed
+        dcp.load(state, checkpoint_id=folder, no_dist=alone or not dist.is_initialized())
 
 
 def _only_the_model(folder: str, names: list[str]) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import gather_object, save_fsdp_model, save_fsdp_optimizer
 from peft import PeftModel
@@ -41,6 +40,7 @@ from tuning.training.checkpoint import (
     list_checkpoints,
     move_into_place,
     put_in_place,
+    read_shards,
     remove_oldest,
     staging_of,
     write_json,
@@ -250,7 +250,7 @@ class ResumableTrainer(Trainer):
     def _load_sharded_optimizer(self, folder: Path) -> None:
         model, optimizer = self.model_wrapped, self.optimizer.optimizer
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=folder / SHARDED_OPTIMIZER, no_dist=not dist.is_initialized())
+        read_shards(state, folder / SHARDED_OPTIMIZER)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -263,7 +263,7 @@ class ResumableTrainer(Trainer):
         if folder.is_dir():
             target = self.model if model is None else model
             state = {"model": get_model_state_dict(target)}
-            dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            read_shards(state, folder)
             set_model_state_dict(target, state["model"])
 
     def _finalize_training(self, *args, **kwargs):
