@@ -47,11 +47,17 @@ class ModelPlan:
 def plan_model(config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder) -> ModelPlan:
     """Read a skeleton of the model, so that what is wrong is reported before the weights are read."""
     skeleton = load.build_skeleton(model_config)
-    wanted = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if is_fsdp_asked_for() else ""
-    wrap_classes = choose_wrap_classes(skeleton, [name.strip() for name in wanted.split(",") if name.strip()])
+    wrap_classes = choose_wrap_classes(skeleton, wanted_wrap_classes(config))
     targets = find_lora_targets(config, skeleton) if config.lora.peft_method else []
     prepared = prepare_model(skeleton, config, targets)
     return ModelPlan(targets, find_idle_vision(prepared, encoder), wrap_classes)
+
+
+def wanted_wrap_classes(config: RunConfig) -> list[str]:
+    """The layer classes that the user names, to the launcher or in the trainer's `fsdp_config`."""
+    launcher = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if is_fsdp_asked_for() else ""
+    named = [name.strip() for name in launcher.split(",") if name.strip()]
+    return named or (config.training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
 
 
 def find_idle_vision(skeleton: PreTrainedModel, encoder: Encoder) -> set[str] | None:

@@ -10,8 +10,36 @@ from transformers import LlavaForConditionalGeneration, MllamaForConditionalGene
 from tuning.config.arguments import ModelArguments
 from tuning.errors import UserError
 from tuning.model import attention, load
+from tuning.model.fsdp import choose_wrap_classes
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, VISION_TOWER, find_parts
+from tuning.model_plan import wanted_wrap_classes
 from tuning.sft_trainer import settle_devices
+
+WRAPPED = {
+    "granite_vision": ["SiglipEncoderLayer", "GraniteDecoderLayer"],
+    "llava15": ["CLIPEncoderLayer", "LlamaDecoderLayer"],
+    "llava_next_vicuna": ["CLIPEncoderLayer", "LlamaDecoderLayer"],
+    "llava16_mistral": ["CLIPEncoderLayer", "MistralDecoderLayer"],
+    "mllama": ["MllamaVisionEncoderLayer", "MllamaSelfAttentionDecoderLayer", "MllamaCrossAttentionDecoderLayer"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layers_to_wrap_are_those_of_the_model_or_those_that_are_named(layout):
+    model = build_model(layout)
+    assert choose_wrap_classes(model) == WRAPPED[layout]
+    assert choose_wrap_classes(model, WRAPPED[layout][1:]) == WRAPPED[layout][1:]
+    with pytest.raises(UserError, match=f"contains no MambaLayer.*choose from {', '.join(WRAPPED[layout])}"):
+        choose_wrap_classes(model, [WRAPPED[layout][1], "MambaLayer"])
+
+
+def test_layers_may_be_named_to_the_launcher_or_to_the_trainer(monkeypatch):
+    config = SimpleNamespace(training=SimpleNamespace(fsdp_config={"transformer_layer_cls_to_wrap": ["A"]}))
+    assert wanted_wrap_classes(config) == ["A"]
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "B, C")
+    assert wanted_wrap_classes(config) == ["A"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert wanted_wrap_classes(config) == ["B", "C"]
 
 
 @pytest.fixture(scope="module")
