@@ -24,16 +24,25 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 def wanted_launch(launch_args: Mapping[str, Any], *, all_gpus: bool) -> dict[str, Any]:
     """The options of `accelerate launch` for a run; empty where it needs one process and no launcher.
 
-    `all_gpus`: without `num_processes`, use every local GPU, if there are several.
+    `all_gpus`: without `num_processes`, use every local GPU, if there are several. Raises `UserError` for an option that
+    `accelerate launch` lacks.
     """
     if "WORLD_SIZE" in os.environ:  # a launcher has started this very process
         return {}
+    if launch_args:
+        launch_flags(launch_args, make_parser())
     launch = dict(launch_args)
     if {"config_file", "num_machines"} & launch.keys():
         return launch
     if "num_processes" not in launch and (launch or all_gpus):
         launch["num_processes"] = max(1, count_gpus())
     return launch if str(launch.get("num_processes", 1)) != "1" else {}
+
+
+def make_parser() -> Any:
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser()
 
 
 def count_gpus() -> int:
@@ -45,14 +54,14 @@ def count_gpus() -> int:
 def launch(launch_args: Mapping[str, Any], arguments: Sequence[str]) -> None:
     """Run sft_trainer.py with `arguments` in the processes that `launch_args` ask for, and wait for their end.
 
-    Raises `UserError` for an option that `accelerate launch` lacks, and `RunEnded` with the exit code of the first
-    process that failed: silent where that process has said why, else with who it was and how it ended. SIGTERM and
-    SIGUSR1 are passed on to the processes.
+    Raises `UserError` for options that do not go together, and `RunEnded` with the exit code of the first process that
+    failed: silent where that process has said why, else with who it was and how it ended. SIGTERM and SIGUSR1 are
+    passed on to the processes.
     """
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    parser = launch_command_parser()
+    parser = make_parser()
     flags = launch_flags(launch_args, parser)
     parsed = parser.parse_args([*flags, str(SCRIPT), *arguments])
     parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's option; the others are ours to pass on

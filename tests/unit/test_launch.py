@@ -86,7 +86,7 @@ def test_a_config_file_of_the_user_is_taken_as_it_is():
 
 def test_an_unknown_option_is_answered_with_the_nearest():
     with pytest.raises(UserError, match="num_proceses: accelerate launch has no such option"):
-        parse({"num_proceses": 2})
+        wanted_launch({"num_proceses": 2}, all_gpus=True)
 
 
 @pytest.mark.parametrize(
