@@ -24,8 +24,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 def wanted_launch(launch_args: Mapping[str, Any], *, all_gpus: bool) -> dict[str, Any]:
     """The options of `accelerate launch` for a run; empty where it needs one process and no launcher.
 
-    `all_gpus`: without `num_processes`, use every local GPU, if there are several. Raises `UserError` for an option that
-    `accelerate launch` lacks.
+    `all_gpus`: without `num_processes`, use every local GPU, if there are several. Raises `UserError` for an option
+    that `accelerate launch` lacks.
     """
     if "WORLD_SIZE" in os.environ:  # a launcher has started this very process
         return {}
