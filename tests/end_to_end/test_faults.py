@@ -391,3 +391,25 @@ def test_memory_that_the_optimizer_lacks_is_explained(options, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", greedy)
     with pytest.raises(UserError, match="no memory left in step 1, on batches of"):
         tuning.train(options)
+
+
+def test_a_checkpoint_whose_optimizer_goes_by_number_alone_goes_on(whole, options):
+    with pytest.raises(RunEnded):
+        tuning.train({**options, "save_before_walltime": 0.001})
+    file = Path(options["output_dir"], "checkpoint-1", checkpoint.OPTIMIZER_FILE)
+    state = torch.load(file)
+    del state["names"]  # as the stock trainer writes it
+    torch.save(state, file)
+    tuning.train(options)
+    assert_same_run(options, whole)
+
+
+def test_an_optimizer_of_other_parameters_is_refused(options):
+    with pytest.raises(RunEnded):
+        tuning.train({**options, "save_before_walltime": 0.001})
+    file = Path(options["output_dir"], "checkpoint-1", checkpoint.OPTIMIZER_FILE)
+    state = torch.load(file)
+    state["names"][0] = "another"
+    torch.save(state, file)
+    with pytest.raises(UserError, match="holds the state of other parameters than are trained now"):
+        tuning.train(options)

@@ -37,6 +37,7 @@ from tuning.training.checkpoint import (
     SHARDED_OPTIMIZER,
     STATE_FILE,
     copy_model,
+    is_complete,
     list_checkpoints,
     move_into_place,
     put_in_place,
@@ -109,7 +110,7 @@ class ResumableTrainer(Trainer):
         self.processes.fail_together(error)
 
     def _cannot_write(self, folder: Path, failure: Exception) -> UserError:
-        last = next(reversed(list_checkpoints(Path(self.args.output_dir))), None)
+        complete = [folder for folder in list_checkpoints(Path(self.args.output_dir)) if is_complete(folder)]
         if isinstance(failure, dcp.api.CheckpointException):  # of all processes that failed
             failure = next(iter(failure.failures.values()))[0]
         reason = getattr(failure, "strerror", None) or str(failure).splitlines()[0]
@@ -117,7 +118,7 @@ class ResumableTrainer(Trainer):
             f"cannot be written: {reason}.",
             str(folder),
             "Make room (save_total_limit keeps fewer checkpoints), or see to the permissions; then run the same command"
-            f" again: it {f'continues from {last}' if last else 'starts anew'}.",
+            f" again: it {f'continues from {complete[-1]}' if complete else 'starts anew'}.",
         )
 
     def _write_model(self, folder: Path) -> None:
@@ -226,10 +227,10 @@ class ResumableTrainer(Trainer):
         """Under FSDP the first process sends the states, which the others leave unread in their file."""
         optimizer, names = self.optimizer.optimizer, self._trained_names()
         saved = torch.load(file, map_location="cpu", mmap=self.is_fsdp_enabled, weights_only=True)
-        if sorted(saved["names"]) != sorted(names):
+        groups, stored = saved["param_groups"], saved.get("names", names)  # another tool's go by number alone
+        if sorted(stored) != sorted(names) or sum(len(group["params"]) for group in groups) != len(names):
             raise UserError("holds the state of other parameters than are trained now.", str(file))
-        by_name = {saved["names"][number]: state for number, state in saved["state"].items()}
-        groups = saved["param_groups"]
+        by_name = {stored[number]: state for number, state in saved["state"].items()}
         if len(groups) != len(optimizer.param_groups):
             raise UserError(
                 f"has {len(groups)} groups of parameters, this run has {len(optimizer.param_groups)}.",
@@ -237,7 +238,7 @@ class ResumableTrainer(Trainer):
                 "Keep vision_tower_learning_rate, projector_learning_rate and weight_decay as they were.",
             )
         if self.is_fsdp_enabled and by_name:
-            groups = [{**group, "params": [saved["names"][number] for number in group["params"]]} for group in groups]
+            groups = [{**group, "params": [stored[number] for number in group["params"]]} for group in groups]
             whole = {"state": by_name, "param_groups": groups} if self.processes.rank == 0 else {}
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
             set_optimizer_state_dict(self.model, optimizer, whole, options=options)
