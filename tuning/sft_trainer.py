@@ -53,6 +53,7 @@ from tuning.training.checkpoint import (
 )
 from tuning.training.faults import worker_killed
 from tuning.training.interruption import Interruption
+from tuning.training.processes import leave
 from tuning.training.trainer import SupervisedTrainer
 
 ROWS_CHECKED_FIRST = 4
@@ -295,4 +296,4 @@ def main(argv: Sequence[str] | None = None, *, all_gpus: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

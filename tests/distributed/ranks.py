@@ -90,3 +90,6 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    from tuning.training.processes import leave
+
+    leave(0)
