@@ -23,6 +23,8 @@ from tuning.data.sources import Part, Row, Stream, read_part
 from tuning.data_paths import open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
+from tuning.model.attention import set_decoder_attention
+from tuning.model.packed_attention import PACKED
 from tuning.model.parts import find_parts, freeze_parameters, parameter_table
 from tuning.model_plan import pick_attention, plan_model, prepare_model
 from tuning.preview.estimates import Lengths, count_processes, estimate_run
@@ -32,6 +34,7 @@ from tuning.preview.report import Problem, Report, SampleRow
 from tuning.preview.rows import show_row
 from tuning.sft_trainer import make_encoder
 from tuning.training.checkpoint import run_date, write_json, write_text
+from tuning.training.padding_free import find_structural_obstacle
 
 SHOWN_PER_KIND = 3
 
@@ -178,24 +181,28 @@ def describe_model(
 ) -> tuple[MemoryEstimate | None, dict[str, str]]:
     """What trains and how, read from a model without weights, and the memory that a step on `samples` needs."""
     plan = plan_model(config, model_config, encoder)
-    attention, reason = pick_attention(config, model_config)
-    model_config._attn_implementation = attention if attention != "flash_attention_2" else "sdpa"
+    attention = pick_attention(config, model_config)
+    model_config._attn_implementation = attention.loaded if attention.loaded in ("sdpa", "eager") else "sdpa"
     skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
     parts, classes = find_parts(skeleton), plan.wrap_classes
     model = prepare_model(skeleton, config, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
     settings = {
         "parts": parameter_table(model, parts),
-        "attention": reason.removeprefix("Attention: "),
+        "attention": attention.reason.removeprefix("Attention: "),
         "FSDP would wrap": ", ".join(classes) or "nothing: no class of layers was found",
         "end of an answer": repr(encoder.chat.end_of_turn),
         "overlong rows": f"max_seq_length {encoder.max_seq_length}, overlong_rows {config.data.overlong_rows}",
     }
     if not samples:
         return None, settings
-    batch = probe_collator(encoder.processor)(samples)
+    collator = probe_collator(encoder.processor)
+    collator.padding_free = config.data.padding_free is not False and not find_structural_obstacle(attention, collator)
+    batch = collator(samples)
     del batch["facts"]
-    if attention == "flash_attention_2":
+    if collator.padding_free:
+        set_decoder_attention(model, PACKED)
+    elif "flash" in attention.loaded:
         del batch["attention_mask"]
     return estimate_memory(model, batch, config.training, processes=count_processes(config)), settings
 

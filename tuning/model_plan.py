@@ -11,7 +11,7 @@ from tuning.console import say
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder
 from tuning.model import load
-from tuning.model.attention import choose_attention
+from tuning.model.attention import Attention, choose_attention
 from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.dry_run import CANNOT_SIMULATE, find_idle_parameters
 from tuning.model.fsdp import choose_wrap_classes, is_fsdp_asked_for
@@ -73,8 +73,8 @@ def find_idle_vision(skeleton: PreTrainedModel, encoder: Encoder) -> set[str] | 
 
 def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, progress: Progress):
     """Load the model, or the one of the checkpoint to go on from; let train what the config says."""
-    attention, reason = pick_attention(config, model_config)
-    say(reason)
+    attention = pick_attention(config, model_config)
+    say(attention.reason)
     dtype = load.choose_dtype(config.model, model_config)
     settings, adapter, raised = config.model, None, False
     if progress.folder and config.lora.peft_method:
@@ -83,7 +83,7 @@ def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPla
         settings = replace(settings, model_name_or_path=str(progress.folder))
         raised = is_fsdp_asked_for() and (config.training.bf16 or config.training.fp16)  # it trains float32 weights
     first_dtype = torch.float32 if raised else dtype
-    model = load.load_model(settings, model_config, dtype=first_dtype, attention=attention)
+    model = load.load_model(settings, model_config, dtype=first_dtype, attention=attention.loaded)
     parts = find_parts(model)
     model = prepare_model(model, config, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
@@ -95,12 +95,14 @@ def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPla
     return model
 
 
-def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> tuple[str, str]:
-    """The attention for this run, and a sentence on why."""
+def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attention:
+    """The attention for this run, and why."""
+    half = torch.bfloat16 if config.training.bf16 else torch.float16 if config.training.fp16 else None
     return choose_attention(
         load.model_class(model_config),
         use_flash_attn=config.model.use_flash_attn,
-        dtype=load.choose_dtype(config.model, model_config),
+        attn_implementation=config.model.attn_implementation,
+        dtype=half or load.choose_dtype(config.model, model_config),
         device_type=config.training.device.type,
     )
 

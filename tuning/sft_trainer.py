@@ -24,7 +24,7 @@ from tuning.config.arguments import RunConfig
 from tuning.config.parse import build_config, check_options, describe_options, read_json, read_options
 from tuning.console import say
 from tuning.data.chat import ChatFormat
-from tuning.data.collator import PaddingCollator, probe_collator
+from tuning.data.collator import Collator, probe_collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows, encode_row
 from tuning.data.encode import Encoder
 from tuning.data.images import ImageRules
@@ -40,7 +40,7 @@ from tuning.model.parts import (
     VISION_TOWER,
     find_parts,
 )
-from tuning.model_plan import make_model, plan_model
+from tuning.model_plan import make_model, pick_attention, plan_model
 from tuning.training.callbacks import SKIPPED_FILE
 from tuning.training.checkpoint import (
     COMPLETE_FILE,
@@ -115,7 +115,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         train_dataset=training_rows,
         eval_dataset=validation_rows,
         data_collator=EncodingCollator(encoder, padding, skip) if config.data.streaming else padding,
-        eval_collator=padding,
+        collator=padding,
         processing_class=processor,
         parts=find_parts(model),
         learning_rates={
@@ -123,6 +123,9 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
             PROJECTOR: config.run.projector_learning_rate,
         },
         identity=identity,
+        attention=pick_attention(config, model_config),
+        padding_free=config.data.padding_free,
+        probes=encoder.probes(),
         interruption=Interruption(config.run.save_before_walltime),
         wrap_classes=plan.wrap_classes,
         image_limit=encoder.max_images,
@@ -180,7 +183,7 @@ def stream_rows(stream: Stream, config: RunConfig, progress: Progress) -> Stream
     )
 
 
-def make_collator(encoder: Encoder, training: TrainingArguments) -> PaddingCollator:
+def make_collator(encoder: Encoder, training: TrainingArguments) -> Collator:
     """How rows become batches; on several processes every batch has an image. See `Encoder.filler`."""
     filler = encoder.filler() if training.world_size > 1 else None
     return replace(probe_collator(encoder.processor), filler=filler)

@@ -18,6 +18,9 @@ class ModelArguments:
     model_name_or_path: str = option("", "Base model: a local folder or a hub id.")
     dtype: str = option("auto", "Precision of the weights: auto (the checkpoint's own), float32, bfloat16 or float16.")
     use_flash_attn: bool = option(True, "Use the fastest attention this machine and model support; false: plain SDPA.")
+    attn_implementation: str | None = option(
+        None, "A named attention of transformers instead, such as sdpa, eager or flash_attention_2."
+    )
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
     chat_template: str | None = option(None, "Chat template that replaces the model's: a Jinja file or its text.")
     processor_kwargs: dict[str, Any] = option({}, "Image processor settings to change and save, as a JSON object.")
@@ -53,6 +56,9 @@ class DataArguments:
     dataset_config_name: str | None = option(None, "Configuration of a hub dataset.")
     dataset_kwargs: dict[str, Any] = option({}, "Accepted for compatibility; skip_prepare_dataset is always true.")
     max_seq_length: int | None = option(None, "Longest row in tokens, image tokens included (default: the model's).")
+    padding_free: bool | str = option(
+        "auto", "Lay a batch's rows end to end instead of padding them; auto: where the model gives the same results."
+    )
     overlong_rows: str = option(
         "error", "What to do with a longer row: error, drop, or truncate_text (shortens answers, never images)."
     )

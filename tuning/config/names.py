@@ -51,7 +51,7 @@ REMOVED = {
     "tpu_num_cores": "TPUs are not supported.",
     "include_inputs_for_metrics": 'Use include_for_metrics: ["inputs"].',
     "include_tokens_per_second": "Remove it: tokens_per_second is always in training_logs.jsonl.",
-    "packing": "Rows are never packed into one another here: remove it.",
+    "packing": "Batches have no padding anyway (padding_free); max_tokens_per_batch fills them to a number of tokens.",
     "max_length": "Use max_seq_length.",
     "model_max_length": "Use max_seq_length.",
 }

@@ -141,6 +141,8 @@ def _data_problems(values: Mapping[str, Any]):
     for name, allowed in choices.items():
         if values.get(name, "error") not in allowed:
             yield f"{name}: {values[name]!r} is unknown; use {', '.join(allowed[:-1])} or {allowed[-1]}"
+    if values.get("padding_free", "auto") not in ("auto", True, False):
+        yield f"padding_free: {values['padding_free']!r} is unknown; use auto, true or false"
     for name in AT_LEAST_ONE:
         if values.get(name) is not None and values[name] < 1:
             yield f"{name}: must be at least 1, got {values[name]}"

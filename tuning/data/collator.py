@@ -1,4 +1,4 @@
-"""Samples → one padded batch."""
+"""Samples → one batch: end to end in a single row, or padded to the longest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,9 +28,13 @@ class BatchFacts:
     error: UserError | None = None
 
 
-@dataclass(frozen=True)
-class PaddingCollator:
-    """Pads samples on the right to the longest and joins their images.
+@dataclass
+class Collator:
+    """Joins samples and their images.
+
+    `padding_free`: samples lie end to end in one row `[1, T]` with positions that begin anew at each, and
+    `cu_seq_lens_q` `[samples + 1]` says where (Hugging Face's names: `FlashAttentionKwargs`); there is no attention
+    mask. Else they are padded on the right to the longest, `[samples, T]`. May be changed until the first batch.
 
     `nested_images`: the processor gives image tensors a dimension of rows first (`[rows, images, …]`, Mllama,
     Idefics) instead of joining the images of all rows (`[images, …]`, LLaVA). `blank_image` holds such a processor's
@@ -42,6 +46,7 @@ class PaddingCollator:
     nested_images: bool = False
     blank_image: dict[str, torch.Tensor] = field(default_factory=dict)
     filler: Sample | None = None
+    padding_free: bool = False
 
     def __call__(self, samples: Sequence[Sample | UserError]) -> dict[str, Any]:
         for sample in samples:
@@ -53,20 +58,12 @@ class PaddingCollator:
             good.append(self.filler)
         return {**self._sequences(good), **self._images(good), "facts": facts}
 
-    def _sequences(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+    def _sequences(self, samples: list[Sample]) -> dict[str, Any]:
+        rows = _columns([sample.sequence for sample in samples])
+        if self.padding_free:
+            return join_end_to_end(rows)
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED}
-        names = dict.fromkeys(name for sample in samples for name in sample.sequence)
-        batch = {}
-        for name in names:
-            like = next(sample.sequence[name] for sample in samples if name in sample.sequence)
-            rows = [
-                sample.sequence[name]
-                if name in sample.sequence
-                else like.new_zeros(len(sample.sequence["input_ids"]), *like.shape[1:])
-                for sample in samples
-            ]
-            batch[name] = torch.stack(pad_to_largest(rows, fill.get(name, 0)))
-        return batch
+        return {name: torch.stack(pad_to_largest(values, fill.get(name, 0))) for name, values in rows.items()}
 
     def _images(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         with_images = [sample.images for sample in samples if sample.images]
@@ -91,6 +88,28 @@ def gather_facts(samples: Sequence[Sample]) -> BatchFacts:
     )
 
 
+def _columns(sequences: list[dict[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+    """Name → the tensor of each row, `[T, …]`; zeros where a row has none."""
+    columns = {}
+    for name in dict.fromkeys(name for sequence in sequences for name in sequence):
+        like = next(sequence[name] for sequence in sequences if name in sequence)
+        columns[name] = [
+            sequence[name] if name in sequence else like.new_zeros(len(sequence["input_ids"]), *like.shape[1:])
+            for sequence in sequences
+        ]
+    return columns
+
+
+def join_end_to_end(rows: dict[str, list[torch.Tensor]]) -> dict[str, Any]:
+    """One row of all samples, `[1, T, …]`, with what tells them apart; see `Collator`."""
+    lengths = torch.tensor([len(ids) for ids in rows["input_ids"]])
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    batch = {name: torch.cat(values)[None] for name, values in rows.items() if name != "attention_mask"}
+    batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    longest = int(lengths.max())
+    return batch | dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest)
+
+
 def pad_to_largest(tensors: list[torch.Tensor], value: float, *, keep_first: bool = False) -> list[torch.Tensor]:
     """Pad every dimension (all but the first with `keep_first`) at its end to the largest among `tensors`."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
@@ -105,7 +124,7 @@ def pad_to_largest(tensors: list[torch.Tensor], value: float, *, keep_first: boo
     return padded
 
 
-def probe_collator(processor: Any) -> PaddingCollator:
+def probe_collator(processor: Any) -> Collator:
     """The collator that fits `processor`, found by giving it one row of two blank images."""
     from PIL import Image
 
@@ -118,4 +137,4 @@ def probe_collator(processor: Any) -> PaddingCollator:
         tensors = {name: value for name, value in made.items() if torch.is_tensor(value)}
         tensors["pixel_values"] = torch.zeros_like(tensors["pixel_values"])
     pad = processor.tokenizer.pad_token_id
-    return PaddingCollator(pad if pad is not None else 0, nested, tensors)
+    return Collator(pad if pad is not None else 0, nested, tensors)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from tuning.data.collator import PaddingCollator
+from tuning.data.collator import Collator
 from tuning.data.encode import Encoder, Sample, Skipped
 from tuning.data.sources import Mixture, Row, Source, Stream
 from tuning.errors import UserError
@@ -84,7 +84,7 @@ def shuffle_nearby(rows: Iterator[Row | UserError], choose: random.Random) -> It
 class EncodingCollator:
     """Encodes streamed rows as it batches them: the workers' share of the work is what it is with `EncodedRows`."""
 
-    def __init__(self, encoder: Encoder, collator: PaddingCollator, skip_bad_rows: bool):
+    def __init__(self, encoder: Encoder, collator: Collator, skip_bad_rows: bool):
         self.encoder, self.collator, self.skip_bad_rows = encoder, collator, skip_bad_rows
 
     def __call__(self, rows: Sequence[Row | UserError]) -> dict[str, Any]:

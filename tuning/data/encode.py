@@ -149,11 +149,11 @@ class Encoder:
 
     def count_image_tokens(self, image: Image.Image) -> int:
         """How many tokens of a row `image` takes."""
-        return int(self._find_image_tokens(self._ask_about(image)).sum())
+        return int(self._find_image_tokens(self._ask_about([image])).sum())
 
-    def _ask_about(self, image: Image.Image) -> dict[str, Any]:
-        question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-        return self.process(self.chat.generation_prompt(question), [image])
+    def _ask_about(self, images: list[Image.Image], question: str = "?") -> dict[str, Any]:
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+        return self.process(self.chat.generation_prompt([{"role": "user", "content": content}]), images)
 
     def find_split_prompt(self) -> str:
         """The end of the generation prompt, where an answer's first word joins it into another token; else ""."""
@@ -261,7 +261,20 @@ class Encoder:
         Its vision tower then computes as theirs do. Without it the processes wait for each other for ever (FSDP), or
         fail for want of a gradient (DDP).
         """
-        sequence, images = self._split(self._ask_about(Image.new("RGB", (32, 32))))
+        return self._untrained(self._ask_about([Image.new("RGB", (32, 32))]))
+
+    def probes(self) -> list[Sample]:
+        """Short rows that differ, one without an image between two with one, to try a model on."""
+        images = Image.new("RGB", (48, 32), "red"), Image.new("RGB", (32, 48), "blue")
+        inputs = [
+            self._ask_about([images[0]], "What is this?"),
+            self._ask_about([], "Is it as it was before?"),
+            self._ask_about([images[1]], "And now?"),
+        ]
+        return [self._untrained(tried) for tried in inputs]
+
+    def _untrained(self, inputs: dict[str, Any]) -> Sample:
+        sequence, images = self._split(inputs)
         return Sample({**sequence, "labels": torch.full_like(sequence["input_ids"], IGNORED)}, images, where="")
 
     def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -5,12 +5,16 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from tuning.data.encode import IGNORED
 from tuning.errors import UserError
 from tuning.model.logits import logit_arithmetic
+
+LOGITS_AT_ONCE = 2**25
+"""So many logits exist at a time: 128 MB in float32, and a few times that with what their gradient needs."""
 
 
 def supervised_loss(
@@ -19,19 +23,30 @@ def supervised_loss(
     head: Callable[[torch.Tensor], torch.Tensor],
     arithmetic: Callable[[torch.Tensor], torch.Tensor],
     num_items: torch.Tensor | int | None = None,
+    *,
+    positions_at_once: int = 1024,
 ) -> torch.Tensor:
     """Mean cross-entropy of the next token at supervised positions, in nats, at least in float32.
 
     `hidden` `[B, T, H]`, `labels` `[B, T]` with -100 where nothing is trained; position t predicts label t + 1. The
     sum is divided by `num_items`, the supervised tokens of the whole global batch, so that neither accumulation nor
-    the number of processes changes the gradient; by this batch's own where it is None.
+    the number of processes changes the gradient; by this batch's own where it is None. Logits exist for
+    `positions_at_once` only; where there are more, the backward makes them again, chunk by chunk.
     """
+
+    def sum_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = arithmetic(head(hidden))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="sum")
+
     targets = labels[:, 1:]
     supervised = targets != IGNORED
-    targets = targets[supervised]
-    logits = arithmetic(head(hidden[:, :-1][supervised]))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, targets, reduction="sum")
+    targets, hidden = targets[supervised], hidden[:, :-1][supervised]
+    if len(targets) <= positions_at_once:
+        total = sum_losses(hidden, targets)
+    else:
+        chunks = zip(hidden.split(positions_at_once), targets.split(positions_at_once), strict=True)
+        total = torch.stack([checkpoint(sum_losses, *chunk, use_reentrant=False) for chunk in chunks]).sum()
     if num_items is None:
         num_items = targets.numel()
     return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
@@ -47,6 +62,7 @@ def install_supervised_loss(model: PreTrainedModel) -> None:
         raise UserError(f"{type(model).__name__} has no body and head of its own; it cannot be tuned here.")
     stock = model.forward
     arithmetic = logit_arithmetic(model.config)
+    positions_at_once = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
 
     def forward(self, *args, labels=None, num_items_in_batch=None, **inputs):
         if labels is None:
@@ -54,7 +70,12 @@ def install_supervised_loss(model: PreTrainedModel) -> None:
         inputs = {name: value for name, value in inputs.items() if value is not None}
         body = self.base_model(*args, **{**inputs, "use_cache": False, "return_dict": True})
         loss = supervised_loss(
-            body.last_hidden_state, labels, self.get_output_embeddings(), arithmetic, num_items_in_batch
+            body.last_hidden_state,
+            labels,
+            self.get_output_embeddings(),
+            arithmetic,
+            num_items_in_batch,
+            positions_at_once=positions_at_once,
         )
         return CausalLMOutput(loss=loss)
 

@@ -3,7 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,15 +16,17 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from tuning.console import say
 from tuning.data.batching import RowOrder, SharedBatches
-from tuning.data.collator import BatchFacts
-from tuning.data.encode import Skipped
+from tuning.data.collator import BatchFacts, Collator
+from tuning.data.encode import Sample, Skipped
 from tuning.errors import EXIT_STOPPED, RunEnded, UserError
+from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.fsdp import give_addresses
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.callbacks import JsonLinesLog, SkippedRowsFile
 from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
 from tuning.training.interruption import Interruption, Workers
 from tuning.training.meter import Meter
+from tuning.training.padding_free import find_obstacle
 from tuning.training.processes import Processes
 from tuning.training.resumable import ResumableTrainer
 
@@ -32,7 +34,7 @@ FEW_STREAMED_ROWS = 1000  # a share of fewer streamed rows says little
 
 
 class SupervisedTrainer(ResumableTrainer):
-    """Trains a model whose forward was given by `install_supervised_loss` on batches of `PaddingCollator`."""
+    """Trains a model whose forward was given by `install_supervised_loss` on batches of `Collator`."""
 
     def __init__(
         self,
@@ -41,16 +43,19 @@ class SupervisedTrainer(ResumableTrainer):
         identity: dict[str, Any],
         learning_rates: dict[str, float | None],
         interruption: Interruption,
+        collator: Collator,
+        attention: Attention,
+        padding_free: bool | str,
+        probes: Sequence[Sample],
         wrap_classes: list[str] | None = None,
         image_limit: int | None = None,
         max_bad_fraction: float = 0.0,
-        eval_collator: Callable | None = None,
         **kwargs,
     ):
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers' name for it
         super().__init__(*args, **kwargs)
-        self.eval_collator = eval_collator or self.data_collator
         self.parts, self.identity, self.learning_rates = parts, identity, learning_rates
+        self.collator, self.attention, self.padding_free, self.probes = collator, attention, padding_free, probes
         self.image_rule = (
             "only the first image is used" if image_limit == 1 else f"only the first {image_limit} images are used"
         )
@@ -75,6 +80,26 @@ class SupervisedTrainer(ResumableTrainer):
             plugin.transformer_cls_names_to_wrap = wrap_classes
             give_addresses(self.model, raise_trained=self.accelerator.mixed_precision != "no")
 
+    def settle_batches(self) -> None:
+        """Before the first batch: are batches padding-free? All processes decide the same."""
+
+        def forward(**batch: Any) -> Any:
+            with self.compute_loss_context_manager():
+                return self.model_wrapped(**self._prepare_inputs(batch))
+
+        obstacle, model = "padding_free is false", self.accelerator.unwrap_model(self.model)
+        if self.padding_free is not False:
+            half = model.dtype.itemsize < 4 or self.accelerator.mixed_precision != "no"
+            obstacle = find_obstacle(model, forward, self.probes, self.collator, self.attention, half=half)
+        if self.processes.share([obstacle != ""]).any():
+            obstacle = obstacle or "it fails without padding on another process"
+        if obstacle and self.padding_free is True:
+            raise UserError(f"cannot be true for this model: {obstacle}.", "padding_free", "Leave it out.")
+        self.collator.padding_free = not obstacle
+        if not obstacle:
+            set_decoder_attention(model, self.attention.packed)
+        say(f"Batches are padded to their longest row: {obstacle}." if obstacle else "Batches are padding-free.")
+
     def get_train_dataloader(self) -> DataLoader:
         """Rows in an order that the number of processes does not change, and this process's share of each batch."""
         lengths, step = None, self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
@@ -93,7 +118,7 @@ class SupervisedTrainer(ResumableTrainer):
         if self._eval_loader is None:
             rows = self.eval_dataset
             order = RowOrder(len(rows))
-            self._eval_loader = self._make_loader(rows, self.args.eval_batch_size, self.eval_collator, order)
+            self._eval_loader = self._make_loader(rows, self.args.eval_batch_size, self.collator, order)
         return self._eval_loader
 
     _eval_loader: DataLoader | None = None
@@ -326,6 +351,9 @@ class _StepCallback(TrainerCallback):
     def __init__(self, trainer: SupervisedTrainer):
         # In a cycle with the trainer, loaders would be collected after their queues, and wait for their processes.
         self.trainer = weakref.proxy(trainer)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.settle_batches()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.row_order is not None:

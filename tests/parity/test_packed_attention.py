@@ -1,0 +1,104 @@
+"""Attention over samples end to end = plain attention of each sample by itself, in float64 and 16 bits."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from tuning.model.packed_attention import PACKED, packed_attention
+
+LENGTHS = (5, 1, 12, 7)
+BOUNDS = torch.tensor([0, 5, 6, 18, 25], dtype=torch.int32)
+MODULE = SimpleNamespace(is_causal=True)
+SETTINGS = {
+    "plain": {},
+    "a scale of its own": {"scaling": 0.37},
+    "a sliding window": {"sliding_window": 4},
+    "a window as long as a sample": {"sliding_window": 7},
+    "softcapping": {"softcap": 1.5},
+    "all": {"scaling": 0.8, "sliding_window": 3, "softcap": 0.7},
+}
+
+
+def states(heads: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    made = [torch.randn(1, number, sum(LENGTHS), 8, dtype=torch.float64) for number in (heads, keys, keys)]
+    return [tensor.to(dtype).requires_grad_() for tensor in made]
+
+
+def plain_attention(query, key, value, *, scaling=None, sliding_window=None, softcap=None) -> torch.Tensor:
+    """One sample, number by number: the formula of scaled dot-product attention, written down."""
+    heads, length, size = query.shape[1:]
+    rows = []
+    for head in range(heads):
+        kv = head * key.shape[1] // heads
+        for i in range(length):
+            first = max(0, i - sliding_window + 1) if sliding_window else 0
+            scores = key[0, kv, first : i + 1] @ query[0, head, i] * (scaling or 1 / math.sqrt(size))
+            scores = torch.tanh(scores / softcap) * softcap if softcap else scores
+            rows.append(torch.softmax(scores, 0) @ value[0, kv, first : i + 1])
+    return torch.stack(rows).view(1, heads, length, size).transpose(1, 2)
+
+
+def separately(query, key, value, **settings) -> torch.Tensor:
+    cut = [tensor.split(LENGTHS, dim=2) for tensor in (query, key, value)]
+    return torch.cat([plain_attention(*sample, **settings) for sample in zip(*cut, strict=True)], dim=1)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_output_and_gradients_equal_plain_attention_of_each_sample(heads, name):
+    packed, plain = states(*heads, torch.float64), states(*heads, torch.float64)
+    got = packed_attention(MODULE, *packed, None, cu_seq_lens_q=BOUNDS, **SETTINGS[name])[0]
+    expected = separately(*plain, **SETTINGS[name])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(expected)
+    (got * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for one, other in zip(packed, plain, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_as_exact_as_they_can_be(dtype):
+    packed = states(4, 2, dtype)
+    got = packed_attention(MODULE, *packed, None, cu_seq_lens_q=BOUNDS)[0]
+    expected = separately(*(tensor.detach().double() for tensor in packed))
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_a_row_without_bounds_is_one_sample_and_rows_may_be_several():
+    query, key, value = (torch.cat([tensor, tensor.flip(2)]) for tensor in states(4, 2, torch.float64))
+    got = packed_attention(MODULE, query, key, value, None)[0]
+    for row in range(2):
+        expected = plain_attention(*(tensor[row : row + 1] for tensor in (query, key, value)))
+        torch.testing.assert_close(got[row : row + 1], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_mask_and_a_cache_are_heeded_as_by_sdpa():
+    query, key, value = states(4, 4, torch.float64)
+    stock = AttentionInterface()["sdpa"]
+    mask = torch.rand(1, 1, 25, 25) > 0.3
+    mask |= torch.eye(25, dtype=torch.bool)
+    for arguments in ((query, key, value, mask), (query[:, :, -1:], key, value, None)):
+        got, expected = (attend(MODULE, *arguments)[0] for attend in (AttentionInterface()[PACKED], stock))
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_dropout_drops_within_samples_and_keeps_the_mean():
+    query, key, value = states(4, 2, torch.float64)
+    torch.manual_seed(1)
+    plain = packed_attention(MODULE, query, key, value, None, cu_seq_lens_q=BOUNDS)[0]
+    dropped = [
+        packed_attention(MODULE, query, key, value, None, cu_seq_lens_q=BOUNDS, dropout=0.2)[0] for _ in range(500)
+    ]
+    assert not torch.equal(dropped[0], dropped[1])
+    torch.testing.assert_close(torch.stack(dropped).mean(0), plain, rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("extra", [{"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}])
+def test_what_it_cannot_do_is_refused(extra):
+    with pytest.raises(NotImplementedError):
+        packed_attention(MODULE, *states(4, 4, torch.float64), None, cu_seq_lens_q=BOUNDS, **extra)

@@ -1,0 +1,137 @@
+"""Attention over samples that lie end to end in one row: each sees itself only, and no mask of tokens × tokens exists.
+
+transformers' attention interface: https://huggingface.co/docs/transformers/attention_interface
+"""
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED, PACKED_FLASH = "packed", "packed_flash"
+"""Names to set as `_attn_implementation`: PyTorch's SDPA sample by sample, and its FlashAttention over all at once."""
+
+_VARLEN_TAKES = set(inspect.signature(varlen_attn).parameters)  # torch 2.10 has is_causal, later ones window_size
+_CANNOT = ("s_aux", "position_bias")
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    flash: bool = False,
+    **others,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sample. `query` `[B, H, T, D]`, `key` and `value` `[B, K, T, D]` → `[B, T, H, D]`.
+
+    `cu_seq_lens_q` `[samples + 1]`: where each sample of the one row (B = 1) begins and the last one ends, in tokens;
+    without it every row is one sample. Calls with a mask (padding), or with fewer queries than keys (a cache), are
+    transformers' SDPA. Raises `NotImplementedError` for what would be left out silently: attention sinks and biases.
+    """
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **others
+        )
+    if unknown := [name for name in _CANNOT if others.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    if not others.get("is_causal", getattr(module, "is_causal", True)):
+        raise NotImplementedError("attention that is not causal")
+    groups = query.shape[1] // key.shape[1]
+    if flash and cu_seq_lens_q is not None and _suits_flash(query, dropout, softcap, sliding_window):
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, groups), None
+    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    attend = partial(_attend, dropout=dropout, scaling=scaling, window=sliding_window, softcap=softcap)
+    samples = zip(*(_cut(states, bounds) for states in (query, key, value)), strict=True)
+    return torch.cat([attend(*sample).transpose(1, 2) for sample in samples], dim=1), None
+
+
+def _cut(states: torch.Tensor, bounds: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    return states.split([end - start for start, end in pairwise(bounds)], dim=2)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One sample. A query sees itself and the keys before it, `window` in all; `softcap · tanh(scores / softcap)`."""
+    length = query.shape[2]
+    if not softcap and not (window and window < length):
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    mask = mask.triu(1 - window) if window else mask
+    if not softcap:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _suits_flash(query: torch.Tensor, dropout: float, softcap: float | None, window: int | None) -> bool:
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    plain = not dropout and not softcap and (not window or "window_size" in _VARLEN_TAKES)
+    return query.is_cuda and is_half and plain and query.shape[-1] <= 256
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int | None,
+    scaling: float | None,
+    window: int | None,
+    groups: int,
+) -> torch.Tensor:
+    """FlashAttention of all samples in one kernel, as far as this version of PyTorch takes its options."""
+    options: dict = {"enable_gqa": True} if "enable_gqa" in _VARLEN_TAKES else {}
+    if not options:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if "window_size" in _VARLEN_TAKES:
+        options["window_size"] = (window - 1 if window else -1, 0)
+    else:
+        options["is_causal"] = True
+    if scaling is not None and "scale" in _VARLEN_TAKES:
+        options["scale"] = scaling
+    elif scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    longest = int(bounds.diff().max()) if longest is None else longest
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)[None]
+
+
+def _mask_where_padded(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **others):
+    """No mask for packed samples; the usual one for padding and caches."""
+    if attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **others)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionInterface.register(PACKED_FLASH, partial(packed_attention, flash=True))
+for _name in (PACKED, PACKED_FLASH):
+    AttentionMaskInterface.register(_name, _mask_where_padded)
