@@ -52,7 +52,7 @@ def test_mllama_is_padded_and_the_reason_is_said(make_options, capsys):
 
 
 def test_padding_free_true_is_refused_where_it_would_be_wrong(make_options):
-    with pytest.raises(UserError, match="padding_free.*cannot be true for this model"):
+    with pytest.raises(UserError, match=r"padding_free.*cannot be true for this model"):
         tuning.train(make_options("mllama", max_steps=1, padding_free=True))
 
 
