@@ -129,11 +129,10 @@ class RunConfig:
             flat.update({entry.name: getattr(section, entry.name) for entry in fields(section)})
         settable = {entry.name for entry in fields(TrainingArguments) if entry.init}
         training = {name: value for name, value in self.training.to_dict().items() if name in settable}
-        if self.group_by_length is None:
-            training["train_sampling_strategy"] = None
-        if self.data.max_tokens_per_batch:
-            training["per_device_train_batch_size"] = None
-        return flat | {name: value for name, value in training.items() if name not in ("hub_token", "local_rank")}
+        unsaid = {"hub_token", "local_rank"}
+        unsaid |= {"train_sampling_strategy"} if self.group_by_length is None else set()
+        unsaid |= {"per_device_train_batch_size"} if self.data.max_tokens_per_batch else set()
+        return flat | {name: value for name, value in training.items() if name not in unsaid}
 
 
 SECTIONS = {

@@ -55,6 +55,8 @@ class RowLengths:
 
     def _measure(self, numbers: np.ndarray, *, show: bool = False) -> None:
         """Measure rows given by their sorted numbers in `known`."""
+        if not len(numbers):
+            return
         chunks, places = [], []
         for part, (start, end) in enumerate(itertools.pairwise(self.ends)):
             inside = numbers[np.searchsorted(numbers, start) : np.searchsorted(numbers, end)]
