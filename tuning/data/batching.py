@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Sampler
 
 # Rows are sorted by length within windows of so many optimizer steps, and of so many rows: fewer rows leave more
-# padding (1024 leave 3 to 6 % where random batches of eight have 50 to 65 %), more make training wait for lengths.
+# padding, more make training wait for their lengths.
 STEPS_OF_WINDOW, LEAST_ROWS, MOST_ROWS = 16, 1024, 4096
 NOT_TRAINED = 1  # the length of a row that is bad or left out: one untrained token takes its place
 

@@ -22,7 +22,7 @@ class RowLengths:
     """Lengths of the rows of `source`, each measured when first asked for.
 
     `exact`: in tokens as they are trained; else the text is not rendered or tokenized, but estimated from its bytes,
-    which takes a seventh of the time. Rows that are not trained count `NOT_TRAINED`: a bad one is met when it is
+    which is several times as fast. Rows that are not trained count `NOT_TRAINED`: a bad one is met when it is
     encoded. `workers`: how many processes measure exactly, and `start_worker`, what each of them does first.
     """
 
