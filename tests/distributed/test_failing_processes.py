@@ -177,6 +177,7 @@ def test_vlm_tuning_train_starts_the_processes_and_marks_the_end(train, tmp_path
     code, said = train().finish()
     assert code == 0, said
     assert said.count("Done: ") == 1
+    assert "Batches are padding-free." in said
     assert "FSDP shards over accelerators, and there is none" in said
     assert (tmp_path / "out" / ".complete").exists()
 

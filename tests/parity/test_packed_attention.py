@@ -1,5 +1,6 @@
 """Attention over samples end to end = plain attention of each sample by itself, in float64 and 16 bits."""
 
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from tuning.model import packed_attention as module
 from tuning.model.packed_attention import PACKED, packed_attention
 
 LENGTHS = (5, 1, 12, 7)
@@ -102,3 +104,38 @@ def test_dropout_drops_within_samples_and_keeps_the_mean():
 def test_what_it_cannot_do_is_refused(extra):
     with pytest.raises(NotImplementedError):
         packed_attention(MODULE, *states(4, 4, torch.float64), None, cu_seq_lens_q=BOUNDS, **extra)
+
+
+def varlen_like(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """torch.nn.attention.varlen's contract (torch 2.13), by the plain formula. Runs on the CPU, which that does not."""
+    assert (cu_seq_q is cu_seq_k, max_q, max_k) == (True, max(LENGTHS), max(LENGTHS))
+    assert cu_seq_q.dtype == torch.int32
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert window_size[1] == 0  # causal
+    window = window_size[0] + 1 if window_size[0] >= 0 else None
+    query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
+    return separately(query, key, value, scaling=scale, sliding_window=window)[0]
+
+
+def varlen_of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert is_causal
+    return varlen_like(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0))
+
+
+@pytest.mark.parametrize("kernel", [varlen_like, varlen_of_torch_2_10])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("name", ["plain", "a scale of its own", "a sliding window"])
+def test_the_flash_kernel_is_asked_for_the_same(kernel, heads, name, monkeypatch):
+    takes = set(inspect.signature(kernel).parameters)
+    monkeypatch.setattr(module, "varlen_attn", kernel)
+    monkeypatch.setattr(module, "_VARLEN_TAKES", takes)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    half = [tensor.detach().to(torch.bfloat16) for tensor in states(*heads, torch.float64)]
+    asked = {"cu_seq_lens_q": BOUNDS, "max_length_q": max(LENGTHS), **SETTINGS[name]}
+    suits = module._suits_flash(half[0], 0.0, None, SETTINGS[name].get("sliding_window"))
+    assert suits == ("window_size" in takes or name != "a sliding window")
+    got = AttentionInterface()[module.PACKED_FLASH](MODULE, *half, None, **asked)[0]
+    expected = separately(*(tensor.double() for tensor in half), **SETTINGS[name])
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=0.05)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import LAYOUTS, build_model, build_processor, save_layout
-from transformers import LlavaForConditionalGeneration, MllamaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from tuning.config.arguments import ModelArguments
 from tuning.errors import UserError
@@ -78,31 +78,22 @@ def test_a_text_model_is_refused(tmp_path):
 
 
 CHOICES = {
-    "asked not to": ({"use_flash_attn": False}, True, "sdpa", "use_flash_attn is false"),
-    "no GPU": ({"device_type": "cpu"}, True, "sdpa", "needs a CUDA GPU"),
-    "not installed": ({}, False, "sdpa", "not installed"),
-    "wrong precision": ({"dtype": torch.float32}, True, "sdpa", "bfloat16 or float16"),
-    "all there": ({}, True, "flash_attention_2", "FlashAttention-2"),
+    "asked not to": ({"use_flash_attn": False}, "sdpa", "packed", "use_flash_attn is false"),
+    "no GPU": ({"device_type": "cpu"}, "sdpa", "packed", "needs a CUDA GPU"),
+    "wrong precision": ({"dtype": torch.float32}, "sdpa", "packed", "bfloat16 or float16"),
+    "all there": ({}, "sdpa", "packed_flash", "torch.nn.attention.varlen"),
+    "named": ({"attn_implementation": "flash_attention_2"}, *["flash_attention_2"] * 2, "as attn_implementation says"),
+    "named, padded": ({"attn_implementation": "eager"}, "eager", None, "as attn_implementation says"),
 }
 
 
 @pytest.mark.parametrize("case", CHOICES)
-def test_attention_is_chosen_and_explained(case, monkeypatch):
-    changes, installed, expected, words = CHOICES[case]
-    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: installed)
-    situation = {"use_flash_attn": True, "dtype": torch.bfloat16, "device_type": "cuda"} | changes
-    chosen, sentence = attention.choose_attention(LlavaForConditionalGeneration, **situation)
-    assert chosen == expected
-    assert words in sentence
-
-
-def test_mllama_never_gets_flash_attention_and_the_user_is_told(monkeypatch):
-    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
-    chosen, sentence = attention.choose_attention(
-        MllamaForConditionalGeneration, use_flash_attn=True, dtype=torch.bfloat16, device_type="cuda"
-    )
-    assert chosen == "sdpa"
-    assert "was asked for" in sentence
+def test_attention_is_chosen_and_explained(case):
+    changes, loaded, packed, words = CHOICES[case]
+    situation = {"use_flash_attn": True, "attn_implementation": None, "dtype": torch.bfloat16, "device_type": "cuda"}
+    chosen = attention.choose_attention(LlavaForConditionalGeneration, **(situation | changes))
+    assert (chosen.loaded, chosen.packed) == (loaded, packed)
+    assert words in chosen.reason
 
 
 def test_without_a_launcher_one_of_several_gpus_is_used_and_said(capsys):

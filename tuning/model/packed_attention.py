@@ -4,7 +4,7 @@ transformers' attention interface: https://huggingface.co/docs/transformers/atte
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -56,15 +56,20 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if flash and cu_seq_lens_q is not None and _suits_flash(query, dropout, softcap, sliding_window):
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, groups), None
-    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     attend = partial(_attend, dropout=dropout, scaling=scaling, window=sliding_window, softcap=softcap)
-    samples = zip(*(_cut(states, bounds) for states in (query, key, value)), strict=True)
-    return torch.cat([attend(*sample).transpose(1, 2) for sample in samples], dim=1), None
+    return _one_by_one(attend, query, key, value, cu_seq_lens_q), None
 
 
-def _cut(states: torch.Tensor, bounds: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    return states.split([end - start for start, end in pairwise(bounds)], dim=2)
+@torch.compiler.disable
+def _one_by_one(
+    attend: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor | None
+) -> torch.Tensor:
+    """Samples have other lengths every time: compiled, this would be compiled again every time."""
+    ends = [0, query.shape[2]] if bounds is None else bounds.tolist()
+    lengths = [end - start for start, end in pairwise(ends)]
+    samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat([attend(*sample).transpose(1, 2) for sample in samples], dim=1)
 
 
 def _attend(

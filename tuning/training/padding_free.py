@@ -65,7 +65,8 @@ def compare_with_separate(
     `CANNOT_RUN` where the model does not run so at all.
     """
     assert attention.packed is not None
-    alone, together = replace(collator, padding_free=False), replace(collator, padding_free=True)
+    alone = replace(collator, padding_free=False, filler=None)
+    together = replace(alone, padding_free=True)
     was_training = model.training
     model.eval()
     try:

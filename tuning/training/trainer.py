@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
@@ -23,6 +23,7 @@ from tuning.data.lengths import RowLengths
 from tuning.data.token_budget import TokenBatches
 from tuning.errors import EXIT_STOPPED, RunEnded, UserError
 from tuning.model.attention import Attention, set_decoder_attention
+from tuning.model.compilation import compile_layers
 from tuning.model.fsdp import give_addresses
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.callbacks import JsonLinesLog, SkippedRowsFile
@@ -80,6 +81,8 @@ class SupervisedTrainer(ResumableTrainer):
         self._batches_of_step = list[BatchFacts]()
         self._losses_of_step = list[torch.Tensor]()
         self.stop_reason = ""
+        self.wrap_classes = wrap_classes or []
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # `compile_layers` does it, layer by layer
         self.add_callback(_StepCallback(self))
         self.add_callback(JsonLinesLog(self.args.output_dir))
         if self.is_fsdp_enabled:
@@ -106,6 +109,10 @@ class SupervisedTrainer(ResumableTrainer):
         if not obstacle:
             set_decoder_attention(model, self.attention.packed)
         say(f"Batches are padded to their longest row: {obstacle}." if obstacle else "Batches are padding-free.")
+        if self.args.torch_compile:
+            backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
+            layers = compile_layers(model, self.wrap_classes, backend=backend, mode=mode)
+            say(f"{layers} layers are compiled ({backend}): the first steps take longer.")
 
     def get_train_dataloader(self) -> DataLoader:
         """Rows in an order that the number of processes does not change, and this process's share of each batch."""

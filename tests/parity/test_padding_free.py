@@ -1,0 +1,156 @@
+"""Rows end to end = rows padded, in loss and every gradient; and models for which it is not so are found out."""
+
+import functools
+
+import pytest
+import torch
+from test_supervised_loss import assert_same_gradients, gradients, make_batch
+from tiny_models import LAYOUTS, build_model, build_processor
+
+from tuning.data.chat import ChatFormat
+from tuning.data.collator import probe_collator
+from tuning.data.encode import Encoder
+from tuning.model.attention import Attention, set_decoder_attention
+from tuning.model.packed_attention import PACKED
+from tuning.training.loss import install_supervised_loss, supervised_loss
+from tuning.training.padding_free import compare_with_separate, find_obstacle
+
+PLAIN = [layout for layout in LAYOUTS if layout != "mllama"]
+ATTENTION = Attention("sdpa", PACKED, "")
+
+
+def batches(layout: str) -> list[dict]:
+    """The same samples padded, and end to end."""
+    samples, collator = make_batch(layout), probe_collator(build_processor(layout))
+    made = []
+    for collator.padding_free in (False, True):
+        batch = collator(samples)
+        del batch["facts"]
+        made.append({k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()})
+    return made
+
+
+@pytest.mark.parametrize("layout", PLAIN)
+def test_loss_and_gradients_equal_padded_ones(layout):
+    padded, packed = batches(layout)
+    model = build_model(layout, dtype=torch.float64)
+    install_supervised_loss(model)
+    expected_loss = model(**padded).loss
+    expected_loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    set_decoder_attention(model, PACKED)
+    loss = model(**packed).loss
+    loss.backward()
+    assert packed["input_ids"].shape == (1, int(padded["attention_mask"].sum()))
+    assert abs(loss.item() - expected_loss.item()) < 1e-10
+    assert_same_gradients(gradients(model), expected)
+
+
+@pytest.mark.parametrize("layout", PLAIN)
+def test_no_mask_of_tokens_by_tokens_is_made(layout):
+    """The largest tensor that attention gets or makes is far below tokens × tokens."""
+    packed = batches(layout)[1]
+    model = build_model(layout, dtype=torch.float64)
+    install_supervised_loss(model)
+    set_decoder_attention(model, PACKED)
+    masks = []
+    for layer in model.get_decoder().layers:
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+    model(**packed)
+    assert masks == [None] * len(model.get_decoder().layers)
+
+
+@functools.cache
+def encoder_of(layout: str) -> Encoder:
+    processor = build_processor(layout)
+    return Encoder(processor, ChatFormat(processor), 4096)
+
+
+@pytest.mark.parametrize("layout", PLAIN)
+def test_a_right_model_is_found_right(layout):
+    model, encoder = build_model(layout), encoder_of(layout)
+    install_supervised_loss(model)
+    collator = probe_collator(encoder.processor)
+    assert compare_with_separate(model, model, encoder.probes(), collator, ATTENTION) < 1e-5
+    assert find_obstacle(model, model, encoder.probes(), collator, ATTENTION, half=False) == ""
+    assert model.config.get_text_config()._attn_implementation == "sdpa"  # as it was
+
+
+def test_mllama_is_padded_because_of_its_images():
+    model, encoder = build_model("mllama"), encoder_of("mllama")
+    obstacle = find_obstacle(model, model, encoder.probes(), probe_collator(encoder.processor), ATTENTION, half=False)
+    assert "images of each row apart" in obstacle
+
+
+def attend_across(attend):
+    """Attention that ignores where samples begin."""
+    return lambda *args, **kwargs: attend(*args, **{**kwargs, "cu_seq_lens_q": None})
+
+
+def forget_positions(forward):
+    """A decoder that makes its own of the positions it is given."""
+    return lambda position_ids=None, **kwargs: forward(
+        position_ids=None if position_ids is None else position_ids // 9, **kwargs
+    )
+
+
+@pytest.mark.parametrize("fault", ["leak", "positions", "refusal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_mixes_samples_is_found_out(fault, dtype, monkeypatch):
+    from transformers import AttentionInterface
+
+    model, encoder = build_model("granite_vision"), encoder_of("granite_vision")
+    with torch.no_grad():
+        for parameter in model.get_decoder().parameters():
+            parameter.mul_(8)  # random weights are so small that attention does nothing
+    model.to(dtype)
+    install_supervised_loss(model)
+    decoder, stock = model.get_decoder(), AttentionInterface()[PACKED]
+    if fault == "leak":
+        monkeypatch.setitem(AttentionInterface()._global_mapping, PACKED, attend_across(stock))
+    elif fault == "positions":
+        monkeypatch.setattr(decoder, "forward", forget_positions(decoder.forward))
+    else:
+        monkeypatch.setitem(AttentionInterface()._global_mapping, PACKED, lambda *args, s_aux: None)
+    collator, probes = probe_collator(encoder.processor), encoder.probes()
+
+    def forward(**batch):
+        return model(**{k: v.to(dtype) if "pixel" in k else v for k, v in batch.items()})
+
+    obstacle = find_obstacle(model, forward, probes, collator, ATTENTION, half=dtype == torch.bfloat16)
+    assert (
+        "does not take rows end to end (TypeError" if fault == "refusal" else "would give other results"
+    ) in obstacle
+    monkeypatch.undo()
+    assert find_obstacle(model, forward, probes, collator, ATTENTION, half=dtype == torch.bfloat16) == ""
+
+
+@pytest.mark.parametrize("positions_at_once", [1, 3, 7, 8, 100])
+def test_a_loss_in_chunks_is_the_loss_at_once(positions_at_once):
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
+    head = torch.nn.Linear(6, 11).double()
+    labels = torch.randint(0, 11, (2, 9))
+    labels[0, :5] = labels[1, 4] = -100
+
+    def run(**settings) -> list:
+        hidden.grad = None
+        head.zero_grad()
+        loss = supervised_loss(hidden, labels, head, lambda logits: torch.tanh(logits) * 3, 5, **settings)
+        loss.backward()
+        return [loss, hidden.grad, head.weight.grad, head.bias.grad]
+
+    for got, expected in zip(run(positions_at_once=positions_at_once), run(positions_at_once=10**6), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_never_more_logits_at_once_than_allowed():
+    shapes = []
+    head = torch.nn.Linear(4, 50)
+    head.register_forward_hook(lambda module, given, output: shapes.append(len(output)))
+    hidden = torch.randn(1, 101, 4, requires_grad=True)
+    supervised_loss(hidden, torch.zeros(1, 101, dtype=torch.long), head, lambda x: x, positions_at_once=30).backward()
+    assert shapes == [30, 30, 30, 10, 10, 30, 30, 30]  # the forward's, and again in the backward
