@@ -16,8 +16,10 @@ from transformers import PreTrainedConfig
 from tuning.config.arguments import RunConfig
 from tuning.config.parse import build_config, describe_options, read_options
 from tuning.console import say
+from tuning.data.batching import NOT_TRAINED
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder, Sample
+from tuning.data.lengths import RowLengths
 from tuning.data.measure import CHUNK, Measured, RowMeter, measure_rows
 from tuning.data.sources import Part, Row, Stream, read_part
 from tuning.data_paths import open_rows, open_validation_rows
@@ -27,13 +29,14 @@ from tuning.model.attention import set_decoder_attention
 from tuning.model.packed_attention import PACKED
 from tuning.model.parts import find_parts, freeze_parameters, parameter_table
 from tuning.model_plan import pick_attention, plan_model, prepare_model
-from tuning.preview.estimates import Lengths, count_processes, estimate_run
+from tuning.preview.estimates import Lengths, count_processes, estimate_run, rows_of_a_step
 from tuning.preview.memory import MemoryEstimate, estimate_memory
 from tuning.preview.page import render_page
 from tuning.preview.report import Problem, Report, SampleRow
 from tuning.preview.rows import show_row
 from tuning.sft_trainer import make_encoder
 from tuning.training.checkpoint import run_date, write_json, write_text
+from tuning.training.epochs import pack_batches
 from tuning.training.padding_free import find_structural_obstacle
 
 SHOWN_PER_KIND = 3
@@ -110,7 +113,8 @@ def check(config: RunConfig) -> Report:
     chosen = lengths.spread(config.check.sample_rows)
     samples = findings.attempt(lambda row: show_row(row, encoder), map(rows, chosen))
     batch = findings.attempt(encoder.encode, map(rows, heaviest(config, lengths)))
-    memory, settings = describe_model(config, model_config, encoder, batch)
+    padded = pads_batches(config, model_config, encoder)
+    memory, settings = describe_model(config, model_config, encoder, batch, padded=padded)
     totals = {**count_totals(findings, lengths), **{f"validation_{k}": v for k, v in _few(validation).items()}}
     report = Report(
         model=config.model.model_name_or_path,
@@ -119,8 +123,12 @@ def check(config: RunConfig) -> Report:
         problems=[*findings.problems, *(validation.problems if validation else [])],
         lengths=lengths.by_role(),
         image_sizes=findings.image_sizes,
-        padding=lengths.padding_shares(config.training.per_device_train_batch_size, config.training.seed),
-        estimates=estimate_run(config, source, lengths, memory),
+        padding=lengths.padding_shares(
+            config.training.per_device_train_batch_size, config.training.seed, rows_of_a_step(config)
+        ),
+        estimates=estimate_run(
+            config, source, lengths, memory, count_batches(config, source, lengths, encoder, padded=padded)
+        ),
         settings=settings,
         warnings=[*find_warnings(findings, encoder), *compare_counts(samples, lengths, encoder)],
         samples=samples,
@@ -170,14 +178,33 @@ def find_rows(source: Any, lengths: Lengths):
 
 def heaviest(config: RunConfig, lengths: Lengths) -> list[int]:
     """The rows of the batch that needs the most memory."""
-    order = np.argsort(-lengths.tokens, kind="stable")[: config.training.per_device_train_batch_size]
+    order, size = np.argsort(-lengths.tokens, kind="stable"), config.training.per_device_train_batch_size
     if not len(order):
         return []
-    return [int(order[i % len(order)]) for i in range(config.training.per_device_train_batch_size)]
+    if config.data.max_tokens_per_batch:
+        size = max(1, config.data.max_tokens_per_batch // int(lengths.tokens[order[0]]))
+    return [int(order[i % len(order)]) for i in range(size)]
+
+
+def pads_batches(config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder) -> bool:
+    """Whether batches of this model are padded, as far as can be told without running it."""
+    obstacle = find_structural_obstacle(pick_attention(config, model_config), probe_collator(encoder.processor))
+    return config.data.padding_free is False or obstacle != ""
+
+
+def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Encoder, *, padded: bool) -> int | None:
+    """Batches of an epoch with `max_tokens_per_batch`, all processes together; None where rows were not measured."""
+    budget = config.data.max_tokens_per_batch
+    if budget is None or config.check.max_rows:
+        return None
+    measured = RowLengths(source, encoder, exact=True)
+    measured.known[:] = NOT_TRAINED
+    measured.known[np.take(measured.ends, lengths.part) + lengths.number] = lengths.tokens
+    return pack_batches(config.training, len(source), measured, budget, padded=padded).number_of_batches()
 
 
 def describe_model(
-    config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder, samples: list[Sample]
+    config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder, samples: list[Sample], *, padded: bool
 ) -> tuple[MemoryEstimate | None, dict[str, str]]:
     """What trains and how, read from a model without weights, and the memory that a step on `samples` needs."""
     plan = plan_model(config, model_config, encoder)
@@ -197,7 +224,7 @@ def describe_model(
     if not samples:
         return None, settings
     collator = probe_collator(encoder.processor)
-    collator.padding_free = config.data.padding_free is not False and not find_structural_obstacle(attention, collator)
+    collator.padding_free = not padded
     batch = collator(samples)
     del batch["facts"]
     if collator.padding_free:

@@ -130,6 +130,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         wrap_classes=plan.wrap_classes,
         image_limit=encoder.max_images,
         max_bad_fraction=config.data.max_bad_fraction,
+        group_by_length=config.group_by_length,
+        max_tokens_per_batch=config.data.max_tokens_per_batch,
     )
     return run(trainer, config, progress)
 

@@ -29,6 +29,10 @@ CASES |= {f"{layout} arranged": (layout, ARRANGED) for layout in ("granite_visio
 CASES |= {
     "mllama arranged lora": ("mllama", ARRANGED | LORA),
     "grouped by length": ("llava_next_vicuna", {"train_sampling_strategy": "group_by_length"}),
+    "grouped by length, padded": ("granite_vision", {"padding_free": False}),
+    "token budget": ("llava_next_vicuna", {"max_tokens_per_batch": 200}),
+    "token budget, padded": ("llava15", {"max_tokens_per_batch": 200, "padding_free": False}),
+    "token budget, max_steps": ("llava15", {"max_tokens_per_batch": 200, "max_steps": 7}),
     "streamed": ("llava16_mistral", {"streaming": True, "max_steps": 6}),
     "streamed by workers": ("llava15", {"streaming": True, "max_steps": 6, "dataloader_num_workers": 2}),
     "checkpointed": ("granite_vision", {"gradient_checkpointing": True}),
@@ -47,14 +51,16 @@ def make_job(models, rows, folder: Path, case: str, size: int, steps: int) -> di
     layout, changes = CASES[case]
     if "training_data_path" in changes:
         changes = {**changes, "training_data_path": str(rows.parent / changes["training_data_path"])}
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+    if "max_tokens_per_batch" in changes:  # four batches a step, however many processes there are
+        sizes = {"gradient_accumulation_steps": 4 if size == 8 else 2}
     return {
         "model_name_or_path": str(models[layout]),
         "training_data_path": str(rows),
         "validation_data_path": str(rows),
         "output_dir": str(folder),
-        "per_device_train_batch_size": size,
         "per_device_eval_batch_size": size,
-        "gradient_accumulation_steps": steps,
+        **sizes,
         "dataloader_num_workers": 0,
         "environ": {"FSDP_TRANSFORMER_CLS_TO_WRAP": ""},
         **COMMON,
@@ -100,7 +106,10 @@ def two_processes(request, tmp_path_factory, models, mixed_rows):
 def test_two_processes_train_what_one_does(case, split, one_process, two_processes):
     alone, together = one_process / case, two_processes / f"{case} {split}"
     expected, found = losses_of(alone), losses_of(together)
-    assert len(expected["loss"]) == 6  # two epochs of 8 + 8 + 3 rows
+    if "max_tokens_per_batch" in CASES[case][1]:
+        assert len(expected["loss"]) > 6
+    else:
+        assert len(expected["loss"]) == 6  # two epochs of 8 + 8 + 3 rows
     assert found["supervised_tokens"] == expected["supervised_tokens"]
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=0)
     torch.testing.assert_close(found["eval_loss"], expected["eval_loss"], rtol=1e-5, atol=0)

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 from tiny_models import LAYOUTS
 
+import tuning
 from tuning import cli
 from tuning.check import check
 from tuning.config.parse import build_config
@@ -77,6 +78,18 @@ def test_rows_are_counted_as_training_encodes_them(layout, make_options, write_r
         assert measured.tokens == len(ids)
         assert measured.supervised_tokens == (labels != IGNORED).sum()
         assert measured.image_tokens == (ids == encoder.image_token_id).sum() or layout == "mllama"
+
+
+@pytest.mark.parametrize(("layout", "padding_free"), [("llava15", "auto"), ("llava15", False), ("mllama", "auto")])
+def test_the_steps_of_a_token_budget_are_those_that_training_takes(layout, padding_free, make_options, capsys):
+    options = make_options(layout, max_tokens_per_batch=300, padding_free=padding_free, gradient_accumulation_steps=2)
+    del options["per_device_train_batch_size"]
+    _, report, _ = run_check({**options, "num_train_epochs": 2}, capsys)
+    steps = report["estimates"]["steps"]["value"]
+    assert steps == 2 * report["estimates"]["steps_per_epoch"]["value"] > 2
+    assert tuning.train({**options, "num_train_epochs": 2}).global_step == steps
+    _, part, _ = run_check({**options, "max_rows": 8}, capsys)
+    assert "at least" in part["estimates"]["steps_per_epoch"]["how"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

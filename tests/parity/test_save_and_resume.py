@@ -1,6 +1,7 @@
 """What is on disk is what was trained; a run goes on from there, or says why it cannot."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from tiny_models import LAYOUTS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tuning
+from tuning.data.encode import Encoder
 from tuning.errors import UserError
+from tuning.sft_trainer import ROWS_CHECKED_FIRST
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 METHODS = {"full": {}, "lora": LORA}
@@ -83,6 +86,70 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(layout, method,
     assert_identical(weights_of(cut), weights_of(whole))
     assert read_steps(cut) == read_steps(whole)
     assert [step for step, _ in read_steps(cut)] == [1, 2, 3, 4, 5, 6]
+
+
+BATCHES = {
+    "grouped": {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 1},
+    "grouped, padded": {"padding_free": False, "per_device_train_batch_size": 1},
+    "budget": {"max_tokens_per_batch": 300},
+    "budget, padded": {"max_tokens_per_batch": 300, "padding_free": False},
+    "budget, epochs": {"max_tokens_per_batch": 300, "max_steps": -1, "num_train_epochs": 3},
+}
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+@pytest.mark.parametrize("stop", [1, 6])
+def test_a_run_goes_on_with_the_rows_it_would_have_had(batches, stop, make_options, tmp_path, monkeypatch):
+    monkeypatch.setattr("tuning.data.batching.STEPS_OF_WINDOW", 2)
+    monkeypatch.setattr("tuning.data.batching.LEAST_ROWS", 1)
+    monkeypatch.setattr("tuning.data.token_budget.WINDOW", 6)
+    changes = {"max_steps": 12, "gradient_accumulation_steps": 2, "save_steps": 1, **BATCHES[batches]}
+
+    def options(folder: str) -> dict:
+        made = make_options("llava15", **changes, output_dir=str(tmp_path / folder))
+        return made if "per_device_train_batch_size" in changes else _without(made, "per_device_train_batch_size")
+
+    whole = tuning.train(options("whole")).model_dir
+    cut = cut_back(whole, tmp_path / "cut", stop)
+    seen, encode = list[int](), Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda encoder, row: seen.append(row.number) or encode(encoder, row))
+    tuning.train(options("cut"))
+    assert_identical(weights_of(cut), weights_of(whole))
+    assert read_steps(cut) == read_steps(whole)
+    steps = len(read_steps(whole))
+    assert steps > 8
+    if "per_device_train_batch_size" in changes:
+        assert len(seen) == ROWS_CHECKED_FIRST + 2 * (steps - stop)  # no row of a step that was done
+
+
+def _without(options: dict, name: str) -> dict:
+    return {key: value for key, value in options.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({}, {"train_sampling_strategy": "random"}, 'train_sampling_strategy was "by padding", is "random"'),
+        ({}, {"padding_free": False}, 'padding_free was "auto", is false'),
+        ({"max_tokens_per_batch": 300}, {"max_tokens_per_batch": 200}, "max_tokens_per_batch was 300, is 200"),
+        ({"max_tokens_per_batch": 300}, {"per_device_train_batch_size": 4}, "max_tokens_per_batch was 300, is null"),
+        ({"max_tokens_per_batch": 300}, {"max_tokens_per_batch": 300, "max_steps": -1}, "what ends the run was"),
+        (
+            {"max_tokens_per_batch": 300},
+            {"max_tokens_per_batch": 300, "gradient_accumulation_steps": 2},
+            "processes × gradient_accumulation_steps was 1, is 2",
+        ),
+    ],
+)
+def test_what_decides_the_rows_of_a_step_cannot_change(before, after, told, make_options):
+    first, then = (
+        _without(make_options("llava15", max_steps=1), "per_device_train_batch_size") | changes
+        for changes in (before, after)
+    )
+    folder = tuning.train(first).model_dir
+    (folder / ".complete").unlink()
+    with pytest.raises(UserError, match=re.escape(told)):
+        tuning.train(then)
 
 
 def test_a_finished_run_is_not_repeated(make_options, capsys):

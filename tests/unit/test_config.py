@@ -212,6 +212,41 @@ def test_missing_local_paths_are_said_at_once(required):
     assert all(f"{name}: {path} does not exist" in message for name, path in missing.items())
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"per_device_train_batch_size": 4}, "max_tokens_per_batch, per_device_train_batch_size: both"),
+        ({"streaming": True, "max_steps": 1}, "it does not go with streaming"),
+        ({"train_sampling_strategy": "random"}, "which train_sampling_strategy random forbids"),
+        ({"group_by_length": False}, "which train_sampling_strategy random forbids"),
+        ({"auto_find_batch_size": True}, "max_tokens_per_batch, auto_find_batch_size: both"),
+    ],
+)
+def test_what_a_token_budget_does_not_go_with(required, options, told):
+    assert build_config({**required, "max_tokens_per_batch": 100}).data.max_tokens_per_batch == 100
+    with pytest.raises(UserError, match=told):
+        build_config({**required, "max_tokens_per_batch": 100, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "grouped"),
+    [
+        ({}, None),
+        ({"train_sampling_strategy": "group_by_length"}, True),
+        ({"group_by_length": True, "allow_remote_images": True}, True),
+        ({"group_by_length": False}, False),
+        ({"train_sampling_strategy": "sequential"}, False),
+        ({"allow_remote_images": True}, False),
+        ({"streaming": True, "max_steps": 1}, False),
+    ],
+)
+def test_rows_are_grouped_where_batches_are_padded_unless_something_speaks_against_it(required, options, grouped):
+    config = build_config({**required, **options})
+    assert config.group_by_length is grouped
+    if not config.data.allow_remote_images and not config.data.streaming:
+        assert build_config(config.to_dict()).group_by_length is grouped
+
+
 def test_hub_ids_and_template_text_are_not_taken_for_paths(required):
     options = {"model_name_or_path": "owner/name", "training_data_path": "rows", "chat_template": "{{ '/a/b.jinja' }}"}
     assert build_config({**required, **options}).model.model_name_or_path == "owner/name"

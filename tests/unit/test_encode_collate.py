@@ -311,16 +311,6 @@ def test_samples_and_errors_come_through_a_worker_process(tmp_path, monkeypatch)
     assert "there is no image file" in str(batches[1]["facts"].error)
 
 
-def test_lengths_are_estimated_without_opening_an_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    file = tmp_path / "rows.json"
-    rows = [{"messages": messages_of(1, answer="No. " * count), "images": ["none.png"]} for count in (9, 1, 5)]
-    file.write_text(json.dumps(rows), encoding="utf-8")
-    source = open_source(str(file), text_field="messages", image_field="images")
-    lengths = source.text_lengths()
-    assert lengths[1] < lengths[2] < lengths[0]
-
-
 def test_a_control_token_spread_over_two_parts_is_refused():
     messages = messages_of(0)
     messages[1]["content"] = [text("ab<|eot"), text("_id|>cd")]

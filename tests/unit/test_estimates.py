@@ -21,7 +21,7 @@ def test_padding_is_what_a_padded_batch_holds_beyond_its_tokens():
 
 
 def test_grouping_by_length_wastes_less():
-    shares = lengths_of([10, 100] * 32).padding_shares(8, seed=0)
+    shares = lengths_of([10, 100] * 32).padding_shares(8, seed=0, group=8)
     random, grouped = shares.values()
     assert grouped == 0 < random
 

@@ -59,6 +59,9 @@ class DataArguments:
     padding_free: bool | str = option(
         "auto", "Lay a batch's rows end to end instead of padding them; auto: where the model gives the same results."
     )
+    max_tokens_per_batch: int | None = option(
+        None, "Most tokens in a process's batch, padding included, instead of per_device_train_batch_size rows."
+    )
     overlong_rows: str = option(
         "error", "What to do with a longer row: error, drop, or truncate_text (shortens answers, never images)."
     )
@@ -101,7 +104,10 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run, checked and complete. `notes` are the sentences to tell the user about what was adjusted."""
+    """One run, checked and complete. `notes` are the sentences to tell the user about what was adjusted.
+
+    `group_by_length`: whether batches are of rows of similar length; None: where they are padded.
+    """
 
     model: ModelArguments
     lora: LoraArguments
@@ -110,6 +116,7 @@ class RunConfig:
     check: CheckArguments
     training: TrainingArguments
     notes: tuple[str, ...] = ()
+    group_by_length: bool | None = None
 
     @property
     def save_model_dir(self) -> str:
@@ -122,7 +129,10 @@ class RunConfig:
             flat.update({entry.name: getattr(section, entry.name) for entry in fields(section)})
         settable = {entry.name for entry in fields(TrainingArguments) if entry.init}
         training = {name: value for name, value in self.training.to_dict().items() if name in settable}
-        return flat | {name: value for name, value in training.items() if name not in ("hub_token", "local_rank")}
+        unsaid = {"hub_token", "local_rank"}
+        unsaid |= {"train_sampling_strategy"} if self.group_by_length is None else set()
+        unsaid |= {"per_device_train_batch_size"} if self.data.max_tokens_per_batch else set()
+        return flat | {name: value for name, value in training.items() if name not in unsaid}
 
 
 SECTIONS = {

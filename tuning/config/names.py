@@ -74,7 +74,7 @@ def _logging_dir(value: Any) -> dict[str, Any]:
 # Old name -> how its value is expressed now.
 REEXPRESSED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "warmup_ratio": _warmup_ratio,
-    "group_by_length": lambda value: {"train_sampling_strategy": "group_by_length"} if _truth(value) else {},
+    "group_by_length": lambda value: {"train_sampling_strategy": "group_by_length" if _truth(value) else "random"},
     "logging_dir": _logging_dir,
     "adafactor": lambda value: {"optim": "adafactor"} if _truth(value) else {},
     "save_safetensors": lambda value: {},

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from tuning.config import names
 from tuning.config.arguments import SECTIONS, TRAINING_DEFAULTS, RunConfig
-from tuning.config.validate import adjust, find_problems
+from tuning.config.validate import adjust, find_problems, groups_by_length
 from tuning.errors import UserError
 
 OWN_FIELDS = {entry.name: section for section, kind in SECTIONS.items() for entry in dataclasses.fields(kind)}
@@ -112,7 +112,8 @@ def build_config(options: Mapping[str, Any]) -> RunConfig:
     }
     training = {key: value for key, value in values.items() if key in names.TRAINING_FIELDS}
     try:
-        return RunConfig(**sections, training=TrainingArguments(**(TRAINING_DEFAULTS | training)), notes=notes)
+        training_arguments = TrainingArguments(**(TRAINING_DEFAULTS | training))
+        return RunConfig(**sections, training=training_arguments, notes=notes, group_by_length=groups_by_length(values))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(str(error), "config") from error
 

@@ -13,6 +13,7 @@ LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_sa
 AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("max_seq_length", "max_images_per_sample", "max_image_pixels", "max_messages_per_row", "max_rows"),
+    "max_tokens_per_batch",
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -45,6 +46,13 @@ def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if launch and "WORLD_SIZE" not in os.environ:
         notes.append(f"accelerate_launch_args is noted but has no effect on one process: {', '.join(launch)}.")
     return values, tuple(notes)
+
+
+def groups_by_length(values: Mapping[str, Any]) -> bool | None:
+    """Whether rows of similar length go together; None: where batches are padded. Not where each is fetched for it."""
+    if "train_sampling_strategy" in values:
+        return values["train_sampling_strategy"] == "group_by_length"
+    return False if values.get("allow_remote_images") or values.get("streaming") else None
 
 
 def _default_workers() -> int:
@@ -154,10 +162,25 @@ def _data_problems(values: Mapping[str, Any]):
         yield "streaming: needs max_steps, because the number of rows is not known"
     if values.get("streaming") and values.get("train_sampling_strategy") == "group_by_length":
         yield "train_sampling_strategy: group_by_length needs the lengths of all rows; it does not go with streaming"
+    yield from _budget_problems(values)
     if values.get("eval_strategy", "no") != "no" and not values.get("validation_data_path"):
         yield f"eval_strategy: {values['eval_strategy']} needs validation_data_path"
     if values.get("train_sampling_strategy") == "batch_rebalance":
         yield "train_sampling_strategy: batch_rebalance would encode every row before training; use random"
+
+
+def _budget_problems(values: Mapping[str, Any]):
+    if values.get("max_tokens_per_batch") is None:
+        return
+    if "per_device_train_batch_size" in values:
+        yield "max_tokens_per_batch, per_device_train_batch_size: both say how large a batch is; give one of them"
+    if values.get("streaming"):
+        yield "max_tokens_per_batch: needs the lengths of rows beforehand; it does not go with streaming"
+    strategy = values.get("train_sampling_strategy", "group_by_length")
+    if strategy != "group_by_length":
+        yield f"max_tokens_per_batch: packs rows by length, which train_sampling_strategy {strategy} forbids"
+    if values.get("auto_find_batch_size"):
+        yield "max_tokens_per_batch, auto_find_batch_size: both set the size of a batch; give one of them"
 
 
 def _training_problems(values: Mapping[str, Any]):

@@ -1,9 +1,11 @@
 """Rows → how many tokens each would have, from their text and the headers of their images, without decoding one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -117,8 +119,10 @@ class RowMeter:
             return Measured(part, prepared.row.number, error=encoder.nothing_trained(prepared))
         return row
 
-    def image_cost(self, size: tuple[int, int]) -> int:
-        """Tokens that an image of (width, height) takes."""
+    def image_cost(self, size: tuple[int, int], *, rough: bool = False) -> int:
+        """Tokens that an image of (width, height) takes. `rough`: where there is no formula, that of similar size."""
+        if rough and not self._has_formula:
+            size = (1 << (size[0] - 1).bit_length(), 1 << (size[1] - 1).bit_length())
         if size not in self._costs:
             self._costs[size] = self._formula(size) if self._has_formula else self._process_blank(size)
         return self._costs[size]
@@ -134,38 +138,49 @@ class RowMeter:
 
 
 class _Chunks(Dataset):
-    """Runs of neighbouring rows, read as columns at once: row by row `datasets` takes several times as long."""
+    """Some rows of a part, read as columns at once: row by row `datasets` takes several times as long."""
 
-    def __init__(self, parts: list[Part], meter: RowMeter, limit: int | None):
-        self.parts, self.meter = parts, meter
-        starts = [(p, start) for p, part in enumerate(parts) for start in range(0, part.size, CHUNK)]
-        self.chunks, left = [], limit if limit is not None else sum(part.size for part in parts)
-        for p, start in starts:
-            stop = min(start + CHUNK, parts[p].size, start + left)
-            left -= max(0, stop - start)
-            if stop > start:
-                self.chunks.append((p, start, stop))
+    def __init__(self, parts: list[Part], chunks: Sequence[tuple[int, Sequence[int]]], measure: Callable):
+        self.parts, self.chunks, self.measure = parts, chunks, measure
 
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, index: int) -> list[Measured]:
-        p, start, stop = self.chunks[index]
+    def __getitem__(self, index: int) -> list[Any]:
+        p, numbers = self.chunks[index]
         part = self.parts[p]
-        columns = part.rows[start:stop]
+        columns = part.rows[numbers]
         rows = [
-            (p, part.row(start + offset, {name: values[offset] for name, values in columns.items()}))
-            for offset in range(stop - start)
+            (p, part.row(number, {name: values[place] for name, values in columns.items()}))
+            for place, number in enumerate(numbers)
         ]
-        return self.meter.measure(rows)
+        return self.measure(rows)
+
+
+def read_chunks(
+    parts: list[Part],
+    chunks: Sequence[tuple[int, Sequence[int]]],
+    measure: Callable[[list[tuple[int, Row]]], list[Any]],
+    *,
+    workers: int,
+    start_worker: Callable | None = None,
+) -> Iterator[list[Any]]:
+    """What `measure` makes of each chunk (a part's number, its rows' numbers) in turn, in `workers` processes."""
+    rows = _Chunks(parts, chunks, measure)
+    generator = torch.Generator().manual_seed(0)  # else the workers' seed is drawn from the one that dropout draws from
+    options = {"num_workers": workers, "collate_fn": _as_it_is, "worker_init_fn": start_worker, "generator": generator}
+    return iter(DataLoader(rows, batch_size=None, **options))
 
 
 def measure_rows(parts: list[Part], meter: RowMeter, *, limit: int | None, workers: int) -> Iterator[list[Measured]]:
     """Measure the rows of all parts, the first `limit` of them if given, in `workers` processes."""
-    chunks = _Chunks(parts, meter, limit)
-    loader = DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
-    return iter(loader)
+    chunks, left = list[tuple[int, range]](), limit if limit is not None else sum(part.size for part in parts)
+    for p, part in enumerate(parts):
+        for start in range(0, min(part.size, left), CHUNK):
+            chunks.append((p, range(start, min(start + CHUNK, part.size, left))))
+        left -= min(part.size, left)
+    return read_chunks(parts, chunks, meter.measure, workers=workers)
 
 
-def _as_it_is(chunk: list[Measured]) -> list[Measured]:
+def _as_it_is(chunk: list[Any]) -> list[Any]:
     return chunk

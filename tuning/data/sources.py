@@ -15,7 +15,6 @@ import datasets
 import pyarrow
 from datasets.exceptions import DatasetGenerationError
 from datasets.features import Image, Json, List
-from tqdm import tqdm
 
 from tuning.data.formats import RowFormat, detect_format
 from tuning.errors import UserError
@@ -80,24 +79,17 @@ class Source:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Row:
+    def place(self, index: int) -> tuple[int, int]:
+        """The number of the part that has this row, and the row's number in it."""
         number = bisect.bisect_right(self._ends, index)
-        part = self.parts[number]
-        row = index - (self._ends[number - 1] if number else 0)
-        return part.row(row, part.rows[row])
+        return number, index - (self._ends[number - 1] if number else 0)
+
+    def __getitem__(self, index: int) -> Row:
+        number, row = self.place(index)
+        return self.parts[number].row(row, self.parts[number].rows[row])
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.__getitem__, range(len(self)))
-
-    def text_lengths(self) -> list[int]:
-        """The length of every row's text in characters; no image is opened."""
-        lengths = list[int]()
-        with tqdm(total=len(self), desc="measuring rows", unit="row") as progress:
-            for part in self.parts:
-                for columns in part.rows.select_columns(list(part.form.text_fields)):
-                    lengths.append(sum(len(str(value)) for value in columns.values()))
-                    progress.update()
-        return lengths
 
     def identity(self) -> list[list]:
         """Name and number of rows of every part: what tells changed data from the same data."""
@@ -124,17 +116,19 @@ class Mixture:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Row:
+    def place(self, index: int) -> tuple[int, int]:
+        """As `Source.place`, in the parts of all sources."""
         number = bisect.bisect_right(self._ends, index)
-        source = self.sources[number]
-        return source[(index - (self._ends[number - 1] if number else 0)) % len(source)]
+        source, before = self.sources[number], sum(len(source.parts) for source in self.sources[:number])
+        part, row = source.place((index - (self._ends[number - 1] if number else 0)) % len(source))
+        return before + part, row
+
+    def __getitem__(self, index: int) -> Row:
+        number, row = self.place(index)
+        return self.parts[number].row(row, self.parts[number].rows[row])
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.__getitem__, range(len(self)))
-
-    def text_lengths(self) -> list[int]:
-        pairs = zip(self.sources, self.draws, strict=True)
-        return [n for source, draws in pairs for n in itertools.islice(itertools.cycle(source.text_lengths()), draws)]
 
     def identity(self) -> list[list]:
         return [entry for source in self.sources for entry in source.identity()]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tuning.config.arguments import RunConfig
+from tuning.data.batching import RowOrder
 from tuning.data.sources import Mixture
 from tuning.preview.memory import MemoryEstimate
 from tuning.preview.rows import padding_share
@@ -42,11 +43,13 @@ class Lengths:
             even[-2 if len(even) > 2 else -1] = longest
         return sorted(set(even))
 
-    def padding_shares(self, batch_size: int, seed: int) -> dict[str, float]:
-        """Padding in batches of random rows, and in batches of rows of similar length."""
+    def padding_shares(self, batch_size: int, seed: int, group: int) -> dict[str, float]:
+        """Padding in batches of random rows, and in those of rows of similar length. `group`: rows of a step."""
+        rows = len(self.tokens)
+        by_length = RowOrder(rows, seed, lambda chosen: self.tokens[list(chosen)], group)
         orders = {
-            "random order": np.random.default_rng(seed).permutation(len(self.tokens)),
-            "train_sampling_strategy group_by_length": np.argsort(self.tokens, kind="stable"),
+            "train_sampling_strategy random": np.array(list(RowOrder(rows, seed)), dtype=np.int64),
+            "train_sampling_strategy group_by_length": np.array(list(by_length), dtype=np.int64),
         }
         return {name: padding_share(self.tokens, batch_size, order) for name, order in orders.items()}
 
@@ -58,25 +61,26 @@ def count_processes(config: RunConfig) -> int:
     return int(config.run.accelerate_launch_args.get("num_processes", 1))
 
 
+def rows_of_a_step(config: RunConfig) -> int:
+    training = config.training
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * count_processes(config)
+
+
 def estimate_run(
-    config: RunConfig, source: Any, lengths: Lengths, memory: MemoryEstimate | None
+    config: RunConfig, source: Any, lengths: Lengths, memory: MemoryEstimate | None, batches: int | None = None
 ) -> dict[str, tuple[float, str]]:
-    """Figures by name, each with how it was found."""
+    """Figures by name, each with how it was found. `batches`: of an epoch, with `max_tokens_per_batch`."""
     training, processes = config.training, count_processes(config)
     weights = _row_weights(source, lengths)
-    rows = float(weights.sum())
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
-    how = (
-        f"{rows:,.0f} rows in batches of {training.per_device_train_batch_size} × {processes} processes"
-        f" × {training.gradient_accumulation_steps} accumulated"
-    )
-    epochs = training.num_train_epochs if training.max_steps < 0 else training.max_steps * batch / max(rows, 1)
+    tokens = float(lengths.tokens @ weights)
+    steps_of_epoch, how = _steps_of_epoch(config, float(weights.sum()), tokens, batches)
+    epochs = training.num_train_epochs if training.max_steps < 0 else training.max_steps / max(steps_of_epoch, 1)
     estimates = {
-        "steps_per_epoch": (math.ceil(rows / batch), how),
-        "tokens_per_epoch": (float(lengths.tokens @ weights), "text and image tokens of all good rows, no padding"),
+        "steps_per_epoch": (steps_of_epoch, how),
+        "tokens_per_epoch": (tokens, "text and image tokens of all good rows, no padding"),
         "supervised_tokens_per_epoch": (float(lengths.supervised_tokens @ weights), "the tokens that are trained"),
         "steps": (
-            training.max_steps if training.max_steps > 0 else math.ceil(math.ceil(rows / batch) * epochs),
+            training.max_steps if training.max_steps > 0 else math.ceil(steps_of_epoch * epochs),
             f"{epochs:.3g} epochs",
         ),
     }
@@ -85,13 +89,28 @@ def estimate_run(
     activations = f"not found ({memory.unknown})"
     if memory.activations is not None:
         activations = f"{memory.activations / GIGABYTE:.3g}"
+    budget = config.data.max_tokens_per_batch
+    heaviest = f"{budget:,} tokens" if budget else f"the {training.per_device_train_batch_size} longest rows"
     how = (
-        f"one step on the {training.per_device_train_batch_size} longest rows, run without weights, counting tensors:"
+        f"one step on {heaviest}, run without weights, counting tensors:"
         f" weights {memory.weights / GIGABYTE:.3g}, gradients {memory.gradients / GIGABYTE:.3g}, optimizer"
         f" {memory.optimizer / GIGABYTE:.3g}, activations {activations} GB"
         + (f"; FSDP over {processes} processes" if processes > 1 else "")
     )
     return {**estimates, "peak_memory_gb_per_device": (memory.peak / GIGABYTE, how)}
+
+
+def _steps_of_epoch(config: RunConfig, rows: float, tokens: float, batches: int | None) -> tuple[int, str]:
+    training, processes, budget = config.training, count_processes(config), config.data.max_tokens_per_batch
+    together = processes * training.gradient_accumulation_steps
+    per_step = f"{processes} processes × {training.gradient_accumulation_steps} accumulated"
+    if budget is None:
+        how = f"{rows:,.0f} rows in batches of {training.per_device_train_batch_size} × {per_step}"
+        return math.ceil(rows / rows_of_a_step(config)), how
+    if batches is not None:
+        return math.ceil(batches / together), f"{batches:,} batches of at most {budget:,} tokens; {per_step}"
+    how = f"at least, as not all rows were measured: {tokens:,.0f} tokens in batches of {budget:,}; {per_step}"
+    return math.ceil(tokens / (budget * together)), how
 
 
 def _row_weights(source: Any, lengths: Lengths) -> np.ndarray:

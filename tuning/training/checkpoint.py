@@ -34,6 +34,7 @@ SAME_MODEL = ("model_name_or_path", "dtype", "processor_kwargs")
 SAME_FREEZING = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
 SAME_LORA = ("peft_method", "r", "lora_alpha", "target_modules", "bias", "modules_to_save", "use_rslora", "use_dora")
 ROWS_OF_A_STEP = "per_device_train_batch_size × processes × gradient_accumulation_steps"
+BATCHES_OF_A_STEP = "processes × gradient_accumulation_steps"
 SCHEDULE = ("num_train_epochs", "max_steps")
 FREE_TO_CHANGE = ("schedule", "date_string")
 
@@ -43,11 +44,28 @@ def run_identity(config: RunConfig, *, rows: list, architecture: str) -> dict[st
     options = config.to_dict()
     lora = SAME_LORA if config.lora.peft_method else ("peft_method",)
     same = {name: options[name] for name in (*SAME_MODEL, *SAME_FREEZING, *lora, *SAME_DATA, *SAME_ENCODING)}
-    training = config.training  # how far a run is in its data is counted in steps
-    same[ROWS_OF_A_STEP] = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
+    same |= _rows_of_a_step(config)
     schedule = {name: options[name] for name in SCHEDULE}
     same |= {"rows": rows, "architecture": architecture, "schedule": schedule, "date_string": run_date(config)}
     return json.loads(json.dumps(same))  # as it comes back from disk: tuples are lists
+
+
+def _rows_of_a_step(config: RunConfig) -> dict[str, Any]:
+    """What decides which rows are in which step: how far a run is in its data is counted in steps."""
+    training, budget = config.training, config.data.max_tokens_per_batch
+    by_padding = config.group_by_length is None and not budget
+    same: dict[str, Any] = {
+        "train_sampling_strategy": "by padding" if by_padding else training.train_sampling_strategy,
+        "max_tokens_per_batch": budget,
+    }
+    if by_padding or budget:
+        same["padding_free"] = config.data.padding_free
+    batches = training.world_size * training.gradient_accumulation_steps
+    if budget is None:
+        return same | {ROWS_OF_A_STEP: training.train_batch_size * batches}
+    same["train_sampling_strategy"] = "group_by_length"
+    end = SCHEDULE[training.max_steps > 0]  # with max_steps there is no short step at the end of an epoch
+    return same | {BATCHES_OF_A_STEP: batches, "what ends the run": end}
 
 
 def run_date(config: RunConfig) -> str:

@@ -19,20 +19,24 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in NO_MEMORY)
 
 
-def out_of_memory(training: TrainingArguments, batches: Sequence[BatchFacts], *, step: int, lora: bool) -> UserError:
-    """What was tried in step `step` when memory ran out, and what may help."""
+def out_of_memory(
+    training: TrainingArguments, batches: Sequence[BatchFacts], step: int, lora: bool, max_tokens: int | None = None
+) -> UserError:
+    """What was tried in step `step` when memory ran out, and what may help. `max_tokens`: max_tokens_per_batch."""
     tokens = ", ".join(f"{batch.tokens:,}" for batch in batches)
     return UserError(
         f"the {training.device.type.upper()} has no memory left in step {step}, on batches of {tokens} tokens.",
-        fix=f"What helps, most first: {'; '.join(_remedies(training, lora))}.",
+        fix=f"What helps, most first: {'; '.join(_remedies(training, lora, max_tokens))}.",
     )
 
 
-def _remedies(training: TrainingArguments, lora: bool) -> list[str]:
+def _remedies(training: TrainingArguments, lora: bool, max_tokens: int | None) -> list[str]:
     """The three settings most likely to help, in order: first those that leave what is trained as it is."""
     size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
     remedies = []
-    if size > 1:
+    if max_tokens:
+        remedies.append(f"max_tokens_per_batch {max_tokens // 2} with gradient_accumulation_steps {2 * steps}")
+    elif size > 1:
         fewer = size // 2
         steps = -(-size * steps // fewer)
         remedies.append(f"per_device_train_batch_size {fewer} with gradient_accumulation_steps {steps}")

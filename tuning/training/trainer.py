@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, gather_object
 from peft import PeftModel
@@ -18,16 +19,19 @@ from tuning.console import say
 from tuning.data.batching import RowOrder, SharedBatches
 from tuning.data.collator import BatchFacts, Collator
 from tuning.data.encode import Sample, Skipped
+from tuning.data.lengths import RowLengths
+from tuning.data.token_budget import TokenBatches
 from tuning.errors import EXIT_STOPPED, RunEnded, UserError
 from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.compilation import compile_layers
 from tuning.model.fsdp import give_addresses
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.callbacks import JsonLinesLog, SkippedRowsFile
+from tuning.training.epochs import begin_epoch, pack_batches, share_batches
 from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
 from tuning.training.interruption import Interruption, Workers
 from tuning.training.meter import Meter
-from tuning.training.padding_free import find_obstacle
+from tuning.training.padding_free import find_obstacle, find_structural_obstacle
 from tuning.training.processes import Processes
 from tuning.training.resumable import ResumableTrainer
 
@@ -51,12 +55,15 @@ class SupervisedTrainer(ResumableTrainer):
         wrap_classes: list[str] | None = None,
         image_limit: int | None = None,
         max_bad_fraction: float = 0.0,
+        group_by_length: bool | None = None,
+        max_tokens_per_batch: int | None = None,
         **kwargs,
     ):
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers' name for it
         super().__init__(*args, **kwargs)
         self.parts, self.identity, self.learning_rates = parts, identity, learning_rates
         self.collator, self.attention, self.padding_free, self.probes = collator, attention, padding_free, probes
+        self.group_by_length, self.max_tokens_per_batch = group_by_length, max_tokens_per_batch
         self.image_rule = (
             "only the first image is used" if image_limit == 1 else f"only the first {image_limit} images are used"
         )
@@ -109,43 +116,46 @@ class SupervisedTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Rows in an order that the number of processes does not change, and this process's share of each batch."""
-        lengths, step = None, self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if self.args.train_sampling_strategy == "group_by_length":
-            lengths = self.train_dataset.source.text_lengths()  # the stock sampler would encode every row
-        if self.args.train_sampling_strategy == "sequential":
-            seed = None
-        if not isinstance(self.train_dataset, IterableDataset):
-            self.row_order = RowOrder(len(self.train_dataset), seed, lengths, group=step)
-        return self._make_loader(self.train_dataset, self.args.train_batch_size, self.data_collator, self.row_order)
+        args, rows = self.args, self.train_dataset
+        if isinstance(rows, IterableDataset):  # rows that are streamed arrive as this process's share
+            return self._make_loader(rows, self.data_collator, batch_size=args.train_batch_size)
+        if self.max_tokens_per_batch:
+            padded = self.padding_free is False or find_structural_obstacle(self.attention, self.collator) != ""
+            workers = {"workers": args.dataloader_num_workers, "start_worker": self.workers.start}
+            lengths = RowLengths(rows.source, rows.encoder, exact=True, **workers)
+            if args.max_steps < 1:  # the steps of an epoch must be known
+                lengths.measure_all(self._add_up, rank=args.process_index, world=args.world_size)
+            self.train_batches = pack_batches(args, len(rows), lengths, self.max_tokens_per_batch, padded=padded)
+        else:
+            lengths = RowLengths(rows.source, rows.encoder)
+            self.train_batches = share_batches(args, len(rows), lengths, self.group_by_length)
+        return self._make_loader(rows, self.data_collator, batch_sampler=self.train_batches)
 
-    row_order: RowOrder | None = None
+    train_batches: SharedBatches | TokenBatches | None = None
+
+    def _add_up(self, numbers: np.ndarray) -> np.ndarray:
+        return self.accelerator.reduce(torch.from_numpy(numbers).to(self.args.device), "sum").cpu().numpy()
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         if self._eval_loader is None:
             rows = self.eval_dataset
-            order = RowOrder(len(rows))
-            self._eval_loader = self._make_loader(rows, self.args.eval_batch_size, self.collator, order)
+            order, rank, world = RowOrder(len(rows)), self.args.process_index, self.args.world_size
+            batches = SharedBatches(order, self.args.eval_batch_size, rank=rank, world=world)
+            self._eval_loader = self._make_loader(rows, self.collator, batch_sampler=batches)
         return self._eval_loader
 
     _eval_loader: DataLoader | None = None
 
-    def _make_loader(self, rows: Any, batch_size: int, collator: Callable, order: RowOrder | None) -> DataLoader:
+    def _make_loader(self, rows: Any, collator: Callable, **batches: Any) -> DataLoader:
         """A loader of this process's batches. accelerate would deal out rows in another way; see `SharedBatches`.
 
         It has a generator of its own: its workers' seed is not drawn from the one that dropout draws from, once when
         workers persist and again in the epoch after a resume, so that dropout would differ.
         """
-        args, shares = self.args, {}
-        if order is None:  # rows that are streamed arrive as this process's share
-            shares = {"batch_size": batch_size}
-        else:
-            drop_last = args.dataloader_drop_last and order is self.row_order
-            rank, world = args.process_index, args.world_size
-            shares = {"batch_sampler": SharedBatches(order, batch_size, rank=rank, world=world, drop_last=drop_last)}
+        args = self.args
         return DataLoader(
             rows,
-            **shares,
+            **batches,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
@@ -320,7 +330,7 @@ class SupervisedTrainer(ResumableTrainer):
                 raise
             lora = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
             step = self.state.global_step + 1
-            raise out_of_memory(self.args, self._batches_of_step, step=step, lora=lora) from error
+            raise out_of_memory(self.args, self._batches_of_step, step, lora, self.max_tokens_per_batch) from error
 
     def end_if_stopped(self) -> None:
         """Raises `RunEnded` where training was interrupted, with what to do next."""
@@ -363,8 +373,8 @@ class _StepCallback(TrainerCallback):
         self.trainer.settle_batches()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.trainer.row_order is not None:
-            self.trainer.row_order.set_epoch(int(state.epoch or 0))
+        if self.trainer.train_batches is not None:
+            begin_epoch(self.trainer.train_batches, args, state, padded=not self.trainer.collator.padding_free)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.end_of_backward()
