@@ -127,6 +127,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         wrap_classes=plan.wrap_classes,
         image_limit=encoder.max_images,
         max_bad_fraction=config.data.max_bad_fraction,
+        keep_master_weights=config.model.keep_master_weights,
     )
     return run(trainer, config, progress)
 

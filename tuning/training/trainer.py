@@ -19,11 +19,12 @@ from tuning.data.batching import RowOrder, SharedBatches
 from tuning.data.collator import BatchFacts
 from tuning.data.encode import Skipped
 from tuning.errors import EXIT_STOPPED, RunEnded, UserError
-from tuning.model.fsdp import give_addresses
+from tuning.model.fsdp import compute_in_half, give_addresses, raise_trained
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.callbacks import JsonLinesLog, SkippedRowsFile
 from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
 from tuning.training.interruption import Interruption, Workers
+from tuning.training.master_weights import hold_master_weights
 from tuning.training.meter import Meter
 from tuning.training.processes import Processes
 from tuning.training.resumable import ResumableTrainer
@@ -44,6 +45,7 @@ class SupervisedTrainer(ResumableTrainer):
         wrap_classes: list[str] | None = None,
         image_limit: int | None = None,
         max_bad_fraction: float = 0.0,
+        keep_master_weights: bool = True,
         eval_collator: Callable | None = None,
         **kwargs,
     ):
@@ -70,10 +72,15 @@ class SupervisedTrainer(ResumableTrainer):
         self.stop_reason = ""
         self.add_callback(_StepCallback(self))
         self.add_callback(JsonLinesLog(self.args.output_dir))
+        self.keep_master_weights = keep_master_weights and not self.is_deepspeed_enabled  # which has its own
+        self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = wrap_classes
-            give_addresses(self.model, raise_trained=self.accelerator.mixed_precision != "no")
+            mixed = self.accelerator.mixed_precision != "no"
+            if mixed or (keep_master_weights and compute_in_half(self.model, plugin)):
+                raise_trained(self.model)
+            give_addresses(self.model)
 
     def get_train_dataloader(self) -> DataLoader:
         """Rows in an order that the number of processes does not change, and this process's share of each batch."""
@@ -230,6 +237,8 @@ class SupervisedTrainer(ResumableTrainer):
         if any(rate is not None for rate in self.learning_rates.values()):
             groups = parameter_groups(model or self.model, self.parts, optimizer.param_groups, self.learning_rates)
             optimizer.param_groups[:] = groups
+        if self.keep_master_weights and not self.is_fsdp_enabled:  # it shards them in float32
+            hold_master_weights(optimizer)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
