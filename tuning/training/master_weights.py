@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
@@ -18,6 +19,24 @@ Shares = list[list[torch.Tensor]]  # parameters, one list a group
 def in_half(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Those of `parameters` whose updates a 16-bit weight would round away."""
     return [parameter for parameter in parameters if parameter.dtype in HALF]
+
+
+def explain_updates(model: nn.Module, *, kept: bool, sharded: bool) -> str:
+    """How trained 16-bit weights of `model` take up small updates, as a sentence; nothing where there are none.
+
+    An update of less than half a rounding step is lost: of a weight w the step is w × ε / 2 to w × ε.
+    """
+    half = in_half(parameter for parameter in model.parameters() if parameter.requires_grad)
+    if not half:
+        return ""
+    numbers, dtype = sum(parameter.numel() for parameter in half), half[0].dtype
+    what = f"{numbers:,} trained numbers are {str(dtype).removeprefix('torch.')}"
+    if not kept:
+        lost = round(4 / torch.finfo(dtype).eps)
+        return f"Warning: {what}, without master weights: an update below 1/{lost} of a number has no effect on it."
+    if sharded:
+        return f"{what}: FSDP shards them in float32 and computes in {str(dtype).removeprefix('torch.')}."
+    return f"{what}: the optimizer steps float32 copies, {4 * numbers / 1e9:.2g} GB (keep_master_weights)."
 
 
 def hold_master_weights(optimizer: Optimizer) -> Optimizer:

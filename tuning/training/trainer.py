@@ -24,7 +24,7 @@ from tuning.model.parts import Parts, parameter_groups
 from tuning.training.callbacks import JsonLinesLog, SkippedRowsFile
 from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
 from tuning.training.interruption import Interruption, Workers
-from tuning.training.master_weights import hold_master_weights
+from tuning.training.master_weights import explain_updates, hold_master_weights
 from tuning.training.meter import Meter
 from tuning.training.processes import Processes
 from tuning.training.resumable import ResumableTrainer
@@ -74,10 +74,13 @@ class SupervisedTrainer(ResumableTrainer):
         self.add_callback(JsonLinesLog(self.args.output_dir))
         self.keep_master_weights = keep_master_weights and not self.is_deepspeed_enabled  # which has its own
         self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        mixed = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"  # its trained weights are float32
+        how = explain_updates(self.model, kept=keep_master_weights or mixed, sharded=self.is_fsdp_enabled)
+        if how and not self.is_deepspeed_enabled:
+            say(how)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = wrap_classes
-            mixed = self.accelerator.mixed_precision != "no"
             if mixed or (keep_master_weights and compute_in_half(self.model, plugin)):
                 raise_trained(self.model)
             give_addresses(self.model)
