@@ -23,7 +23,6 @@ from tuning.model.parts import (
     find_parts,
     freeze_parameters,
     freeze_parts,
-    lower_frozen,
     parameter_table,
 )
 from tuning.training.checkpoint import SHARDED_MODEL, Progress
@@ -76,19 +75,15 @@ def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPla
     attention = pick_attention(config, model_config)
     say(attention.reason)
     dtype = load.choose_dtype(config.model, model_config)
-    settings, adapter, raised = config.model, None, False
+    settings, adapter = config.model, None
     if progress.folder and config.lora.peft_method:
         adapter = progress.folder
     elif progress.folder and not (progress.folder / SHARDED_MODEL).is_dir():
         settings = replace(settings, model_name_or_path=str(progress.folder))
-        raised = is_fsdp_asked_for() and (config.training.bf16 or config.training.fp16)  # it trains float32 weights
-    first_dtype = torch.float32 if raised else dtype
-    model = load.load_model(settings, model_config, dtype=first_dtype, attention=attention.loaded)
+    model = load.load_model(settings, model_config, dtype=dtype, attention=attention.loaded)
     parts = find_parts(model)
     model = prepare_model(model, config, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
-    if raised:
-        lower_frozen(model, dtype)
     if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else the first process's are sent
         load_adapter(model, adapter)
     say(parameter_table(model, parts))
