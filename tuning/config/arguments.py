@@ -31,6 +31,9 @@ class ModelArguments:
     freeze_vision_tower: bool | None = option(None, "Keep the vision tower as it is (default: only with LoRA).")
     freeze_multi_modal_projector: bool | None = option(None, "Keep the projector as it is (default: only with LoRA).")
     freeze_language_model: bool | None = option(None, "Keep the language model as it is, adapters included.")
+    cache_vision_features: str | None = option(
+        None, "Folder to keep the frozen vision tower's features in, so that it runs once an image, in all runs."
+    )
 
 
 @dataclass(frozen=True)

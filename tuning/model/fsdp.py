@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from tuning.errors import UserError
 
@@ -17,6 +17,11 @@ from tuning.errors import UserError
 def is_fsdp_asked_for() -> bool:
     """Whether the launcher asked for FSDP (accelerate's way to tell its processes)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def is_sharded(training: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed was asked for: a forward may then be one of all processes together."""
+    return is_fsdp_asked_for() or bool(training.fsdp) or training.deepspeed_plugin is not None
 
 
 def give_up_fsdp_on_cpu() -> bool:
