@@ -2,9 +2,10 @@
 
     contender.py SPEC RESULT
 
-SPEC is a JSON file: `contender` (ours, trl or stock), `model`, `rows`, `steps`, `batch_size`, `output`, `options` (of
-ours), `training` (of all: TrainingArguments), `adapter` (a folder with the LoRA configuration that ours has used, for the
-others), `dtype` and, if set, `threads`. RESULT gets the loss and the seconds of every step, tokens, supervised tokens and peak memory.
+SPEC is a JSON file: `contender` (see `CONTENDERS`), `model`, `rows`, `output`, `training` (TrainingArguments, of all),
+`options` (of ours), `dtype`, and, if set, `adapter` (a folder with the LoRA configuration that ours has used, for the
+others), `loading` (more for `from_pretrained`, of the others) and `threads`. RESULT gets the loss and the seconds of
+every step, the first step's tokens and supervised tokens, and peak memory.
 
 A step begins with fetching its batches and ends after the optimizer's step, for all alike.
 """
@@ -23,8 +24,9 @@ IGNORED = -100
 def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     """Through `tuning.train` and what it logs."""
     import tuning
+    import tuning.sft_trainer
 
-    output = Path(spec["output"])
+    imported, output = time.time(), Path(spec["output"])
     tuning.train(
         {
             "model_name_or_path": spec["model"],
@@ -42,6 +44,7 @@ def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
         "data_seconds": [step["step_seconds"] * step["data_wait_share"] for step in steps],
         "tokens": round(steps[0]["tokens_per_second"] * steps[0]["step_seconds"]),
         "supervised_tokens": steps[0]["supervised_tokens"],
+        "imported": imported,
     }
 
 
@@ -66,6 +69,38 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
         peft_config=adapter,
     )
     return _measure(trainer)
+
+
+def encode_with_trl(spec: dict[str, Any]) -> dict[str, Any]:
+    """TRL's own collator for images, as `SFTTrainer` makes it, behind a plain DataLoader; nothing is trained."""
+    from torch.utils.data import DataLoader
+    from transformers import AutoProcessor
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+    from workloads import read_rows
+
+    processor = AutoProcessor.from_pretrained(spec["model"])
+    processor.chat_template = Path(spec["model"], "marked.jinja").read_text()
+    collator = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
+    batch_size = spec["training"]["per_device_train_batch_size"]
+    batches = iter(DataLoader(read_rows(Path(spec["rows"])), batch_size, collate_fn=collator))
+    seconds, counts = [], []
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            break
+        seconds.append(time.perf_counter() - started)
+        counts.append(_count(batch))
+    return {"data_seconds": seconds, "tokens": counts[0][0], "supervised_tokens": counts[0][1]}
+
+
+def convert(spec: dict[str, Any]) -> dict[str, Any]:
+    """What `datasets` does once with a file, in the way that `tuning` asks for it."""
+    import datasets
+
+    started = time.perf_counter()
+    datasets.load_dataset("parquet", data_files=[spec["rows"]], split="train")
+    return {"seconds": time.perf_counter() - started}
 
 
 def can_mark_answers() -> bool:
@@ -162,13 +197,16 @@ def _timed(trainer_class: type) -> type:
             self.started = time.perf_counter()
             batches, items = super().get_batch_samples(*args, **kwargs)
             self.arrived = time.perf_counter()
-            tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-            supervised = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
-            self.counts.append((tokens, supervised))
+            self.counts.append(tuple(map(sum, zip(*map(_count, batches), strict=True))))
             return batches, items
 
     Timed.counts = []
     return Timed
+
+
+def _count(batch: Any) -> tuple[int, int]:
+    """Tokens without padding, and those that are trained."""
+    return int(batch["attention_mask"].sum()), int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def _measure(trainer: Any) -> dict[str, Any]:
@@ -197,13 +235,20 @@ def _measure(trainer: Any) -> dict[str, Any]:
     }
 
 
-CONTENDERS = {"ours": train_ours, "trl": train_trl, "stock": train_stock}
+CONTENDERS = {
+    "ours": train_ours,
+    "trl": train_trl,
+    "stock": train_stock,
+    "trl_collator": encode_with_trl,
+    "conversion": convert,
+}
 
 
 def main() -> None:
+    import torch
+
     spec_file, result_file = map(Path, sys.argv[1:])
     spec = json.loads(spec_file.read_text())
-    import torch
 
     if spec.get("threads"):
         torch.set_num_threads(spec["threads"])

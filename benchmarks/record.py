@@ -7,6 +7,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,25 +53,41 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_child(script: str, spec: Mapping[str, Any], folder: Path, *, paths: tuple[Path, ...] = ()) -> dict[str, Any]:
+def run_child(
+    script: str,
+    spec: Mapping[str, Any],
+    folder: Path,
+    *,
+    paths: tuple[Path, ...] = (),
+    watched: Path | None = None,
+) -> dict[str, Any]:
     """Run `benchmarks/<script> <spec file> <result file>` in a process of its own and return what it wrote.
 
-    `paths` come first on its PYTHONPATH: where a peer is installed. Raises `ChildFailed`.
+    `paths` come first on its PYTHONPATH: where a peer is installed. With `watched`, `seconds_to_file` is added: from
+    the start of the process until that file had something in it. Raises `ChildFailed`.
     """
-    spec_file, result_file = folder / "spec.json", folder / "result.json"
+    spec_file, result_file, output_file = folder / "spec.json", folder / "result.json", folder / "output.txt"
     spec_file.write_text(json.dumps(spec))
     result_file.unlink(missing_ok=True)
     search = os.pathsep.join(map(str, (*paths, ROOT, ROOT / "tests")))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), str(spec_file), str(result_file)],
-        env={**os.environ, "PYTHONPATH": search},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode or not result_file.exists():
-        raise ChildFailed(f"{script} ended with {done.returncode}:\n{done.stdout[-4000:]}")
-    return json.loads(result_file.read_text())
+    command = [sys.executable, str(ROOT / "benchmarks" / script), str(spec_file), str(result_file)]
+    with open(output_file, "w") as output:
+        started = time.time()
+        child = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": search}, stdout=output, stderr=subprocess.STDOUT
+        )
+        appeared = _wait_for(watched, child) - started if watched else None
+        child.wait()
+    if child.returncode or not result_file.exists():
+        raise ChildFailed(f"{script} ended with {child.returncode}:\n{output_file.read_text()[-4000:]}")
+    timing = {"started": started, "seconds_to_file": appeared} if watched else {}
+    return {**json.loads(result_file.read_text()), **timing}
+
+
+def _wait_for(file: Path, child: subprocess.Popen) -> float:
+    while child.poll() is None and not (file.exists() and file.stat().st_size):
+        time.sleep(0.01)
+    return time.time()
 
 
 def peak_rss_bytes() -> int:

@@ -2,12 +2,12 @@
 
     python benchmarks/step.py [--layout granite_vision] [--size 20m] [--method full lora] [--peers trl stock]
 
-Same model, same rows, same supervised tokens; the first step's losses are checked equal (relative 1e-5) before anything
-is reported. Every contender has a process of its own, one after the other. Seconds are the median of the steps after the
-first; memory is the most this process held resident, from start to end. One JSON line a contender.
+Same model, same rows, same supervised tokens; the first step's losses are checked equal (relative 1e-5) before
+anything is reported. Every contender has a process of its own, one after the other. Seconds are the median of the steps
+after the first; memory is the most the process held resident, from start to end. One JSON line a contender.
 
-The stock forward of Granite Vision leaves `logits_scaling` out: its loss is checked against ours on the same weights with
-`logits_scaling` 1, in one extra step.
+The stock forward of Granite Vision leaves `logits_scaling` out: its loss is checked against ours on the same weights
+with `logits_scaling` 1, in one extra step.
 """
 
 import argparse
@@ -18,10 +18,8 @@ from typing import Any
 
 from peers import TRL_VERSION, install_trl
 from record import describe_environment, median, print_line, run_child, say
-from workloads import LAYOUTS, SHAPES, save_model, write_rows
+from workloads import LARGE_PICTURES, LAYOUTS, SHAPES, SMALL_PICTURES, save_model, write_rows
 
-LARGE = [(700, 350), (1100, 384), (400, 500), (700, 700)]  # with Granite's tiles 2.2 to 3.7 thousand tokens
-SMALL = [(40, 40), (90, 30), (30, 80), (60, 60)]
 LORA = {
     "peft_method": "lora",
     "r": 8,
@@ -29,7 +27,7 @@ LORA = {
     "lora_dropout": 0.0,
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-SAME_LOSS = 1e-5
+SAME_LOSS, BATCH = 1e-5, 4
 
 
 def measure_layout(arguments: argparse.Namespace, layout: str, method: str, folder: Path, environment: dict) -> None:
@@ -37,7 +35,12 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
     large = size == "20m"
     steps = arguments.steps or (3 if large else 12)
     model = save_model(folder / "model", layout, size)
-    rows = write_rows(folder / "rows" / "rows.jsonl", LARGE if large else SMALL, words=[12], answer_words=[4, 6, 5, 9])
+    rows = write_rows(
+        folder / "rows" / "rows.jsonl",
+        LARGE_PICTURES if large else SMALL_PICTURES,
+        words=[12],
+        answer_words=[4, 6, 5, 9],
+    )
     spec = make_spec(model, rows, method, steps=steps, output=folder / "ours")
     spec["threads"] = None if large else 1  # in so small models more threads wait for each other
     say(f"{layout} {size} {method}: ours …")
@@ -65,11 +68,13 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
             contender=contender,
             **({"version": TRL_VERSION} if contender == "trl" else {}),
             **figures_of(result),
-            rows=len(LARGE),
+            rows=BATCH,
         )
 
 
-def make_spec(model: Path, rows: Path, method: str, *, steps: int, output: Path, batch_size: int = 4) -> dict[str, Any]:
+def make_spec(
+    model: Path, rows: Path, method: str, *, steps: int, output: Path, batch_size: int = BATCH
+) -> dict[str, Any]:
     """What `contender.py` is told: `steps` optimizer steps of `batch_size` rows, in float32, without checkpointing."""
     training = {
         "per_device_train_batch_size": batch_size,
@@ -93,13 +98,17 @@ def make_spec(model: Path, rows: Path, method: str, *, steps: int, output: Path,
     }
 
 
-def check_equal(ours: dict[str, Any], theirs: dict[str, Any], peer: str) -> None:
+def check_equal(ours: dict[str, Any], theirs: dict[str, Any], peer: str, tolerance: float = SAME_LOSS) -> None:
     """Raises where the two do not train the same: tokens, supervised tokens and the first loss."""
+    check_counts(ours, theirs, peer)
+    if not math.isclose(ours["losses"][0], theirs["losses"][0], rel_tol=tolerance):
+        raise SystemExit(f"{peer}'s loss is {theirs['losses'][0]:.8f}, ours {ours['losses'][0]:.8f}: not the same.")
+
+
+def check_counts(ours: dict[str, Any], theirs: dict[str, Any], peer: str) -> None:
     for name in ("tokens", "supervised_tokens"):
         if ours[name] != theirs[name]:
             raise SystemExit(f"{peer} has {theirs[name]} {name}, ours {ours[name]}: nothing to compare.")
-    if not math.isclose(ours["losses"][0], theirs["losses"][0], rel_tol=SAME_LOSS):
-        raise SystemExit(f"{peer}'s loss is {theirs['losses'][0]:.8f}, ours {ours['losses'][0]:.8f}: not the same.")
 
 
 def figures_of(result: dict[str, Any]) -> dict[str, Any]:
