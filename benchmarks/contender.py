@@ -13,6 +13,7 @@ A step begins with fetching its batches and ends after the optimizer's step, for
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,21 +245,20 @@ CONTENDERS = {
 }
 
 
-def main() -> None:
-    import torch
-
-    spec_file, result_file = map(Path, sys.argv[1:])
+def main(argv: Sequence[str]) -> None:
+    spec_file, result_file = map(Path, argv)
     spec = json.loads(spec_file.read_text())
+    measure = CONTENDERS[spec["contender"]]
+    import torch
 
     if spec.get("threads"):
         torch.set_num_threads(spec["threads"])
-    figures = CONTENDERS[spec["contender"]](spec)
+    figures = measure(spec)
     if torch.cuda.is_available():
         figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
-    result_file.write_text(
-        json.dumps({**figures, "peak_rss_bytes": peak_rss_bytes(), "threads": torch.get_num_threads()})
-    )
+    figures |= {"peak_rss_bytes": peak_rss_bytes(), "threads": torch.get_num_threads()}
+    result_file.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

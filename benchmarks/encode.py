@@ -12,6 +12,7 @@ first one.
 import argparse
 import itertools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from peers import TRL_VERSION, install_trl
@@ -52,7 +53,7 @@ def measure_layout(arguments: argparse.Namespace, layout: str, folder: Path, env
         )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--layout", nargs="+", choices=["granite_vision", "llava15"], default=["granite_vision", "llava15"]
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="a multiple of 4, the batch size")
     parser.add_argument("--peers", nargs="*", choices=["trl"], default=["trl"])
     parser.add_argument("--tiny", action="store_true", help="small pictures: to see that it works")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     environment = describe_environment()
     for layout in arguments.layout:
         with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ this with tiny models on a CPU.
 import argparse
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def read_shapes(model: Path, sizes: list[tuple[int, int]], tokens: int) -> list[
     return [RowShape(round(image_tokens + text), tiles) for image_tokens, tiles in pairs]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--peers", nargs="*", choices=["trl"], default=["trl"])
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="at most 20, so that all fits into a short lease")
     parser.add_argument("--peak-flops", type=float, help="of this card in dense bfloat16, where it is not known here")
     parser.add_argument("--tiny", action="store_true", help="tiny models, on a CPU")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     environment = describe_environment()
     made: tuple[str, str] | None = None
     with tempfile.TemporaryDirectory() as models:

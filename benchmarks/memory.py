@@ -12,6 +12,7 @@ contender.
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from record import describe_environment, print_line, run_child, say
@@ -43,13 +44,13 @@ def measure_point(contender: str, trained: str, vocabulary: int, tokens: int, fo
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, nargs="*", default=[1024, 8192, 32768, 131072])
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 8192])
     parser.add_argument("--trained", nargs="+", choices=["answers", "all"], default=["answers", "all"])
     parser.add_argument("--peers", nargs="*", choices=["stock"], default=["stock"])
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     environment = describe_environment()
     points = [(vocabulary, FIXED_TOKENS) for vocabulary in arguments.vocabulary]
     points += [(FIXED_VOCABULARY, tokens) for tokens in arguments.tokens]

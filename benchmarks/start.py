@@ -12,6 +12,7 @@ import argparse
 import io
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,11 @@ def measure(folder: Path, counts: list[int], repeats: int) -> list[dict[str, Any
     return lines
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     environment = describe_environment()
     with tempfile.TemporaryDirectory() as folder:
         for line in measure(Path(folder), arguments.rows, arguments.repeats):

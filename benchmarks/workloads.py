@@ -143,10 +143,8 @@ def make_config_and_processor(layout: str, size: str, vocab_size: int | None = N
 def _tokenizer(special_tokens: list[str], end: str):
     from tuning.demo.tokenizer import train_tokenizer
 
-    texts = [
-        " ".join(WORDS),
-        "USER:\nASSISTANT:\nIt is What do you see? A chat between a curious user and an assistant",
-    ]
+    # Each of WORDS is one token, at the start of a text and after a blank.
+    texts = [*WORDS, " ".join(["", *WORDS]), "A chat between a curious user and an artificial intelligence assistant."]
     return train_tokenizer(
         texts,
         special_tokens=special_tokens,

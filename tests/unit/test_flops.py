@@ -1,15 +1,9 @@
 """The count from shapes against PyTorch's own count of what a model computes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from flops import RowShape, count_step, layers_in_use, utilisation
+from torch.utils.flop_counter import FlopCounterMode
 from workloads import make_config_and_processor
 
 ADAPTED = ["q_proj", "v_proj", "up_proj"]
