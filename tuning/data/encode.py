@@ -17,6 +17,7 @@ from tuning.errors import UserError, blame_field
 
 IGNORED = -100
 """The label of a position that is not trained (PyTorch's and Hugging Face's convention)."""
+EXPANSIONS = "text_replacement_offsets"
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,20 @@ class Encoder:
         if controls.is_hidden_in(text):
             processor = copy.copy(processor)
             processor.tokenizer = controls.knowing_tokenizer
-        inputs = processor(
+        made = processor(
             text=[text],
             images=list(images) or None,
-            return_tensors="pt",
+            images_kwargs={"return_tensors": "pt"},
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
             **self.tokenizer_options(text),
         )
-        return controls.reveal(dict(inputs)) if processor is not self.processor else dict(inputs)
+        # The tokenizer's own conversion to tensors walks over every number in Python.
+        inputs = {
+            name: value if torch.is_tensor(value) or name == EXPANSIONS else torch.from_numpy(np.asarray(value))
+            for name, value in made.items()
+        }
+        return controls.reveal(inputs) if processor is not self.processor else inputs
 
     def tokenizer_options(self, text: str) -> dict[str, bool]:
         """A template that writes the token a text begins with must not get a second one."""
@@ -279,7 +285,7 @@ class Encoder:
 
     def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The processor's output as what has a position per token, `[T, …]`, and the tensors of the images."""
-        inputs = {name: inputs[name] for name in inputs if name not in ("text_replacement_offsets", "offset_mapping")}
+        inputs = {name: inputs[name] for name in inputs if name not in (EXPANSIONS, "offset_mapping")}
         images = {name: value for name, value in inputs.items() if name in self.image_names}
         sequence = {name: value[0] for name, value in inputs.items() if name not in self.image_names}
         tokens = sequence["input_ids"].shape
@@ -314,7 +320,7 @@ def wrong_number_of_images(row: Row, placeholders: int, images: int) -> UserErro
 
 
 def _expansions(inputs: dict[str, Any]) -> list[dict]:
-    return (inputs.get("text_replacement_offsets") or [[]])[0]
+    return (inputs.get(EXPANSIONS) or [[]])[0]
 
 
 def after_expansion(spans: Sequence[tuple[int, int]], expansions: Sequence[dict]) -> list[tuple[int, int]]:
