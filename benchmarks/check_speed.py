@@ -8,14 +8,11 @@ what belongs to the main process alone (`RssAnon`), at its peak: files mapped in
 
 import argparse
 import io
-import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -23,10 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from record import describe_environment, print_line
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 WRITTEN_AT_ONCE = 5000
 
 
@@ -105,25 +100,13 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
     return {"rows": rows, "rows_per_second": rows / seconds, "memory_growth_bytes": peak[0] - before}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
-    rows = parser.parse_args().rows
+    rows = parser.parse_args(argv).rows
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), rows)
-    import torch
-    import transformers
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    environment = {
-        "commit": commit.strip(),
-        "cores": len(os.sched_getaffinity(0)),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    print(json.dumps({"benchmark": "check_speed", **figures, **environment}))
+    print_line("check_speed", describe_environment(), **figures)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from tuning.preview.rows import show_row
 from tuning.sft_trainer import make_encoder
 from tuning.training.checkpoint import run_date, write_json, write_text
 from tuning.training.epochs import pack_batches
+from tuning.training.master_weights import hold_master_weights
 from tuning.training.padding_free import find_structural_obstacle
 
 SHOWN_PER_KIND = 3
@@ -231,7 +232,9 @@ def describe_model(
         set_decoder_attention(model, PACKED)
     elif "flash" in attention.loaded:
         del batch["attention_mask"]
-    return estimate_memory(model, batch, config.training, processes=count_processes(config)), settings
+    hold = hold_master_weights if config.model.keep_master_weights else None
+    processes = count_processes(config)
+    return estimate_memory(model, batch, config.training, processes=processes, hold_masters=hold), settings
 
 
 def count_totals(findings: Findings, lengths: Lengths) -> dict[str, int]:

@@ -69,6 +69,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
         message, code = f"Error: {error}", EXIT_USER_ERROR
     except RunEnded as error:
         message, code = error.message, error.exit_code
+        if not message:  # another process speaks, and should have the last word
+            _close_progress_bars(silently=True)
     except KeyboardInterrupt:
         message, code = "Interrupted.", 130
     except SystemExit as exit_request:
@@ -116,8 +118,10 @@ def claim_file(launcher: int) -> Path:
     return Path(tempfile.gettempdir(), f"vlm-tuning-{launcher}-{started:.2f}")
 
 
-def _close_progress_bars() -> None:
-    """End the lines of tqdm's bars, so that a message has a line of its own."""
+def _close_progress_bars(*, silently: bool = False) -> None:
+    """End the lines of tqdm's bars, so that a message has a line of its own; `silently`: without drawing them again."""
     if "tqdm" in sys.modules:
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.leave = bar.leave and not silently
+            bar.disable = bar.disable or silently
             bar.close()

@@ -14,7 +14,7 @@ from tuning.model import load
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.dry_run import CANNOT_SIMULATE, find_idle_parameters
-from tuning.model.fsdp import choose_wrap_classes, is_fsdp_asked_for
+from tuning.model.fsdp import choose_wrap_classes, is_fsdp_asked_for, is_sharded
 from tuning.model.lora import add_lora, check_modules_to_save, load_adapter, resolve_targets
 from tuning.model.parts import (
     LANGUAGE_MODEL,
@@ -23,9 +23,9 @@ from tuning.model.parts import (
     find_parts,
     freeze_parameters,
     freeze_parts,
-    lower_frozen,
     parameter_table,
 )
+from tuning.model.vision import TowerOutput, keep_features, probe_tower, spare_frozen_tower
 from tuning.training.checkpoint import SHARDED_MODEL, Progress
 from tuning.training.loss import install_supervised_loss
 
@@ -36,12 +36,13 @@ class ModelPlan:
 
     `lora_targets`: full names of the modules to adapt. `idle`: names of the vision tower's parameters that receive no
     gradient, those past the last feature layer that is used; None where that cannot be told. `wrap_classes`: of the
-    layers that FSDP wraps.
+    layers that FSDP wraps. `tower_output`: of the vision tower, where its features are cached.
     """
 
     lora_targets: list[str]
     idle: set[str] | None
     wrap_classes: list[str]
+    tower_output: TowerOutput | None = None
 
 
 def plan_model(config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder) -> ModelPlan:
@@ -50,7 +51,17 @@ def plan_model(config: RunConfig, model_config: PreTrainedConfig, encoder: Encod
     wrap_classes = choose_wrap_classes(skeleton, wanted_wrap_classes(config))
     targets = find_lora_targets(config, skeleton) if config.lora.peft_method else []
     prepared = prepare_model(skeleton, config, targets)
-    return ModelPlan(targets, find_idle_vision(prepared, encoder), wrap_classes)
+    tower_output = None
+    if config.model.cache_vision_features:
+        tower_output = probe_tower(prepared, blank_batch(encoder, 2), sharded=is_sharded(config.training))
+    return ModelPlan(targets, find_idle_vision(prepared, encoder), wrap_classes, tower_output)
+
+
+def blank_batch(encoder: Encoder, rows: int) -> dict[str, torch.Tensor]:
+    """What the model is given of rows with a blank image each."""
+    batch = probe_collator(encoder.processor)([encoder.filler()] * rows)
+    del batch["facts"]
+    return batch
 
 
 def wanted_wrap_classes(config: RunConfig) -> list[str]:
@@ -63,10 +74,9 @@ def wanted_wrap_classes(config: RunConfig) -> list[str]:
 def find_idle_vision(skeleton: PreTrainedModel, encoder: Encoder) -> set[str] | None:
     """Names of trainable parameters of the vision tower that no image can reach; None where that cannot be told."""
     parts = find_parts(skeleton)
-    batch = probe_collator(encoder.processor)([encoder.filler()])
-    del batch["facts"]
     try:
-        return {name for name in find_idle_parameters(skeleton, batch) if parts.of(name) == VISION_TOWER}
+        idle = find_idle_parameters(skeleton, blank_batch(encoder, 1))
+        return {name for name in idle if parts.of(name) == VISION_TOWER}
     except (*CANNOT_SIMULATE, TypeError, ValueError, IndexError):  # of code that expects numbers
         return None
 
@@ -76,21 +86,19 @@ def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPla
     attention = pick_attention(config, model_config)
     say(attention.reason)
     dtype = load.choose_dtype(config.model, model_config)
-    settings, adapter, raised = config.model, None, False
+    settings, adapter = config.model, None
     if progress.folder and config.lora.peft_method:
         adapter = progress.folder
     elif progress.folder and not (progress.folder / SHARDED_MODEL).is_dir():
         settings = replace(settings, model_name_or_path=str(progress.folder))
-        raised = is_fsdp_asked_for() and (config.training.bf16 or config.training.fp16)  # it trains float32 weights
-    first_dtype = torch.float32 if raised else dtype
-    model = load.load_model(settings, model_config, dtype=first_dtype, attention=attention.loaded)
+    model = load.load_model(settings, model_config, dtype=dtype, attention=attention.loaded)
     parts = find_parts(model)
     model = prepare_model(model, config, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
-    if raised:
-        lower_frozen(model, dtype)
     if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else the first process's are sent
         load_adapter(model, adapter)
+    if plan.tower_output and config.model.cache_vision_features:
+        keep_features(model, plan.tower_output, config.model.cache_vision_features)
     say(parameter_table(model, parts))
     return model
 
@@ -112,13 +120,16 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, lora_targets: list[
     keep_rows_apart(model)
     install_supervised_loss(model)
     if config.lora.peft_method:
-        return add_lora(model, config.lora, lora_targets)
+        model = add_lora(model, config.lora, lora_targets)
+        spare_frozen_tower(model, sharded=is_sharded(config.training))
+        return model
     frozen = {
         VISION_TOWER: config.model.freeze_vision_tower,
         PROJECTOR: config.model.freeze_multi_modal_projector,
         LANGUAGE_MODEL: config.model.freeze_language_model,
     }
     freeze_parts(model, find_parts(model), {part for part, freeze in frozen.items() if freeze})
+    spare_frozen_tower(model, sharded=is_sharded(config.training))
     return model
 
 

@@ -132,6 +132,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         max_bad_fraction=config.data.max_bad_fraction,
         group_by_length=config.group_by_length,
         max_tokens_per_batch=config.data.max_tokens_per_batch,
+        keep_master_weights=config.model.keep_master_weights,
     )
     return run(trainer, config, progress)
 

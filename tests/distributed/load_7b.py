@@ -63,7 +63,7 @@ def main() -> None:
     whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     classes = choose_wrap_classes(model)
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = classes
-    give_addresses(model, raise_trained=False)
+    give_addresses(model)
     optimizer = torch.optim.SGD(model.parameters())
     model, optimizer = accelerator.prepare(model, optimizer)
     parameters = list(model.parameters())

@@ -1,7 +1,7 @@
 """One rank of a launch: runs the jobs of a JSON file one after the other, as `tuning.train` would be called.
 
 A job is the options of a run; `environ`: what to set in the environment; `fault`: the rank that is to meet one, and
-which. How each rank ended goes to `outcome-RANK` beside the job's output_dir.
+which; `chunk_pixels`: for vision.CHUNK_PIXELS. How each rank ended goes to `outcome-RANK` beside the job's output_dir.
 
 Starting a process costs seconds, so every test of a strategy shares one launch. With `FSDP_ON_CPU` set, accelerate is
 made to take the CPU for an accelerator: it shards parameters on accelerators only, but FSDP2 itself runs on gloo.
@@ -73,12 +73,15 @@ def main(path: str) -> None:
 
     import tuning
     from tuning.errors import RunEnded, UserError
+    from tuning.model import vision
 
+    usual = vision.CHUNK_PIXELS
     torch.set_num_threads(1)
     if os.environ.get("FSDP_ON_CPU"):
         shard_on_cpu()
     for job in json.loads(Path(path).read_text()):
         os.environ.update(job.pop("environ", {}))
+        vision.CHUNK_PIXELS = job.pop("chunk_pixels", usual)
         outcome = Path(f"{job['output_dir']}-outcome-{os.environ['RANK']}")
         with met(job.pop("fault", None)):
             try:

@@ -18,6 +18,7 @@ from tuning import model_plan
 from tuning.config.parse import build_config
 from tuning.model import dry_run, load
 from tuning.preview.memory import MemoryEstimate, estimate_memory
+from tuning.training.master_weights import hold_master_weights
 from tuning.training.trainer import SupervisedTrainer
 
 TOLERANCE = 0.25
@@ -79,7 +80,8 @@ def estimate(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(load, "load_model", skeleton)
             model = make_model(config)
-        return estimate_memory(model, batch, config.training, **kwargs)
+        hold = hold_master_weights if config.model.keep_master_weights else None
+        return estimate_memory(model, batch, config.training, hold_masters=hold, **kwargs)
 
     return run
 
@@ -106,6 +108,7 @@ CASES = {
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "equal": True},
     ),
     "bfloat16": ("llava16_mistral", {"dtype": "bfloat16"}),
+    "plain bfloat16": ("llava16_mistral", {"dtype": "bfloat16", "keep_master_weights": False}),
     "autocast": ("llava15", {"bf16": True}),
     "autocast lora on bfloat16": ("mllama", {"bf16": True, "dtype": "bfloat16", **LORA}),
 }
@@ -127,12 +130,13 @@ def test_the_estimate_is_what_training_takes(case, run_options, measure, estimat
     assert estimated.activations > 0.75 * measured
 
 
-def test_a_wide_model_takes_what_its_weights_take(models, tmp_path, run_options, measure, estimate):
+@pytest.mark.parametrize("precision", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "keep_master_weights": False}])
+def test_a_wide_model_takes_what_its_weights_take(precision, models, tmp_path, run_options, measure, estimate):
     config = AutoConfig.from_pretrained(models["llava15"])
     config.text_config.intermediate_size = 20_000
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "wide")
     AutoProcessor.from_pretrained(models["llava15"]).save_pretrained(tmp_path / "wide")
-    options = run_options("llava15", count=1, words=1, per_device_train_batch_size=1)
+    options = run_options("llava15", count=1, words=1, per_device_train_batch_size=1, **precision)
     options["model_name_or_path"] = str(tmp_path / "wide")
     measured, batch = measure(options)
     estimated = estimate(options, batch)
@@ -182,11 +186,24 @@ def test_processes_share_all_but_activations_and_gathered_weights(make_options, 
 
 
 def test_mixed_precision_keeps_shared_weights_in_float32(make_options, estimate):
-    options = make_options("llava15", dtype="bfloat16")
+    options = make_options("llava15", dtype="bfloat16", keep_master_weights=False)
     plain = estimate(options, make_batch(), processes=64)
     mixed = estimate({**options, "bf16": True}, make_batch(), processes=64)
-    assert mixed.gradients == pytest.approx(2 * plain.gradients, rel=0.01)
-    assert mixed.optimizer == pytest.approx(2 * plain.optimizer, rel=0.01)
+    kept = estimate({**options, "keep_master_weights": True}, make_batch(), processes=64)
+    for found in (mixed, kept):
+        assert found.gradients == pytest.approx(2 * plain.gradients, rel=0.01)
+        assert found.optimizer == pytest.approx(2 * plain.optimizer, rel=0.01)
+    assert kept.weights == pytest.approx(mixed.weights, rel=0.01)
+
+
+def test_master_weights_are_counted_with_the_optimizer(make_options, estimate):
+    plain, kept = (
+        estimate(make_options("llava15", dtype="bfloat16", keep_master_weights=keep), make_batch())
+        for keep in (False, True)
+    )
+    assert plain.optimizer == pytest.approx(2 * plain.gradients, rel=0.01)  # bytes a number: 2 of gradient, 2 × 2
+    assert kept.optimizer == pytest.approx(6 * plain.gradients, rel=0.01)  # 3 × 4
+    assert (kept.weights, kept.gradients) == (plain.weights, plain.gradients)
 
 
 @pytest.mark.parametrize(("optimizer", "states"), [("sgd", 0), ("adamw_torch", 2), ("adamw_torch_fused", 2)])

@@ -194,11 +194,23 @@ def test_value_of_the_wrong_type_says_what_is_expected(required, name, value, me
             {f"freeze_{part}": True for part in ("vision_tower", "multi_modal_projector", "language_model")},
             "nothing is left to train",
         ),
+        ({"cache_vision_features": "features"}, "cache_vision_features: features of a vision tower that trains change"),
+        (
+            {"cache_vision_features": "features", "peft_method": "lora", "freeze_vision_tower": False},
+            "cache_vision_features: features of a vision tower that trains change; set freeze_vision_tower true",
+        ),
     ],
 )
 def test_option_that_cannot_work_says_why(required, options, message, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert message in problems_of({**required, **options})
+
+
+@pytest.mark.parametrize("frozen", [{"freeze_vision_tower": True}, {"peft_method": "lora"}], ids=["full", "lora"])
+def test_features_of_a_frozen_tower_can_be_cached(required, frozen):
+    config = build_config({**required, **frozen, "cache_vision_features": "features"})
+    assert config.model.cache_vision_features == "features"
+    assert config.to_dict()["cache_vision_features"] == "features"
 
 
 def test_missing_local_paths_are_said_at_once(required):

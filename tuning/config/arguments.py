@@ -17,6 +17,10 @@ def option(default: Any, help: str):
 class ModelArguments:
     model_name_or_path: str = option("", "Base model: a local folder or a hub id.")
     dtype: str = option("auto", "Precision of the weights: auto (the checkpoint's own), float32, bfloat16 or float16.")
+    keep_master_weights: bool = option(
+        True,
+        "Train 16-bit weights by float32 copies; false: half the memory, and updates too small for 16 bits are lost.",
+    )
     use_flash_attn: bool = option(True, "Use the fastest attention this machine and model support; false: plain SDPA.")
     attn_implementation: str | None = option(
         None, "A named attention of transformers instead, such as sdpa, eager or flash_attention_2."
@@ -27,6 +31,9 @@ class ModelArguments:
     freeze_vision_tower: bool | None = option(None, "Keep the vision tower as it is (default: only with LoRA).")
     freeze_multi_modal_projector: bool | None = option(None, "Keep the projector as it is (default: only with LoRA).")
     freeze_language_model: bool | None = option(None, "Keep the language model as it is, adapters included.")
+    cache_vision_features: str | None = option(
+        None, "Folder to keep the frozen vision tower's features in, so that it runs once an image, in all runs."
+    )
 
 
 @dataclass(frozen=True)

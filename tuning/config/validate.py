@@ -136,6 +136,9 @@ def _tuning_problems(values: Mapping[str, Any]):
     frozen = [values.get(f"freeze_{part}") for part in ("vision_tower", "multi_modal_projector", "language_model")]
     if all(frozen):
         yield "freeze_vision_tower, freeze_multi_modal_projector, freeze_language_model: nothing is left to train"
+    keeps_tower = values.get("freeze_vision_tower")
+    if values.get("cache_vision_features") and not (method == "lora" if keeps_tower is None else keeps_tower):
+        yield "cache_vision_features: features of a vision tower that trains change; set freeze_vision_tower true"
     if values.get("dtype", "auto") not in DTYPES:
         yield f"dtype: {values['dtype']!r} is unknown; use {', '.join(DTYPES)}"
     if values.get("fp16") and values.get("dtype") == "float16":

@@ -38,20 +38,31 @@ def find_idle_parameters(model: nn.Module, batch: dict[str, torch.Tensor]) -> se
     `model` is a skeleton on the meta device, prepared as for training; `batch` is what the collator made, without its
     facts. Raises one of `CANNOT_SIMULATE` for a model that does not run without weights.
     """
+    reached = find_leaves(run_without_weights(model, batch))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name for name, parameter in trained.items() if id(parameter) not in reached}
+
+
+def run_without_weights(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of `batch`, without contents but with its graph; see `find_idle_parameters`."""
     inputs = {name: value.to(META) if value.is_floating_point() else value for name, value in batch.items()}
     with warnings.catch_warnings(), DryRun():
         warnings.simplefilter("ignore")
-        loss = model(**inputs, num_items_in_batch=1).loss
+        return model(**inputs, num_items_in_batch=1).loss
+
+
+def find_leaves(loss: torch.Tensor) -> set[int]:
+    """Ids of the tensors that the graph of `loss` begins with."""
     reached, seen, nodes = set(), set(), [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        reached.add(id(getattr(node, "variable", None)))  # leaves of the graph hold their parameter
+        if hasattr(node, "variable"):  # leaves of the graph hold their parameter
+            reached.add(id(node.variable))
         nodes += [following for following, _ in node.next_functions]
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name for name, parameter in trained.items() if id(parameter) not in reached}
+    return reached
 
 
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

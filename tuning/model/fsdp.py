@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import PreTrainedModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PreTrainedModel, TrainingArguments
 
 from tuning.errors import UserError
 
@@ -15,6 +17,11 @@ from tuning.errors import UserError
 def is_fsdp_asked_for() -> bool:
     """Whether the launcher asked for FSDP (accelerate's way to tell its processes)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def is_sharded(training: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed was asked for: a forward may then be one of all processes together."""
+    return is_fsdp_asked_for() or bool(training.fsdp) or training.deepspeed_plugin is not None
 
 
 def give_up_fsdp_on_cpu() -> bool:
@@ -56,19 +63,35 @@ def choose_wrap_classes(model: PreTrainedModel, wanted: Sequence[str] = ()) -> l
     return list(wanted) or find_wrap_classes(model)
 
 
-def give_addresses(model: nn.Module, *, raise_trained: bool) -> None:
+def compute_in_half(model: nn.Module, plugin: Any) -> bool:
+    """Let FSDP shard trained 16-bit weights in float32, and compute with them in their own dtype, as one process does.
+
+    Returns whether there are any. accelerate does this for mixed precision only, whose autocast is another arithmetic.
+    """
+    half = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} - {torch.float32}
+    for dtype in half:  # one: FSDP wants uniform weights
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype)
+    return bool(half)
+
+
+def raise_trained(model: nn.Module) -> None:
+    """Bring trained weights to float32, as accelerate does for mixed precision."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def give_addresses(model: nn.Module) -> None:
     """Replace parameters on the meta device by ones on the CPU whose memory is never touched.
 
     Only the first process reads the weights (`fsdp_cpu_ram_efficient_loading`); the others' are on the meta device,
     where every address is 0. accelerate matches the optimizer's parameters by address: those processes would train
-    the last parameter only, under all names. Untouched memory has an address and costs nothing. `raise_trained`:
-    trained weights are float32 at once, as accelerate would make them for mixed precision, touching all of it.
+    the last parameter only, under all names. Untouched memory has an address and costs nothing.
     """
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta and parameter not in replaced:
-                dtype = torch.float32 if raise_trained and parameter.requires_grad else parameter.dtype
-                empty = torch.empty_like(parameter, device="cpu", dtype=dtype)
+                empty = torch.empty_like(parameter, device="cpu")
                 replaced[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             module._parameters[name] = replaced.get(parameter, parameter)

@@ -56,7 +56,6 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if flash and cu_seq_lens_q is not None and _suits_flash(query, dropout, softcap, sliding_window):
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, groups), None
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     attend = partial(_attend, dropout=dropout, scaling=scaling, window=sliding_window, softcap=softcap)
     return _one_by_one(attend, query, key, value, cu_seq_lens_q), None
 
@@ -83,9 +82,15 @@ def _attend(
     softcap: float | None,
 ) -> torch.Tensor:
     """One sample. A query sees itself and the keys before it, `window` in all; `softcap · tanh(scores / softcap)`."""
-    length = query.shape[2]
-    if not softcap and not (window and window < length):
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    plain = not softcap and not (window and window < length)
+    takes_groups = plain and (query.is_cpu or query.dtype.itemsize == 2)  # else no fast kernel does
+    if groups > 1 and not takes_groups:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if plain:
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1 and takes_groups
+        )
     mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     mask = mask.triu(1 - window) if window else mask
     if not softcap:

@@ -58,13 +58,6 @@ def freeze_parameters(model: nn.Module, names: set[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the parameters that do not train in `dtype`."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-
-
 def parameter_table(model: nn.Module, parts: Parts) -> str:
     """Parameters per part, total and trainable, as text. Shared parameters count once."""
     total, trainable = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import Trainer, TrainingArguments
@@ -18,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from tuning.config.names import CHECKPOINTING, CHECKPOINTING_KWARGS
 from tuning.data.encode import IGNORED
 from tuning.model.dry_run import CANNOT_SIMULATE, META, DryRun
+from tuning.model.fsdp import raise_trained
 
 CANNOT_BUILD = (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -47,23 +49,28 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: nn.Module, batch: dict[str, torch.Tensor], training: TrainingArguments, *, processes: int = 1
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    training: TrainingArguments,
+    *,
+    processes: int = 1,
+    hold_masters: Callable[[Optimizer], Optimizer] | None = None,
 ) -> MemoryEstimate:
     """The peak of the steps of a run on batches like `batch`, without loading a weight.
 
     `model` is a skeleton on the meta device in the weights' dtype, prepared as for training; it is used up: its
     precision, mode and gradients change. `batch` is what the collator made, without its facts, on the CPU. Leave out
     its `attention_mask` for FlashAttention-2, which never builds a mask of tokens × tokens. `processes` above 1: FSDP
-    over so many devices.
+    over so many devices. `hold_masters`: what makes the optimizer one that steps float32 copies of 16-bit weights, if
+    it is to be one; FSDP shards those weights in float32 then.
 
-    The step really runs, forward and backward, on tensors without contents, and its live tensors are counted; a
-    second one where gradients are accumulated. The peak is the largest sum of weights, optimizer state, gradients and
-    activations at one moment.
+    The step really runs, forward, backward and optimizer, on tensors without contents, and its live tensors are
+    counted; a second one where gradients are accumulated. The peak is the largest sum of weights, optimizer state,
+    gradients and activations at one moment.
     """
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     if processes > 1 and half:
-        _raise_trained_weights(model)
-    weights = _bytes_of([*model.parameters(), *model.buffers()])
+        raise_trained(model)
     gathered = _gathered_bytes(model, half) if processes > 1 else 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     meter = _Meter(model, processes)
@@ -75,12 +82,15 @@ def estimate_memory(
         unknown = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
+    if processes > 1 and hold_masters:
+        _raise_with_gradients(trained)
+    weights = _bytes_of([*model.parameters(), *model.buffers()])
     gradients = _bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
-    optimizer = _optimizer_bytes(trained, training)
+    optimizer, in_step = _optimizer_bytes(trained, training, hold_masters)
     held = weights // processes + gathered, gradients // processes, optimizer // processes
     if unknown:
         return MemoryEstimate(*held, activations=None, peak=sum(held), unknown=unknown)
-    peak = max(held[0] + held[2] + meter.peak, sum(held))
+    peak = max(held[0] + held[2] + meter.peak, sum(held) + in_step // processes)
     return MemoryEstimate(*held, activations=peak - sum(held), peak=peak)
 
 
@@ -249,11 +259,12 @@ def _attend(
     return attend(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-def _raise_trained_weights(model: nn.Module) -> None:
-    """Trained weights in float32, as accelerate makes them for FSDP with mixed precision."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+def _raise_with_gradients(parameters: list[nn.Parameter]) -> None:
+    """Weights and their gradients in float32, as FSDP shards them where 16-bit weights are trained."""
+    for parameter in parameters:
+        gradient, parameter.grad = parameter.grad, None
+        parameter.data = parameter.data.float()
+        parameter.grad = None if gradient is None else gradient.float()
 
 
 def _gathered_bytes(model: nn.Module, half: torch.dtype | None) -> int:
@@ -272,12 +283,16 @@ def _gathered_bytes(model: nn.Module, half: torch.dtype | None) -> int:
     return size(outside) + 2 * max((size(block.parameters()) for block in blocks), default=0)
 
 
-def _optimizer_bytes(parameters: list[nn.Parameter], training: TrainingArguments) -> int:
-    """Bytes of the optimizer's state after a step on `parameters`, whose gradients are there.
+def _optimizer_bytes(
+    parameters: list[nn.Parameter],
+    training: TrainingArguments,
+    hold_masters: Callable[[Optimizer], Optimizer] | None,
+) -> tuple[int, int]:
+    """Bytes of the optimizer's state after a step on `parameters`, whose gradients are there, and of what goes after.
 
     The real optimizer makes its state, of tensors without contents. Of one that cannot (it is not installed, or its
     first step looks at numbers) the rule is Adam's two states per trained number: in the weight's dtype, or of one
-    byte for those named 8bit and half a byte for 4bit.
+    byte for those named 8bit and half a byte for 4bit. Master weights are float32, and so are states beside them.
     """
     try:
         make, settings = Trainer.get_optimizer_cls_and_kwargs(training)
@@ -285,12 +300,21 @@ def _optimizer_bytes(parameters: list[nn.Parameter], training: TrainingArguments
         known = inspect.signature(make).parameters
         settings |= {name: value for name, value in one_by_one.items() if name in known}
         optimizer = make(parameters, **settings)
-        with _Meter(nn.Module(), 1):
+        if hold_masters:
+            optimizer = hold_masters(optimizer)
+        meter = _Meter(nn.Module(), 1)
+        meter.hold([*parameters, *(p.grad for p in parameters if p.grad is not None)], 0)  # counted elsewhere
+        with meter:
             optimizer.step()
     except CANNOT_BUILD:
         name = str(getattr(training.optim, "value", training.optim))
         sizes = {"8bit": 1.0, "4bit": 0.5}
         each = next((size for part, size in sizes.items() if part in name), None)
-        return sum(int(2 * parameter.numel() * (each or parameter.dtype.itemsize)) for parameter in parameters)
+        size = sum(int(2 * parameter.numel() * (each or parameter.dtype.itemsize)) for parameter in parameters)
+        if hold_masters:
+            low = [parameter for parameter in parameters if parameter.dtype.itemsize == 2]
+            size += sum(parameter.numel() * (4 if each else 8) for parameter in low)
+        return size, 0
     states = tree_leaves([list(state.values()) for state in optimizer.state.values()])
-    return _bytes_of(value for value in states if isinstance(value, torch.Tensor))
+    size = _bytes_of(value for value in states if isinstance(value, torch.Tensor))
+    return size, max(0, meter.peak - size)

@@ -46,10 +46,13 @@ from tuning.training.checkpoint import (
     staging_of,
     write_json,
 )
+from tuning.training.master_weights import MASTER, holds_master_weights
 from tuning.training.processes import Processes
 
 CANNOT_WRITE = (OSError, SafetensorError, dcp.api.CheckpointException)
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on the first process
+SENT = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+SENT_IN_PART = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
 
 
 class ResumableTrainer(Trainer):
@@ -61,6 +64,7 @@ class ResumableTrainer(Trainer):
 
     identity: dict[str, Any]
     processes: Processes
+    dtypes: dict[str, torch.dtype]  # of the weights before FSDP kept trained ones in float32, by name
     seconds_to_save = 0.0
     _last_saved: Path | None = None
 
@@ -146,7 +150,12 @@ class ResumableTrainer(Trainer):
             weights = get_model_state_dict(self.model, options=FULL)
         for name in _second_names(self.model):  # once gathered, tied weights no longer show that they are
             weights.pop(name, None)
+        for name, tensor in weights.items():  # trained ones may be float32 here
+            weights[name] = tensor.to(self.dtypes.get(name, tensor.dtype))
         self._save(output_dir, state_dict=weights)
+        if self.args.should_save and not isinstance(self.model, PeftModel):
+            self.model.config.dtype = next(iter(self.dtypes.values()))
+            self.model.config.save_pretrained(output_dir or self.args.output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -189,17 +198,32 @@ class ResumableTrainer(Trainer):
         self.state.save_to_json(str(folder / STATE_FILE))
 
     def _optimizer_state(self) -> dict[str, Any]:
-        """PyTorch's own state of the optimizer, parameters by number, and their `names`. Empty but on the first."""
+        """PyTorch's own state of the optimizer, parameters by number, and their `names`. Empty but on the first.
+
+        The float32 weights that FSDP trains are put among the states, where other runs have their master weights.
+        """
         if not self.is_fsdp_enabled:
             return {**self.optimizer.optimizer.state_dict(), "names": self._trained_names()}
         by_name = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
-        names = self._trained_names()
+        names, masters = self._trained_names(), self._gather_masters()
         numbers = {name: number for number, name in enumerate(names)}
         if not self.args.should_save:
             return {}
         groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in by_name["param_groups"]]
         state = {numbers[name]: state for name, state in by_name["state"].items()}
+        for name, master in masters.items():
+            state.setdefault(numbers[name], {})[MASTER] = master
         return {"state": state, "param_groups": groups, "names": names}
+
+    def _gather_masters(self) -> dict[str, torch.Tensor]:
+        """The float32 weights that FSDP trains instead of 16-bit ones, by name; whole, on the first process."""
+        masters = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != self.dtypes[plain_name(name)]:
+                whole = parameter.detach().full_tensor()
+                if self.args.should_save:
+                    masters[plain_name(name)] = whole.cpu()
+        return masters
 
     def _trained_names(self) -> list[str]:
         """Names of the optimizer's parameters, in its order."""
@@ -231,6 +255,11 @@ class ResumableTrainer(Trainer):
         if sorted(stored) != sorted(names) or sum(len(group["params"]) for group in groups) != len(names):
             raise UserError("holds the state of other parameters than are trained now.", str(file))
         by_name = {stored[number]: state for number, state in saved["state"].items()}
+        if not holds_master_weights(optimizer):
+            masters = {name: state.pop(MASTER) for name, state in by_name.items() if MASTER in state}
+            by_name = {name: state for name, state in by_name.items() if state}
+            if masters and self.is_fsdp_enabled:
+                set_model_state_dict(self.model, masters if self.processes.rank == 0 else {}, options=SENT_IN_PART)
         if len(groups) != len(optimizer.param_groups):
             raise UserError(
                 f"has {len(groups)} groups of parameters, this run has {len(optimizer.param_groups)}.",
@@ -240,8 +269,7 @@ class ResumableTrainer(Trainer):
         if self.is_fsdp_enabled and by_name:
             groups = [{**group, "params": [stored[number] for number in group["params"]]} for group in groups]
             whole = {"state": by_name, "param_groups": groups} if self.processes.rank == 0 else {}
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            set_optimizer_state_dict(self.model, optimizer, whole, options=options)
+            set_optimizer_state_dict(self.model, optimizer, whole, options=SENT)
         else:
             mine = optimizer.state_dict()["param_groups"]
             groups = [{**group, "params": own["params"]} for group, own in zip(groups, mine, strict=True)]
@@ -250,9 +278,14 @@ class ResumableTrainer(Trainer):
 
     def _load_sharded_optimizer(self, folder: Path) -> None:
         model, optimizer = self.model_wrapped, self.optimizer.optimizer
-        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        read_shards(state, folder / SHARDED_OPTIMIZER)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        state = get_optimizer_state_dict(model, optimizer)
+        masters = {name: own.pop(MASTER) for name, own in state["state"].items() if MASTER in own}
+        read_shards({"optimizer": state}, folder / SHARDED_OPTIMIZER)
+        if masters:  # the sharded weights are float32
+            read_shards({"model": masters}, folder / SHARDED_MODEL)
+            for name, master in masters.items():
+                state["state"][name][MASTER] = master
+        set_optimizer_state_dict(model, optimizer, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read weights that FSDP sharded; all others were read where the model was made.

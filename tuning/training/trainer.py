@@ -24,12 +24,13 @@ from tuning.data.token_budget import TokenBatches
 from tuning.errors import EXIT_STOPPED, RunEnded, UserError
 from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.compilation import compile_layers
-from tuning.model.fsdp import give_addresses
+from tuning.model.fsdp import compute_in_half, give_addresses, raise_trained
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.callbacks import JsonLinesLog, SkippedRowsFile
 from tuning.training.epochs import begin_epoch, pack_batches, share_batches
 from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
 from tuning.training.interruption import Interruption, Workers
+from tuning.training.master_weights import HALF, explain_updates, hold_master_weights
 from tuning.training.meter import Meter
 from tuning.training.padding_free import find_obstacle, find_structural_obstacle
 from tuning.training.processes import Processes
@@ -57,6 +58,7 @@ class SupervisedTrainer(ResumableTrainer):
         max_bad_fraction: float = 0.0,
         group_by_length: bool | None = None,
         max_tokens_per_batch: int | None = None,
+        keep_master_weights: bool = True,
         **kwargs,
     ):
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers' name for it
@@ -85,10 +87,18 @@ class SupervisedTrainer(ResumableTrainer):
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # `compile_layers` does it, layer by layer
         self.add_callback(_StepCallback(self))
         self.add_callback(JsonLinesLog(self.args.output_dir))
+        self.keep_master_weights = keep_master_weights and not self.is_deepspeed_enabled  # which has its own
+        self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        mixed = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"  # its trained weights are float32
+        how = explain_updates(self.model, kept=keep_master_weights or mixed, sharded=self.is_fsdp_enabled)
+        if how and not self.is_deepspeed_enabled:
+            say(how)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = wrap_classes
-            give_addresses(self.model, raise_trained=self.accelerator.mixed_precision != "no")
+            if mixed or (keep_master_weights and compute_in_half(self.model, plugin)):
+                raise_trained(self.model)
+            give_addresses(self.model)
 
     def settle_batches(self) -> None:
         """Before the first batch: are batches padding-free? All processes decide the same."""
@@ -99,7 +109,7 @@ class SupervisedTrainer(ResumableTrainer):
 
         obstacle, model = "padding_free is false", self.accelerator.unwrap_model(self.model)
         if self.padding_free is not False:
-            half = model.dtype.itemsize < 4 or self.accelerator.mixed_precision != "no"
+            half = self.accelerator.mixed_precision != "no" or not HALF.isdisjoint(self.dtypes.values())
             obstacle = find_obstacle(model, forward, self.probes, self.collator, self.attention, half=half)
         if self.processes.share([obstacle != ""]).any():
             obstacle = obstacle or "it fails without padding on another process"
@@ -272,6 +282,8 @@ class SupervisedTrainer(ResumableTrainer):
         if any(rate is not None for rate in self.learning_rates.values()):
             groups = parameter_groups(model or self.model, self.parts, optimizer.param_groups, self.learning_rates)
             optimizer.param_groups[:] = groups
+        if self.keep_master_weights and not self.is_fsdp_enabled:  # it shards them in float32
+            hold_master_weights(optimizer)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

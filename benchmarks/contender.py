@@ -1,0 +1,264 @@
+"""One contender in a process of its own: trains a few steps and writes what it took.
+
+    contender.py SPEC RESULT
+
+SPEC is a JSON file: `contender` (see `CONTENDERS`), `model`, `rows`, `output`, `training` (TrainingArguments, of all),
+`options` (of ours), `dtype`, and, if set, `adapter` (a folder with the LoRA configuration that ours has used, for the
+others), `loading` (more for `from_pretrained`, of the others) and `threads`. RESULT gets the loss and the seconds of
+every step, the first step's tokens and supervised tokens, and peak memory.
+
+A step begins with fetching its batches and ends after the optimizer's step, for all alike.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from record import peak_rss_bytes
+
+IGNORED = -100
+
+
+def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
+    """Through `tuning.train` and what it logs."""
+    import tuning
+    import tuning.sft_trainer
+
+    imported, output = time.time(), Path(spec["output"])
+    tuning.train(
+        {
+            "model_name_or_path": spec["model"],
+            "training_data_path": spec["rows"],
+            "output_dir": str(output),
+            "train_sampling_strategy": "sequential",
+            **spec["training"],
+            **spec["options"],
+        }
+    )
+    steps = [json.loads(line) for line in (output / "training_logs.jsonl").read_text().splitlines()]
+    return {
+        "losses": [step["loss"] for step in steps],
+        "step_seconds": [step["step_seconds"] for step in steps],
+        "data_seconds": [step["step_seconds"] * step["data_wait_share"] for step in steps],
+        "tokens": round(steps[0]["tokens_per_second"] * steps[0]["step_seconds"]),
+        "supervised_tokens": steps[0]["supervised_tokens"],
+        "imported": imported,
+    }
+
+
+def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
+    """TRL's `SFTTrainer` as its documentation has it for conversations with images."""
+    from trl import SFTConfig, SFTTrainer
+    from workloads import read_rows
+
+    rows = read_rows(Path(spec["rows"]))
+    arguments = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, **_peer_arguments(spec)}
+    if can_mark_answers():
+        arguments["assistant_only_loss"] = True
+    else:  # older than TRL asks for: one question and its answer apart, of which only the answer is trained
+        rows = rows.map(lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]})
+        rows = rows.remove_columns("messages")
+    model, processor, adapter = _load(spec)
+    trainer = _timed(SFTTrainer)(
+        model=model,
+        args=SFTConfig(**arguments),
+        train_dataset=rows,
+        processing_class=processor,
+        peft_config=adapter,
+    )
+    return _measure(trainer)
+
+
+def encode_with_trl(spec: dict[str, Any]) -> dict[str, Any]:
+    """TRL's own collator for images, as `SFTTrainer` makes it, behind a plain DataLoader; nothing is trained."""
+    from torch.utils.data import DataLoader
+    from transformers import AutoProcessor
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+    from workloads import read_rows
+
+    processor = AutoProcessor.from_pretrained(spec["model"])
+    processor.chat_template = Path(spec["model"], "marked.jinja").read_text()
+    collator = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
+    batch_size = spec["training"]["per_device_train_batch_size"]
+    batches = iter(DataLoader(read_rows(Path(spec["rows"])), batch_size, collate_fn=collator))
+    seconds, counts = [], []
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            break
+        seconds.append(time.perf_counter() - started)
+        counts.append(_count(batch))
+    return {"data_seconds": seconds, "tokens": counts[0][0], "supervised_tokens": counts[0][1]}
+
+
+def convert(spec: dict[str, Any]) -> dict[str, Any]:
+    """What `datasets` does once with a file, in the way that `tuning` asks for it."""
+    import datasets
+
+    started = time.perf_counter()
+    datasets.load_dataset("parquet", data_files=[spec["rows"]], split="train")
+    return {"seconds": time.perf_counter() - started}
+
+
+def can_mark_answers() -> bool:
+    """Whether this transformers is new enough for TRL's `assistant_only_loss` with images."""
+    import transformers
+    from packaging.version import Version
+
+    return Version(transformers.__version__) >= Version("5.18.0.dev0")
+
+
+def train_stock(spec: dict[str, Any]) -> dict[str, Any]:
+    """The model's own forward with labels, in the stock `Trainer`."""
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments
+    from workloads import read_rows
+
+    model, processor, adapter = _load(spec)
+    if adapter:
+        model = get_peft_model(model, adapter)
+    trainer = _timed(Trainer)(
+        model=model,
+        args=TrainingArguments(**_peer_arguments(spec)),
+        train_dataset=read_rows(Path(spec["rows"])),
+        data_collator=StockCollator(processor),
+    )
+    return _measure(trainer)
+
+
+class StockCollator:
+    """Renders, tokenizes and pads with the processor's own methods; labels are the template's marked answers."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        conversations = []
+        for row in rows:
+            pictures = iter(row["images"])
+            conversations.append(
+                [{**message, "content": _fill(message["content"], pictures)} for message in row["messages"]]
+            )
+        batch = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
+        )
+        labels = batch["input_ids"].clone()
+        labels[batch.pop("assistant_masks") == 0] = IGNORED
+        batch["labels"] = labels
+        return batch
+
+
+def _fill(content: list[dict[str, Any]], pictures: Any) -> list[dict[str, Any]]:
+    """Message parts with the pictures put in, and without what `datasets` fills up."""
+    return [
+        {"type": "image", "image": next(pictures)}
+        if part["type"] == "image"
+        else {"type": "text", "text": part["text"]}
+        for part in content
+    ]
+
+
+def _peer_arguments(spec: dict[str, Any]) -> dict[str, Any]:
+    arguments = {"output_dir": spec["output"], "report_to": "none", "remove_unused_columns": False, **spec["training"]}
+    return {"train_sampling_strategy": "sequential", "disable_tqdm": True, **arguments}
+
+
+def _load(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        spec["model"], dtype=getattr(torch, spec["dtype"]), **spec.get("loading", {})
+    )
+    processor = AutoProcessor.from_pretrained(spec["model"])
+    processor.chat_template = Path(spec["model"], "marked.jinja").read_text()
+    adapter = LoraConfig.from_pretrained(spec["adapter"]) if spec.get("adapter") else None
+    if adapter:
+        adapter.inference_mode = False  # as it was saved, it would be frozen
+    return model, processor, adapter
+
+
+def _timed(trainer_class: type) -> type:
+    """The trainer with a clock, on the same two moments as ours: batches are asked for, the step has ended."""
+
+    class Timed(trainer_class):  # type: ignore[misc]
+        counts: list[tuple[int, int]]
+
+        def get_batch_samples(self, *args, **kwargs):
+            self.started = time.perf_counter()
+            batches, items = super().get_batch_samples(*args, **kwargs)
+            self.arrived = time.perf_counter()
+            self.counts.append(tuple(map(sum, zip(*map(_count, batches), strict=True))))
+            return batches, items
+
+    Timed.counts = []
+    return Timed
+
+
+def _count(batch: Any) -> tuple[int, int]:
+    """Tokens without padding, and those that are trained."""
+    return int(batch["attention_mask"].sum()), int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def _measure(trainer: Any) -> dict[str, Any]:
+    from transformers import TrainerCallback
+
+    losses, seconds, waited = [], [], []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seconds.append(time.perf_counter() - trainer.started)
+            waited.append(trainer.arrived - trainer.started)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                losses.append(logs["loss"])
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    tokens, supervised = trainer.counts[0]
+    return {
+        "losses": losses,
+        "step_seconds": seconds,
+        "data_seconds": waited,
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+    }
+
+
+CONTENDERS = {
+    "ours": train_ours,
+    "trl": train_trl,
+    "stock": train_stock,
+    "trl_collator": encode_with_trl,
+    "conversion": convert,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    spec_file, result_file = map(Path, argv)
+    spec = json.loads(spec_file.read_text())
+    measure = CONTENDERS[spec["contender"]]
+    import torch
+
+    if spec.get("threads"):
+        torch.set_num_threads(spec["threads"])
+    figures = measure(spec)
+    if torch.cuda.is_available():
+        figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    figures |= {"peak_rss_bytes": peak_rss_bytes(), "threads": torch.get_num_threads()}
+    result_file.write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,72 @@
+"""Rows a second that are decoded, encoded and collated in one process: ours, and TRL's own collator for images.
+
+    python benchmarks/encode.py [--layout granite_vision llava15] [--rows 32] [--peers trl]
+
+Photo-sized JPEG files through the published image settings (Granite Vision's tiles of 384 pixels, LLaVA-1.5's 336),
+with questions of a hundred words. Ours: the time that training waits for its batches, as it logs it, without
+DataLoader workers and in front of a model of next to nothing. TRL: a DataLoader over the same rows with the collator
+that `SFTTrainer` makes for them. Both must give the same tokens and supervised tokens. The median batch after the
+first one.
+"""
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from peers import TRL_VERSION, install_trl
+from record import describe_environment, median, print_line, run_child, say
+from step import BATCH, check_counts, make_spec
+from workloads import SMALL_PICTURES, save_model, write_rows
+
+PHOTOS = [(640, 480), (800, 600), (1024, 768), (700, 350)]
+
+
+def measure_layout(arguments: argparse.Namespace, layout: str, folder: Path, environment: dict) -> None:
+    model = save_model(folder / "model", layout, "tiny" if arguments.tiny else "pictures")
+    sizes = itertools.islice(itertools.cycle(SMALL_PICTURES if arguments.tiny else PHOTOS), arguments.rows)
+    rows = write_rows(folder / "rows" / "rows.jsonl", sizes, words=[100], answer_words=[20])
+    spec = make_spec(model, rows, "full", steps=arguments.rows // BATCH, output=folder / "out")
+    say(f"{layout}: ours …")
+    results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
+    if "trl" in arguments.peers:
+        say(f"{layout}: trl …")
+        spec = {**spec, "contender": "trl_collator"}
+        results["trl"] = run_child("contender.py", spec, folder, paths=(install_trl(),))
+        check_counts(results["ours"], results["trl"], "trl")
+    for contender, result in results.items():
+        speed = BATCH / median(result["data_seconds"][1:] or result["data_seconds"])
+        more = {"version": TRL_VERSION} if contender == "trl" else {}
+        if len(results) > 1 and contender == "ours":
+            more["against_trl"] = round(speed * median(results["trl"]["data_seconds"][1:]) / BATCH, 2)
+        print_line(
+            "encode",
+            environment,
+            layout=layout,
+            contender=contender,
+            rows_per_second=round(speed, 2),
+            tokens_per_row=round(result["tokens"] / BATCH),
+            rows=arguments.rows,
+            threads=result["threads"],
+            **more,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--layout", nargs="+", choices=["granite_vision", "llava15"], default=["granite_vision", "llava15"]
+    )
+    parser.add_argument("--rows", type=int, default=32, help="a multiple of 4, the batch size")
+    parser.add_argument("--peers", nargs="*", choices=["trl"], default=["trl"])
+    parser.add_argument("--tiny", action="store_true", help="small pictures: to see that it works")
+    arguments = parser.parse_args(argv)
+    environment = describe_environment()
+    for layout in arguments.layout:
+        with tempfile.TemporaryDirectory() as folder:
+            measure_layout(arguments, layout, Path(folder), environment)
+
+
+if __name__ == "__main__":
+    main()

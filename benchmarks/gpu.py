@@ -1,0 +1,170 @@
+"""Published sizes on a GPU: tokens a second, MFU and peak memory, ours and TRL's `SFTTrainer`.
+
+    python benchmarks/gpu.py [--run granite_full granite_lora llava_lora] [--peers trl] [--checkpointing on off]
+
+Random bfloat16 weights in the shapes of Granite Vision 3.2 2B and LLaVA-1.5 7B, made here; nothing is downloaded.
+Four rows a batch, pictures of 2 to 4 thousand tokens with Granite's tiles and 576 with LLaVA's, twelve steps, of
+which the first three are not counted. Both sides: bfloat16 weights and autocast, fused AdamW, four DataLoader
+workers, the same gradient checkpointing, LoRA on the same layers. TRL as it documents it for images:
+`max_length=None`, only answers trained, its fused head; packing and padding-free it refuses for images. Its first
+loss must be ours within 2 %: rounding differs in bfloat16.
+
+MFU is model FLOPs ÷ (seconds · peak FLOP/s of the card in dense bfloat16): `flops.py` says how they are counted. The
+most memory is what PyTorch had allocated. A run that does not fit is a line with `failed`. A machine without a
+network needs `benchmarks/.peers/` copied to it, which `python benchmarks/gpu.py --tiny` makes; `--tiny` runs all of
+this with tiny models on a CPU.
+"""
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flops import RowShape, count_step, peak_of, utilisation
+from peers import TRL_VERSION, install_trl
+from record import ChildFailed, describe_environment, median, print_line, run_child, say
+from step import LORA, check_equal
+from workloads import LARGE_PICTURES, SMALL_PICTURES, save_model, write_rows
+
+RUNS = {
+    "granite_full": ("granite_vision", "2b", "full"),
+    "granite_lora": ("granite_vision", "2b", "lora"),
+    "llava_lora": ("llava15", "7b", "lora"),
+}
+BATCH, WARM_UP = 4, 3
+SAME_LOSS = 0.02
+
+
+def make_spec(arguments: argparse.Namespace, model: Path, rows: Path, method: str, checkpointing: bool, output: Path):
+    training = {
+        "per_device_train_batch_size": BATCH,
+        "max_steps": arguments.steps,
+        "learning_rate": 1e-5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "bf16": True,
+        "optim": "adamw_torch_fused",
+        "gradient_checkpointing": checkpointing,
+        "dataloader_num_workers": 0 if arguments.tiny else 4,
+        **({"use_cpu": True} if arguments.tiny else {}),
+    }
+    return {
+        "model": str(model),
+        "rows": str(rows),
+        "output": str(output),
+        "dtype": "bfloat16",
+        "training": training,
+        "options": {"dtype": "bfloat16", **(LORA if method == "lora" else {})},
+        "threads": 1 if arguments.tiny else None,
+    }
+
+
+def compare(arguments: argparse.Namespace, name: str, folder: Path, model: Path) -> Iterator[dict[str, Any]]:
+    """The lines of one run, ours first: its adapter configuration is what the other is given."""
+    layout, _, method = RUNS[name]
+    sizes = itertools.islice(itertools.cycle(_pictures(arguments)), BATCH * arguments.steps)
+    rows = write_rows(folder / "rows" / "rows.jsonl", sizes, words=[150], answer_words=[40])
+    for checkpointing in arguments.checkpointing:
+        ours = None
+        for contender in ("ours", *arguments.peers):
+            say(f"{name}, checkpointing {checkpointing}: {contender} …")
+            output = folder / f"{contender}_{checkpointing}"
+            spec = make_spec(arguments, model, rows, method, checkpointing == "on", output)
+            paths: tuple[Path, ...] = ()
+            if contender == "trl":
+                paths, spec["options"] = (install_trl(),), {}
+                if method == "lora":
+                    spec["adapter"] = str(folder / f"ours_{checkpointing}")
+            line = {"run": name, "layout": layout, "method": method, "checkpointing": checkpointing}
+            line |= {"contender": contender} | ({"version": TRL_VERSION} if contender == "trl" else {})
+            try:
+                result = run_child("contender.py", {**spec, "contender": contender}, folder, paths=paths)
+            except ChildFailed as failure:
+                yield {**line, "failed": str(failure).strip().splitlines()[-1]}
+                continue
+            if contender == "ours":
+                ours = result
+            elif ours:
+                check_equal(ours, result, contender, SAME_LOSS)
+            yield {**line, **figures_of(arguments, result, model, method)}
+
+
+def _pictures(arguments: argparse.Namespace) -> list[tuple[int, int]]:
+    return SMALL_PICTURES if arguments.tiny else LARGE_PICTURES
+
+
+def figures_of(arguments: argparse.Namespace, result: dict[str, Any], model: Path, method: str) -> dict[str, Any]:
+    import torch
+    from transformers import AutoConfig
+
+    seconds = median(result["step_seconds"][min(WARM_UP, arguments.steps - 1) :])
+    shapes = read_shapes(model, _pictures(arguments)[:BATCH], result["tokens"])
+    adapter = {"rank": LORA["r"], "adapted": LORA["target_modules"]} if method == "lora" else {}
+    operations = count_step(AutoConfig.from_pretrained(model), shapes, result["supervised_tokens"], **adapter)["total"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    share = utilisation(operations, seconds, arguments.peak_flops or peak_of(device))
+    return {
+        "device": device,
+        "seconds_per_step": round(seconds, 4),
+        "tokens_per_second": round(result["tokens"] / seconds, 1),
+        "mfu": round(share, 4) if share else None,
+        "model_flops": operations,
+        "peak_memory_gb": round((result.get("peak_cuda_bytes") or result["peak_rss_bytes"]) / 1e9, 2),
+        "first_loss": result["losses"][0],
+        "last_loss": result["losses"][-1],
+        "tokens": result["tokens"],
+        "supervised_tokens": result["supervised_tokens"],
+        "rows": BATCH,
+        "steps": arguments.steps,
+    }
+
+
+def read_shapes(model: Path, sizes: list[tuple[int, int]], tokens: int) -> list[RowShape]:
+    """Tokens and tiles of a batch's rows; texts are equally long, so that what images leave of `tokens` is shared."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model)
+    pairs = []
+    for size in sizes:
+        image = Image.new("RGB", size)
+        batch = processor(text=processor.image_token, images=image, return_tensors="pt")
+        pairs.append((batch["input_ids"].numel(), batch["pixel_values"].flatten(0, -4).shape[0]))
+    text = (tokens - sum(pair[0] for pair in pairs)) / len(pairs)
+    return [RowShape(round(image_tokens + text), tiles) for image_tokens, tiles in pairs]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--peers", nargs="*", choices=["trl"], default=["trl"])
+    parser.add_argument("--checkpointing", nargs="+", choices=["on", "off"], default=["on"])
+    parser.add_argument("--steps", type=int, default=12, help="at most 20, so that all fits into a short lease")
+    parser.add_argument("--peak-flops", type=float, help="of this card in dense bfloat16, where it is not known here")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, on a CPU")
+    arguments = parser.parse_args(argv)
+    environment = describe_environment()
+    made: tuple[str, str] | None = None
+    with tempfile.TemporaryDirectory() as models:
+        for name in arguments.run:
+            layout, size, _ = RUNS[name]
+            model = Path(models, layout)
+            if made != (layout, size):
+                say(f"making {layout} {size} …")
+                save_model(
+                    model,
+                    layout,
+                    "tiny" if arguments.tiny else size,
+                    dtype="bfloat16",
+                    device="cpu" if arguments.tiny else "cuda",
+                )
+                made = (layout, size)
+            with tempfile.TemporaryDirectory() as folder:
+                for line in compare(arguments, name, Path(folder), model):
+                    print_line("gpu", environment, **line)
+
+
+if __name__ == "__main__":
+    main()

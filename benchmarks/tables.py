@@ -1,0 +1,123 @@
+"""The tables of docs/performance.md, from the newest lines of benchmarks/results/.
+
+python benchmarks/tables.py            writes them anew, between <!-- NAME --> and <!-- /NAME -->
+python benchmarks/tables.py --check    fails where they are not what the results say
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from record import ROOT
+
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+
+# Benchmark → what tells its lines apart, and the columns shown: heading, field.
+KEYS = {
+    "step": ("layout", "size", "method", "contender"),
+    "start": ("rows",),
+    "encode": ("layout", "contender"),
+    "memory": ("contender", "trained", "vocabulary", "tokens_per_row"),
+    "gpu": ("run", "checkpointing", "contender", "device"),
+    "check_speed": ("rows",),
+}
+COLUMNS = {
+    "step": {
+        "layout": "layout",
+        "size": "size",
+        "method": "method",
+        "": "contender",
+        "s/step": "seconds_per_step",
+        "tokens/s": "tokens_per_second",
+        "peak GB": "peak_memory_gb",
+        "first loss": "first_loss",
+        "threads": "threads",
+    },
+    "start": {
+        "rows": "rows",
+        "s to first step": "seconds_to_first_step",
+        "× smallest": "seconds_to_first_step_against_smallest",
+        "without imports, s": "seconds_after_imports",
+        "× smallest, without imports": "seconds_after_imports_against_smallest",
+        "conversion once, s": "conversion_seconds",
+    },
+    "encode": {
+        "layout": "layout",
+        "": "contender",
+        "rows/s": "rows_per_second",
+        "× TRL": "against_trl",
+        "tokens a row": "tokens_per_row",
+    },
+    "memory": {
+        "": "contender",
+        "trained": "trained",
+        "vocabulary": "vocabulary",
+        "tokens a row": "tokens_per_row",
+        "peak GB": "peak_memory_gb",
+        "beyond weights, GB": "beyond_weights_gb",
+    },
+    "gpu": {
+        "run": "run",
+        "checkpointing": "checkpointing",
+        "": "contender",
+        "device": "device",
+        "s/step": "seconds_per_step",
+        "tokens/s": "tokens_per_second",
+        "MFU": "mfu",
+        "peak GB": "peak_memory_gb",
+        "failed": "failed",
+    },
+    "check_speed": {"rows": "rows", "rows/s": "rows_per_second"},
+}
+ORIGIN = ("commit", "cores", "load", "torch", "transformers")
+
+
+def read_newest(benchmark: str) -> list[dict[str, Any]]:
+    """The last line of each kind, in the order in which the kinds first appeared."""
+    file = RESULTS / f"{benchmark}.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return list({tuple(line.get(key) for key in KEYS[benchmark]): line for line in lines}.values())
+
+
+def make_table(benchmark: str) -> str:
+    lines, columns = read_newest(benchmark), COLUMNS[benchmark]
+    if not lines:
+        return "Not measured yet."
+    shown = {heading: field for heading, field in columns.items() if any(line.get(field) is not None for line in lines)}
+    rows = [list(shown), ["---"] * len(shown)]
+    rows += [[_show(line.get(field)) for field in shown.values()] for line in lines]
+    origins = dict.fromkeys(", ".join(f"{name} {line.get(name, '?')}" for name in ORIGIN) for line in lines)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\nMeasured at: " + "; ".join(origins) + "."
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) < 100 else f"{value:.1f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def fill(page: str) -> str:
+    """The page with every marked table as the results have it."""
+
+    def table(match: re.Match) -> str:
+        return f"{match[1]}\n{make_table(match[2])}\n{match[4]}"
+
+    return re.sub(r"(<!-- (\w+) -->)(.*?)(<!-- /\2 -->)", table, page, flags=re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    page = PAGE.read_text(encoding="utf-8")
+    filled = fill(page)
+    if parser.parse_args(argv).check:
+        if filled != page:
+            raise SystemExit("docs/performance.md is not what benchmarks/results says: run benchmarks/tables.py.")
+    else:
+        PAGE.write_text(filled, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The models and rows that are measured: made from seeds, nothing is downloaded.
+
+A chat template here carries `{% generation %}` marks, which TRL and the stock pipeline need to find the answers. Ours
+is given the same template without them, as it is published.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import record  # noqa: F401 - puts tests/, with the tiny models, on the path
+
+MARKS = re.compile(r"\{% (?:end)?generation %\}")
+GRANITE_TEMPLATE = """\
+{%- for message in messages if message['role'] == 'system' %}{% else %}<|system|>
+A chat between a curious user and an artificial intelligence assistant.
+{% endfor %}
+{%- for message in messages %}
+{%- if message['role'] == 'user' %}<|user|>
+ {% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}
+{%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + '\\n' }}{% endfor %}
+{%- elif message['role'] == 'assistant' %}{{ '<|assistant|>\\n' }}{% generation %}\
+{{ message['content'][0]['text'] + '<|end_of_text|>' }}{% endgeneration %}
+{%- endif %}
+{%- if loop.last and add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}
+{%- endfor %}"""
+PLAIN_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}{{ message['role'].upper() + ':\\n' }}
+{%- for part in message['content'] if part['type'] == 'image' %}{{ IMAGE }}{% endfor %}
+{%- if message['role'] == 'assistant' %}{% generation %}\
+{{ message['content'][0]['text'] + eos_token }}{% endgeneration %}
+{%- else %}
+{%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{{ '\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:\\n' }}{% endif %}"""
+TEMPLATES = {
+    "granite_vision": GRANITE_TEMPLATE,
+    **{
+        layout: PLAIN_TEMPLATE.replace("IMAGE", "'<image>\\n'")
+        for layout in ("llava15", "llava_next_vicuna", "llava16_mistral")
+    },
+    "mllama": PLAIN_TEMPLATE.replace("IMAGE", "'<|image|>'"),
+}
+LAYOUTS = tuple(TEMPLATES)
+WORDS = [
+    *("the", "a", "red", "green", "small", "large", "square", "circle", "stands", "below", "above", "beside", "on"),
+    *("of", "chart", "shows", "sales", "in", "year"),
+]
+LARGE_PICTURES = [(700, 350), (1100, 384), (400, 500), (700, 700)]  # with Granite's tiles 2.2 to 3.7 thousand tokens
+SMALL_PICTURES = [(40, 40), (90, 30), (30, 80), (60, 60)]
+# Granite Vision 3.2: every grid of at most ten tiles of 384 pixels.
+GRANITE_PINPOINTS = [[384 * high, 384 * wide] for high in range(1, 11) for wide in range(1, 11) if high * wide <= 10]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Granite-Vision- or LLaVA-shaped model; `text` and `vision` are arguments of their configurations."""
+
+    text: dict = field(default_factory=dict)
+    vision: dict = field(default_factory=dict)
+    vision_layers: list | int = -2
+    pinpoints: list | None = None
+
+
+def shape(hidden: int, layers: int, heads: int, inner: int, **more) -> dict:
+    return dict(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner, **more
+    )
+
+
+TINY_VISION = dict(image_size=32, patch_size=8)
+SHAPES = {
+    # 20 million parameters with the published layout, vocabulary, tiles and logits_scaling.
+    ("granite_vision", "20m"): Shape(
+        shape(256, 4, 4, 1024, num_key_value_heads=2, vocab_size=49156, attention_multiplier=0.015625),
+        shape(256, 4, 4, 512, image_size=384, patch_size=14),
+        [-4, -3, -2, -1],
+        GRANITE_PINPOINTS,
+    ),
+    # https://huggingface.co/ibm-granite/granite-vision-3.2-2b (config.json), SigLIP so400m.
+    ("granite_vision", "2b"): Shape(
+        shape(2048, 40, 32, 8192, num_key_value_heads=8, vocab_size=49156, attention_multiplier=0.015625),
+        shape(1152, 27, 16, 4304, image_size=384, patch_size=14),
+        [-24, -20, -12, -1],
+        GRANITE_PINPOINTS,
+    ),
+    # The published pictures in front of hardly any model: what is measured is the way to it.
+    ("granite_vision", "pictures"): Shape(
+        shape(16, 1, 1, 32, num_key_value_heads=1, vocab_size=1024, attention_multiplier=0.25),
+        shape(16, 4, 1, 32, image_size=384, patch_size=14),
+        [-4, -3, -2, -1],
+        GRANITE_PINPOINTS,
+    ),
+    ("llava15", "pictures"): Shape(
+        shape(16, 1, 1, 32, num_key_value_heads=1, vocab_size=1024),
+        shape(16, 2, 1, 32, image_size=336, patch_size=14),
+    ),
+    ("granite_vision", "tiny"): Shape(
+        shape(64, 2, 4, 128, num_key_value_heads=2, vocab_size=1024, attention_multiplier=0.25),
+        shape(64, 4, 4, 128, **TINY_VISION),
+        [-4, -3, -2, -1],
+        [[32, 64], [64, 32], [64, 64]],
+    ),
+    # https://huggingface.co/llava-hf/llava-1.5-7b-hf (config.json), CLIP ViT-L/14 at 336 pixels.
+    ("llava15", "7b"): Shape(
+        shape(4096, 32, 32, 11008, num_key_value_heads=32, vocab_size=32064),
+        shape(1024, 24, 16, 4096, image_size=336, patch_size=14, projection_dim=768),
+    ),
+    ("llava15", "20m"): Shape(
+        shape(256, 4, 4, 1024, num_key_value_heads=4, vocab_size=32064),
+        shape(256, 4, 4, 512, image_size=336, patch_size=14),
+    ),
+    ("llava15", "tiny"): Shape(
+        shape(64, 2, 4, 128, num_key_value_heads=2, vocab_size=1024), shape(64, 4, 4, 128, **TINY_VISION)
+    ),
+}
+
+
+def make_config_and_processor(layout: str, size: str, vocab_size: int | None = None):
+    """The configuration and the processor of `layout` in `size`; "tests" is the size of the test suite's models.
+
+    `vocab_size` replaces the size's own; the tokenizer uses the first few hundred ids of it.
+    """
+    if size == "tests":
+        from tiny_models import _BUILDERS
+
+        config, processor = _BUILDERS[layout]()
+    elif layout == "granite_vision":
+        config, processor = _granite_vision(SHAPES[layout, size])
+    else:
+        config, processor = _llava15(SHAPES[layout, size])
+    processor.chat_template = TEMPLATES[layout]
+    if vocab_size:
+        config.get_text_config().vocab_size = vocab_size
+    return config, processor
+
+
+def _tokenizer(special_tokens: list[str], end: str):
+    from tuning.demo.tokenizer import train_tokenizer
+
+    # Each of WORDS is one token, at the start of a text and after a blank.
+    texts = [*WORDS, " ".join(["", *WORDS]), "A chat between a curious user and an artificial intelligence assistant."]
+    return train_tokenizer(
+        texts,
+        special_tokens=special_tokens,
+        bos_token=special_tokens[0],
+        eos_token=end,
+        pad_token=end,
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def _ids(tokenizer) -> dict:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def _granite_vision(shape: Shape):
+    import transformers
+
+    tokenizer = _tokenizer(
+        ["<|end_of_text|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>"], end="<|end_of_text|>"
+    )
+    side = shape.vision["image_size"]
+    size = {"height": side, "width": side}
+    processor = transformers.LlavaNextProcessor(
+        transformers.LlavaNextImageProcessorPil(
+            size=size,
+            crop_size=size,
+            image_grid_pinpoints=shape.pinpoints,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ),
+        tokenizer,
+        patch_size=shape.vision["patch_size"],
+        vision_feature_select_strategy="full",
+    )
+    text = transformers.GraniteConfig(
+        **shape.text,
+        **_ids(tokenizer),
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        logits_scaling=8.0,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        rope_parameters={"rope_type": "default", "rope_theta": 300000.0},
+    )
+    config = transformers.LlavaNextConfig(
+        text_config=text,
+        vision_config=transformers.SiglipVisionConfig(**shape.vision),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=shape.vision_layers,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=shape.pinpoints,
+        tie_word_embeddings=True,
+    )
+    return config, processor
+
+
+def _llava15(shape: Shape):
+    import transformers
+
+    tokenizer = _tokenizer(["<s>", "</s>", "<image>"], end="</s>")
+    side = shape.vision["image_size"]
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        tokenizer,
+        patch_size=shape.vision["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**shape.text, **_ids(tokenizer), max_position_embeddings=4096),
+        vision_config=transformers.CLIPVisionConfig(**shape.vision),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=shape.vision_layers,
+        vision_feature_select_strategy="default",
+    )
+    return config, processor
+
+
+def save_model(
+    folder: Path,
+    layout: str,
+    size: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    vocab_size: int | None = None,
+    logits_scaling: float | None = None,
+) -> Path:
+    """Write a random model and its processor as a published checkpoint would be, the template without marks.
+
+    `marked.jinja` beside them has the marks. Equal arguments give equal weights. `logits_scaling` replaces Granite's.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    config, processor = make_config_and_processor(layout, size, vocab_size)
+    if logits_scaling is not None:
+        config.text_config.logits_scaling = logits_scaling
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+    marked = processor.chat_template
+    processor.chat_template = MARKS.sub("", marked)
+    processor.save_pretrained(folder)
+    (folder / "marked.jinja").write_text(marked)
+    return folder
+
+
+def write_rows(
+    path: Path, sizes: Iterable[tuple[int, int]], *, words: Sequence[int] = (12,), answer_words: Sequence[int] = (5,)
+) -> Path:
+    """A .jsonl of one question and answer a row about a picture of noise; `sizes` are (width, height), one a row.
+
+    Questions have `words` words and answers `answer_words`, by row, over and over. Pictures are JPEG files beside it.
+    """
+    from PIL import Image
+
+    random, lines = np.random.default_rng(0), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number, (width, height) in enumerate(sizes):
+        noise = random.integers(0, 255, (max(1, height // 16), max(1, width // 16), 3), dtype=np.uint8)
+        file = path.parent / f"{path.stem}_{number}.jpg"
+        Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file)
+        question, answer = (
+            " ".join(random.choice(WORDS, lengths[number % len(lengths)])) for lengths in (words, answer_words)
+        )
+        messages = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        lines.append(json.dumps({"messages": messages, "images": [file.name]}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def read_rows(path: Path):
+    """The same rows as a `datasets.Dataset` with decoded images, as TRL documents them."""
+    from datasets import Dataset, Features, Image, List, Value
+
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["images"] = [str(path.parent / name) for name in row["images"]]
+    part = {"type": Value("string"), "text": Value("string")}
+    features = Features({"messages": List({"role": Value("string"), "content": List(part)}), "images": List(Image())})
+    return Dataset.from_list(rows, features=features)

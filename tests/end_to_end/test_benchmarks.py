@@ -1,0 +1,82 @@
+"""Every benchmark at its smallest and without peers, so that none of them rots."""
+
+import importlib
+import json
+import sys
+
+import contender
+import datasets
+import pytest
+import record
+import tables
+
+SMALLEST = {
+    "step": ["--layout", "llava15", "--size", "tests", "--method", "lora", "--steps", "2", "--peers"],
+    "encode": ["--layout", "granite_vision", "--rows", "8", "--tiny", "--peers"],
+    "memory": ["--vocabulary", "1024", "--tokens", "--trained", "all", "--peers"],
+    "gpu": ["--run", "granite_lora", "--steps", "2", "--tiny", "--peers", "--peak-flops", "1e12"],
+}
+
+
+def run_here(script, spec, folder, **kwargs):
+    """`record.run_child` without a new process, which costs seconds to import PyTorch."""
+    spec_file, result_file = folder / "spec.json", folder / "result.json"
+    spec_file.write_text(json.dumps(spec))
+    contender.main([str(spec_file), str(result_file)])
+    return json.loads(result_file.read_text())
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(name, arguments):
+        benchmark = importlib.import_module(name)
+        if name != "start":
+            monkeypatch.setattr(benchmark, "run_child", run_here)
+        benchmark.main(arguments)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{"benchmark"')]
+        return [json.loads(line) for line in lines]
+
+    return run
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_one_line_a_run_with_commit_and_versions(run, name):
+    (line,) = run(name, SMALLEST[name])
+    assert line["benchmark"] == name
+    assert line["contender"] == "ours"
+    assert {"commit", "cores", "torch", "transformers"} <= line.keys()
+    assert all(line[key] is not None for key in tables.KEYS[name])
+    figures = {"step": "seconds_per_step", "encode": "rows_per_second", "memory": "beyond_weights_gb", "gpu": "mfu"}
+    assert line[figures[name]] > 0
+
+
+def test_a_start_is_timed_in_processes_of_their_own(run, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(datasets.config.HF_DATASETS_CACHE))
+    (line,) = run("start", ["--rows", "20", "--repeats", "1"])
+    assert 0 < line["seconds_after_imports"] < line["seconds_to_first_step"]
+
+
+def test_a_failed_child_says_why(tmp_path):
+    with pytest.raises(record.ChildFailed, match="KeyError: 'no such contender'"):
+        record.run_child("contender.py", {"contender": "no such contender"}, tmp_path)
+
+
+def test_peers_that_train_something_else_are_refused():
+    step = importlib.import_module("step")
+    ours = {"tokens": 10, "supervised_tokens": 3, "losses": [2.0]}
+    step.check_equal(ours, {**ours, "losses": [2.000001]}, "trl")
+    for difference in ({"losses": [2.001]}, {"tokens": 11}, {"supervised_tokens": 4}):
+        with pytest.raises(SystemExit):
+            step.check_equal(ours, {**ours, **difference}, "trl")
+
+
+def test_the_documented_tables_are_the_committed_results():
+    tables.main(["--check"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_path():
+    """The benchmarks put the repository first on the path when they are imported; leave it as it was."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
