@@ -203,6 +203,13 @@ def test_epochs_with_a_token_budget_have_the_same_number_of_steps_in_another_ord
     assert filled > 0.98
 
 
+def test_processes_that_wait_for_each_other_have_rows_of_similar_length():
+    make = functools.partial(TokenBatches, 4096, Measured(LENGTHS), 4096, seed=0, padded=True, accumulation=8)
+    first, second = (np.array([len(batch) for batch in rank]) for rank in shares(make, 2))
+    apart_by_chance = np.abs(first - np.random.default_rng(0).permutation(second)).mean()
+    assert np.abs(first - second).mean() < 0.3 * apart_by_chance
+
+
 def test_endless_batches_go_on_without_a_short_step():
     lengths = LENGTHS[:500]
     batches = TokenBatches(500, Measured(lengths), 8192, seed=0, padded=True, accumulation=3, world=2, endless=True)

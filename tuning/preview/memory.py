@@ -96,7 +96,7 @@ def estimate_memory(
 
 def _simulate(
     model: nn.Module,
-    batch: dict[str, torch.Tensor],
+    batch: dict[str, Any],
     training: TrainingArguments,
     meter: "_Meter",
     arithmetic: "_DeviceArithmetic",
@@ -105,15 +105,16 @@ def _simulate(
     model.train()
     if getattr(training, CHECKPOINTING):
         _checkpoint(model, getattr(training, CHECKPOINTING_KWARGS) or {}, arithmetic)
-    inputs = {name: value.to(META) if value.is_floating_point() else value for name, value in batch.items()}
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}  # the longest length is none
+    tensors = {name: value.to(META) if value.is_floating_point() else value for name, value in tensors.items()}
     steps = training.gradient_accumulation_steps
     items = steps * int((batch["labels"][:, 1:] != IGNORED).sum())
-    meter.hold(inputs.values(), steps)  # all batches of a step are on the device before it
+    meter.hold(tensors.values(), steps)  # all batches of a step are on the device before it
     with warnings.catch_warnings(), arithmetic, meter:
         warnings.simplefilter("ignore")
         for _ in range(min(steps, 2)):
             with arithmetic.forward():
-                loss = model(**inputs, num_items_in_batch=items).loss
+                loss = model(**{**batch, **tensors}, num_items_in_batch=items).loss
             loss.backward()
             del loss
 
