@@ -1,13 +1,16 @@
-"""What a run writes while it goes: one JSON line a logging step, and the rows it left out."""
+"""What happens beside the steps: a JSON line at every logging step, the rows left out, what the trainer does between."""
 
 import json
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
 from tuning.data.encode import Skipped
+from tuning.training.epochs import begin_epoch
 
 LOG_FILE = "training_logs.jsonl"
 SKIPPED_FILE = "skipped_rows.jsonl"
@@ -56,3 +59,33 @@ class SkippedRowsFile:
                 if line not in self._written:
                     self._written.add(line)
                     file.write(line + "\n")
+
+
+class LoopCallback(TrainerCallback):
+    """Tells a `SupervisedTrainer` of certain moments of its loop."""
+
+    def __init__(self, trainer: Any):
+        # In a cycle with the trainer, loaders would be collected after their queues, and wait for their processes.
+        self.trainer = weakref.proxy(trainer)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.settle_batches()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.train_batches is not None:
+            begin_epoch(self.trainer.train_batches, args, state, padded=not self.trainer.collator.padding_free)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.end_of_backward()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.meter.end_step()
+        if self.trainer.stop_reason and state.global_step < state.max_steps:
+            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_training_stop and self.trainer.stop_reason:
+            control.should_save = control.should_evaluate = False
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.interruption.longest_save = self.trainer.seconds_to_save

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from accelerate.utils import DynamoBackend, gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from tuning.console import say
@@ -26,8 +24,8 @@ from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.compilation import compile_layers
 from tuning.model.fsdp import compute_in_half, give_addresses, raise_trained
 from tuning.model.parts import Parts, parameter_groups
-from tuning.training.callbacks import JsonLinesLog, SkippedRowsFile
-from tuning.training.epochs import begin_epoch, pack_batches, share_batches
+from tuning.training.callbacks import JsonLinesLog, LoopCallback, SkippedRowsFile
+from tuning.training.epochs import pack_batches, share_batches
 from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
 from tuning.training.interruption import Interruption, Workers
 from tuning.training.master_weights import HALF, explain_updates, hold_master_weights
@@ -85,7 +83,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.stop_reason = ""
         self.wrap_classes = wrap_classes or []
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # `compile_layers` does it, layer by layer
-        self.add_callback(_StepCallback(self))
+        self.add_callback(LoopCallback(self))
         self.add_callback(JsonLinesLog(self.args.output_dir))
         self.keep_master_weights = keep_master_weights and not self.is_deepspeed_enabled  # which has its own
         self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
@@ -372,33 +370,3 @@ class SupervisedTrainer(ResumableTrainer):
                 str(self.skipped_file.path),
                 "It names the rows and the reasons.",
             )
-
-
-class _StepCallback(TrainerCallback):
-    """What the trainer does at certain moments of its loop."""
-
-    def __init__(self, trainer: SupervisedTrainer):
-        # In a cycle with the trainer, loaders would be collected after their queues, and wait for their processes.
-        self.trainer = weakref.proxy(trainer)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.settle_batches()
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.trainer.train_batches is not None:
-            begin_epoch(self.trainer.train_batches, args, state, padded=not self.trainer.collator.padding_free)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.end_of_backward()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.meter.end_step()
-        if self.trainer.stop_reason and state.global_step < state.max_steps:
-            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if control.should_training_stop and self.trainer.stop_reason:
-            control.should_save = control.should_evaluate = False
-
-    def on_save(self, args, state, control, **kwargs):
-        self.trainer.interruption.longest_save = self.trainer.seconds_to_save
