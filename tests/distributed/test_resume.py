@@ -52,14 +52,15 @@ def runs(tmp_path_factory, models, mixed_rows):
             changes["resume_from_checkpoint"] = str(first / "checkpoint-3")
         return make_job(models, mixed_rows, root / layout / name, layout, size, **changes)
 
-    def half(name: str, size: int, **changes) -> dict:
-        return job("granite_vision", f"half {name}", size, **HALF, **changes)
+    def half(name: str, size: int, layout: str = "granite_vision", **changes) -> dict:
+        return job(layout, f"half {name}", size, **HALF, **changes)
 
     for layout in CASES:
         tuning.train(job(layout, "one", 8))
     tuning.train(half("one", 8))
     fsdp = [half(name, 4, environ=FULL) for name in ("full", "one to full", "full to full")]
     fsdp += [half(name, 4, environ=SHARDED) for name in ("full to sharded", "sharded")]
+    fsdp += [half("full", 4, "llava15", environ=FULL)]
     for layout in CASES:
         fsdp += [
             job(layout, "full", 4, environ=FULL),
@@ -73,6 +74,7 @@ def runs(tmp_path_factory, models, mixed_rows):
     fsdp += [job("granite_vision", name, 4, **mixed) for name in ("bf16", "bf16 to bf16")]
     run_jobs("fsdp", fsdp, root)
     ddp = [half(name, 4) for name in ("one to ddp", "full to ddp")]
+    ddp += [half(name, 4, "llava15") for name in ("ddp", "full to ddp")]
     for layout in CASES:
         ddp += [job(layout, name, 4) for name in ("ddp", "one to ddp", "full to ddp", "sharded to ddp")]
     run_jobs("ddp", ddp, root)
@@ -115,7 +117,8 @@ def test_every_way_ends_where_one_process_ends(layout, name, runs):
 
 def read_masters(folder: Path) -> dict[str, torch.Tensor]:
     saved = torch.load(folder / "checkpoint-6" / "optimizer.pt")
-    return {saved["names"][number]: state["master"] for number, state in saved["state"].items()}
+    states = {saved["names"][number]: state for number, state in saved["state"].items()}
+    return {name: state["master"] for name, state in states.items() if "master" in state}
 
 
 @pytest.mark.parametrize("name", HALF_NAMES)
@@ -129,6 +132,19 @@ def test_master_weights_go_on_under_another_number_of_processes(name, runs):
     off = sum((masters[key] - expected[key]).abs().sum() for key in expected)
     rounded_off = sum((expected[key] - expected[key].bfloat16()).abs().sum() for key in expected)
     assert off < 0.1 * rounded_off  # they did not start anew from rounded weights
+
+
+def test_a_projector_in_bfloat16_beside_adapters_in_float32_has_masters_under_fsdp(runs):
+    """FSDP casts the adapters for its forward, which DDP does not: the same within bfloat16."""
+    full, ddp, continued = (runs / "llava15" / f"half {name}" for name in ("full", "ddp", "full to ddp"))
+    torch.testing.assert_close(read_losses(full), read_losses(ddp), rtol=1e-3, atol=0)
+    torch.testing.assert_close(read_losses(continued), read_losses(full)[3:], rtol=1e-3, atol=0)
+    masters = {folder: read_masters(folder) for folder in (full, ddp, continued)}
+    assert masters[full].keys() == masters[ddp].keys() == masters[continued].keys()
+    assert all("multi_modal_projector" in name for name in masters[full])
+    types = [{name: tensor.dtype for name, tensor in read_model(folder).items()} for folder in (full, ddp, continued)]
+    assert types[0] == types[1] == types[2]
+    assert set(types[0].values()) == {torch.bfloat16, torch.float32}
 
 
 SAME_ARITHMETIC = [("half full", "half full to full"), ("half full", "half full to sharded"), ("bf16", "bf16 to bf16")]

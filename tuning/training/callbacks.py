@@ -1,4 +1,4 @@
-"""What happens beside the steps: a JSON line at every logging step, the rows left out, what the trainer does between."""
+"""What happens beside the steps: a line of JSON a logging step, the rows left out, the trainer's own doings."""
 
 import json
 import os

@@ -89,7 +89,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         mixed = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"  # its trained weights are float32
         how = explain_updates(self.model, kept=keep_master_weights or mixed, sharded=self.is_fsdp_enabled)
-        if how and not self.is_deepspeed_enabled:
+        if how and not self.is_deepspeed_enabled and "stochastic_round" not in (self.args.optim_args or ""):
             say(how)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
