@@ -1,13 +1,13 @@
 """Published sizes on a GPU: tokens a second, MFU and peak memory, ours and TRL's `SFTTrainer`.
 
-    python benchmarks/gpu.py [--run granite_full granite_lora llava_lora] [--peers trl] [--checkpointing on off]
+    python benchmarks/gpu.py [--run granite_full granite_full_float32 granite_lora llava_lora] [--checkpointing on off]
 
 Random bfloat16 weights in the shapes of Granite Vision 3.2 2B and LLaVA-1.5 7B, made here; nothing is downloaded.
 Four rows a batch, pictures of 2 to 4 thousand tokens with Granite's tiles and 576 with LLaVA's, twelve steps, of
-which the first three are not counted. Both sides: bfloat16 weights and autocast, fused AdamW, four DataLoader
-workers, the same gradient checkpointing, LoRA on the same layers. TRL as it documents it for images:
-`max_length=None`, only answers trained, its fused head; packing and padding-free it refuses for images. Its first
-loss must be ours within 2 %: rounding differs in bfloat16.
+which the first three are not counted. Both sides: bfloat16 weights and autocast (`granite_full_float32`: trained by
+float32 copies), fused AdamW, four DataLoader workers, the same gradient checkpointing, LoRA on the same layers. TRL
+as it documents it for images: `max_length=None`, only answers trained, its fused head; packing and padding-free it
+refuses for images. Its first loss must be ours within 2 %: rounding differs in bfloat16.
 
 MFU is model FLOPs ÷ (seconds · peak FLOP/s of the card in dense bfloat16): `flops.py` says how they are counted. The
 most memory is what PyTorch had allocated. A run that does not fit is a line with `failed`. A machine without a
@@ -28,16 +28,20 @@ from record import ChildFailed, describe_environment, median, print_line, run_ch
 from step import LORA, check_equal
 from workloads import LARGE_PICTURES, SMALL_PICTURES, save_model, write_rows
 
+# Run → layout, size, method, and whether 16-bit weights are trained by float32 copies.
 RUNS = {
-    "granite_full": ("granite_vision", "2b", "full"),
-    "granite_lora": ("granite_vision", "2b", "lora"),
-    "llava_lora": ("llava15", "7b", "lora"),
+    "granite_full": ("granite_vision", "2b", "full", False),
+    "granite_full_float32": ("granite_vision", "2b", "full", True),
+    "granite_lora": ("granite_vision", "2b", "lora", False),
+    "llava_lora": ("llava15", "7b", "lora", False),
 }
 BATCH, WARM_UP = 4, 3
 SAME_LOSS = 0.02
 
 
-def make_spec(arguments: argparse.Namespace, model: Path, rows: Path, method: str, checkpointing: bool, output: Path):
+def make_spec(arguments: argparse.Namespace, model: Path, rows: Path, name: str, checkpointing: bool, output: Path):
+    """What `contender.py` is told. Float32 copies are an option of ours; TRL's way to them is autocast of float32."""
+    _, _, method, float32_copies = RUNS[name]
     training = {
         "per_device_train_batch_size": BATCH,
         "max_steps": arguments.steps,
@@ -54,16 +58,16 @@ def make_spec(arguments: argparse.Namespace, model: Path, rows: Path, method: st
         "model": str(model),
         "rows": str(rows),
         "output": str(output),
-        "dtype": "bfloat16",
+        "dtype": "float32" if float32_copies else "bfloat16",
         "training": training,
-        "options": {"dtype": "bfloat16", **(LORA if method == "lora" else {})},
+        "options": {"dtype": "bfloat16", **(LORA if method == "lora" else {"keep_master_weights": float32_copies})},
         "threads": 1 if arguments.tiny else None,
     }
 
 
 def compare(arguments: argparse.Namespace, name: str, folder: Path, model: Path) -> Iterator[dict[str, Any]]:
     """The lines of one run, ours first: its adapter configuration is what the other is given."""
-    layout, _, method = RUNS[name]
+    layout, _, method, _ = RUNS[name]
     sizes = itertools.islice(itertools.cycle(_pictures(arguments)), BATCH * arguments.steps)
     rows = write_rows(folder / "rows" / "rows.jsonl", sizes, words=[150], answer_words=[40])
     for checkpointing in arguments.checkpointing:
@@ -71,7 +75,7 @@ def compare(arguments: argparse.Namespace, name: str, folder: Path, model: Path)
         for contender in ("ours", *arguments.peers):
             say(f"{name}, checkpointing {checkpointing}: {contender} …")
             output = folder / f"{contender}_{checkpointing}"
-            spec = make_spec(arguments, model, rows, method, checkpointing == "on", output)
+            spec = make_spec(arguments, model, rows, name, checkpointing == "on", output)
             paths: tuple[Path, ...] = ()
             if contender == "trl":
                 paths, spec["options"] = (install_trl(),), {}
@@ -81,13 +85,12 @@ def compare(arguments: argparse.Namespace, name: str, folder: Path, model: Path)
             line |= {"contender": contender} | ({"version": TRL_VERSION} if contender == "trl" else {})
             try:
                 result = run_child("contender.py", {**spec, "contender": contender}, folder, paths=paths)
-            except ChildFailed as failure:
-                yield {**line, "failed": str(failure).strip().splitlines()[-1]}
+                if ours:
+                    check_equal(ours, result, contender, SAME_LOSS)
+            except (ChildFailed, SystemExit) as failure:
+                yield {**line, "failed": str(failure).strip().splitlines()[-1][:200]}
                 continue
-            if contender == "ours":
-                ours = result
-            elif ours:
-                check_equal(ours, result, contender, SAME_LOSS)
+            ours = ours or result
             yield {**line, **figures_of(arguments, result, model, method)}
 
 
@@ -149,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made: tuple[str, str] | None = None
     with tempfile.TemporaryDirectory() as models:
         for name in arguments.run:
-            layout, size, _ = RUNS[name]
+            layout, size, *_ = RUNS[name]
             model = Path(models, layout)
             if made != (layout, size):
                 say(f"making {layout} {size} …")
