@@ -28,6 +28,7 @@ def measure_layout(arguments: argparse.Namespace, layout: str, folder: Path, env
     sizes = itertools.islice(itertools.cycle(SMALL_PICTURES if arguments.tiny else PHOTOS), arguments.rows)
     rows = write_rows(folder / "rows" / "rows.jsonl", sizes, words=[100], answer_words=[20])
     spec = make_spec(model, rows, "full", steps=arguments.rows // BATCH, output=folder / "out")
+    spec["threads"] = 1  # as a DataLoader's worker has it
     say(f"{layout}: ours …")
     results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
     if "trl" in arguments.peers:
