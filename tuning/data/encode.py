@@ -12,6 +12,7 @@ from PIL import Image
 from tuning.data.chat import ChatFormat, RenderedChat
 from tuning.data.images import ImageRules, load_image
 from tuning.data.messages import count_images, keep_first_images
+from tuning.data.pixels import quicken
 from tuning.data.sources import Row
 from tuning.errors import UserError, blame_field
 
@@ -78,6 +79,9 @@ class Encoder:
     image_token_id: int | None = field(init=False)
 
     def __post_init__(self):
+        quick = copy.copy(self.processor)
+        quick.image_processor = quicken(quick.image_processor)
+        object.__setattr__(self, "processor", quick)
         names = frozenset(self.processor.image_processor.model_input_names)
         object.__setattr__(self, "image_names", names)
         object.__setattr__(self, "image_token_id", getattr(self.processor, "image_token_id", None))
