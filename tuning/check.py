@@ -189,7 +189,8 @@ def heaviest(config: RunConfig, lengths: Lengths) -> list[int]:
 
 def pads_batches(config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder) -> bool:
     """Whether batches of this model are padded, as far as can be told without running it."""
-    obstacle = find_structural_obstacle(pick_attention(config, model_config), probe_collator(encoder.processor))
+    attention, collator = pick_attention(config, model_config), probe_collator(encoder.processor)
+    obstacle = find_structural_obstacle(attention, collator, model_config)
     return config.data.padding_free is False or obstacle != ""
 
 

@@ -125,7 +125,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         identity=identity,
         attention=pick_attention(config, model_config),
         padding_free=config.data.padding_free,
-        probes=encoder.probes(),
+        probes=encoder.probes,
         interruption=Interruption(config.run.save_before_walltime),
         wrap_classes=plan.wrap_classes,
         image_limit=encoder.max_images,

@@ -1,11 +1,12 @@
 """Which attention a model runs with on this machine, and why."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tuning.model.packed_attention import PACKED, PACKED_FLASH
 
@@ -44,14 +45,41 @@ def choose_attention(
     if dtype not in (torch.float16, torch.bfloat16):
         reason = f"FlashAttention needs bfloat16 or float16, and this model computes in {dtype}"
         return Attention(loaded, PACKED, f"Attention: {own}; {reason}.")
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return Attention(
+            loaded, PACKED, f"Attention: {own}; FlashAttention needs a GPU of Ampere's generation or newer."
+        )
     reason = "FlashAttention in PyTorch (torch.nn.attention.varlen) for padding-free batches"
     return Attention(loaded, PACKED_FLASH, f"Attention: {reason}, {own} elsewhere.")
 
 
+def find_layer_obstacle(config: PreTrainedConfig) -> str:
+    """The kind of layer by which tokens of one sample could reach another one laid beside it; "" if there is none."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    others = kinds - {"full_attention", "sliding_attention"}
+    return f"it has layers of {', '.join(sorted(others))}" if others else ""
+
+
+def decoder_configs(model: PreTrainedModel | PeftModel) -> list[PreTrainedConfig]:
+    """The configurations that the language model's layers go by, each once."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    configs = {id(module.config): module.config for module in base.get_decoder().modules() if hasattr(module, "config")}
+    return list(configs.values())
+
+
+@contextmanager
+def decoder_attention(model: PreTrainedModel | PeftModel, name: str) -> Iterator[None]:
+    """Let the language model run with the attention called `name` for a while."""
+    before = [(config, config._attn_implementation) for config in decoder_configs(model)]
+    set_decoder_attention(model, name)
+    try:
+        yield
+    finally:
+        for config, stock in before:
+            config._attn_implementation = stock
+
+
 def set_decoder_attention(model: PreTrainedModel | PeftModel, name: str | None) -> None:
     """Let the language model, not the vision tower, run with the attention called `name` from now on."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    decoder: nn.Module = base.get_decoder()
-    for module in decoder.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation = name
+    for config in decoder_configs(model):
+        config._attn_implementation = name

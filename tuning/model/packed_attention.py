@@ -4,7 +4,9 @@ transformers' attention interface: https://huggingface.co/docs/transformers/atte
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
@@ -21,6 +23,43 @@ PACKED, PACKED_FLASH = "packed", "packed_flash"
 
 _VARLEN_TAKES = set(inspect.signature(varlen_attn).parameters)  # torch 2.10 has is_causal, later ones window_size
 _CANNOT = ("s_aux", "position_bias")
+
+
+@dataclass
+class MaskWatch:
+    """What a model asks of masks and attention while it is tried. `bounds`: where samples begin and end.
+
+    `limits` are the windows of masks, `windows` those given to attention: SDPA heeds the first, this attention the
+    second. `odd`: a mask that is more or less than causal within its window and its sample.
+    """
+
+    bounds: list[int]
+    limits: set[int] = field(default_factory=set)
+    windows: set[int] = field(default_factory=set)
+    odd: bool = False
+
+    def see(self, mask: torch.Tensor | None, limit: int | None) -> None:
+        """Note a mask `[B, 1, T, T]`, true where a token (row) sees another."""
+        self.limits |= {limit} if limit else set()
+        if mask is None:
+            return
+        sample = torch.bucketize(torch.arange(mask.shape[-1]), torch.tensor(self.bounds[1:]), right=True)
+        expected = (sample[:, None] == sample).tril()
+        expected = expected.triu(1 - limit) if limit else expected
+        self.odd |= not torch.equal(mask.cpu().bool(), expected.expand(mask.shape))
+
+
+_watches: list[MaskWatch] = []
+
+
+@contextmanager
+def watch_masks(bounds: list[int]) -> Iterator[MaskWatch]:
+    """Have the masks that packed attention leaves out made and looked at."""
+    _watches.append(MaskWatch(bounds))
+    try:
+        yield _watches[-1]
+    finally:
+        _watches.pop()
 
 
 def packed_attention(
@@ -42,9 +81,14 @@ def packed_attention(
     """Causal attention within each sample. `query` `[B, H, T, D]`, `key` and `value` `[B, K, T, D]` → `[B, T, H, D]`.
 
     `cu_seq_lens_q` `[samples + 1]`: where each sample of the one row (B = 1) begins and the last one ends, in tokens;
-    without it every row is one sample. Calls with a mask (padding), or with fewer queries than keys (a cache), are
-    transformers' SDPA. Raises `NotImplementedError` for what would be left out silently: attention sinks and biases.
+    without it every row is one sample. Calls with only a mask (padding) or fewer queries than keys (a cache) are
+    transformers' SDPA. Raises `NotImplementedError` for what would be left out silently: attention sinks and biases, a
+    mask beside `cu_seq_lens_q`.
     """
+    if attention_mask is not None and cu_seq_lens_q is not None:
+        raise NotImplementedError("a mask of the model's own")
+    for watch in _watches:
+        watch.windows |= {sliding_window} if sliding_window else set()
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **others
@@ -137,6 +181,9 @@ def _flash(
 def _mask_where_padded(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **others):
     """No mask for packed samples; the usual one for padding and caches."""
     if attention_mask is None and q_length == kv_length:
+        for watch in _watches:
+            mask = sdpa_mask(q_length=q_length, kv_length=kv_length, **{**others, "allow_is_causal_skip": False})
+            watch.see(mask, others.get("local_size"))
         return None
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **others)
 

@@ -1,35 +1,49 @@
-"""Whether a model may be given padding-free batches: a forward before the first step is compared with separate ones."""
+"""Whether a model may be given padding-free batches: tried before the first step, against rows one by one."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tuning.data.collator import Collator
 from tuning.data.encode import Sample
-from tuning.model.attention import Attention, set_decoder_attention
+from tuning.errors import UserError
+from tuning.model.attention import Attention, decoder_attention, find_layer_obstacle
+from tuning.model.packed_attention import PACKED, PACKED_FLASH, watch_masks
 from tuning.training.faults import is_out_of_memory
 
-TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05
-CANNOT_RUN = (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError, KeyError)
+TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05  # of logits' norm; packed wrongly, they are off by more, but not always by much
+# What models raise that do not take rows end to end, and processors that do not take a row without an image.
+CANNOT_RUN = (
+    UserError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
-def find_structural_obstacle(attention: Attention, collator: Collator) -> str:
+def find_structural_obstacle(attention: Attention, collator: Collator, config: PreTrainedConfig) -> str:
     """Why batches of this model must be padded, as far as its structure tells; else ""."""
     if collator.nested_images:
         return "the processor keeps the images of each row apart"
     if attention.packed is None:
-        return f"attention {attention.loaded} of this model cannot tell rows apart that lie end to end"
-    return ""
+        return f"attention {attention.loaded} cannot tell rows apart that lie end to end"
+    return find_layer_obstacle(config)
 
 
 def find_obstacle(
     model: PreTrainedModel | PeftModel,
     forward: Callable[..., Any],
-    samples: Sequence[Sample],
+    probes: Callable[[], Sequence[Sample]],
     collator: Collator,
     attention: Attention,
     *,
@@ -37,47 +51,120 @@ def find_obstacle(
 ) -> str:
     """Why batches of this model must be padded, found by trying; "" where they need not be.
 
-    `forward` is the model as it is wrapped for training; it takes a batch on the CPU. `half`: it computes in 16 bits.
+    `forward` is the model as it is wrapped for training; it takes a batch on the CPU. `probes` makes the rows to try,
+    the first with an image, the second without. `half`: the model computes in 16 bits.
     """
-    if obstacle := find_structural_obstacle(attention, collator):
+    if obstacle := find_structural_obstacle(attention, collator, model.config):
         return obstacle
     try:
-        distance = compare_with_separate(model, forward, samples, collator, attention)
+        trial = try_packed(model, forward, probes(), collator, attention)
     except CANNOT_RUN as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         return f"it does not take rows end to end ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-    if distance <= (HALF_TOLERANCE if half else TOLERANCE):
+    return trial.obstacle(HALF_TOLERANCE if half else TOLERANCE)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How rows in one padding-free batch fared against each alone, padded as usual.
+
+    `distance`: the largest ‖packed − alone‖ / ‖alone‖ of a row's logits. `leaks`: another first row changed those after
+    it. `other_masks`, `other_positions`: the model does not mask or number tokens as packed attention takes it.
+    """
+
+    distance: float
+    leaks: bool
+    other_masks: bool
+    other_positions: bool
+
+    def obstacle(self, tolerance: float) -> str:
+        if self.other_positions:
+            return "it numbers the positions of its tokens in a way of its own"
+        if self.other_masks:
+            return "its attention is more than causal, and the mask would be lost"
+        if self.leaks:
+            return "rows that lie end to end would change each other"
+        if not self.distance <= tolerance:
+            return f"rows end to end would give other results than separate ones, by {self.distance:.1g}"
         return ""
-    return f"rows end to end would give other results than separate ones, by {distance:.1g}"
 
 
-def compare_with_separate(
+def try_packed(
     model: PreTrainedModel | PeftModel,
     forward: Callable[..., Any],
     samples: Sequence[Sample],
     collator: Collator,
     attention: Attention,
-) -> float:
-    """How far the logits of `samples` in one padding-free batch are from those of each alone, padded as usual.
+) -> Trial:
+    """Put `samples` through the model one by one and end to end; it keeps its attention, mode and random numbers.
 
-    The largest of ‖packed − alone‖ / ‖alone‖. The model keeps its attention for padded batches. Raises one of
-    `CANNOT_RUN` where the model does not run so at all.
+    Every process makes the same calls, whatever comes of them. Raises one of `CANNOT_RUN` where the model does not run.
     """
     assert attention.packed is not None
     alone = replace(collator, padding_free=False, filler=None)
     together = replace(alone, padding_free=True)
+    bounds = [0, *accumulate(len(sample.sequence["input_ids"]) for sample in samples)]
+    cuts = [slice(*ends) for ends in pairwise(bounds)]
+    changed = [_disturb(samples[0], samples[1].sequence["input_ids"]), *samples[1:]]
     was_training = model.training
     model.eval()
     try:
-        separate = [_logits(forward, alone([sample])) for sample in samples]
-        set_decoder_attention(model, attention.packed)
-        packed = _logits(forward, together(samples)).split([len(logits) for logits in separate])
+        with watch_positions(model) as numbered:
+            separate = [_logits(forward, alone([sample])) for sample in samples]
+            own = attention.packed if attention.packed in (PACKED, PACKED_FLASH) else PACKED
+            with decoder_attention(model, own), watch_masks(bounds) as watch:
+                packed = _logits(forward, together(samples))
+                disturbed = _logits(forward, together(changed))
+        if own != attention.packed:
+            with decoder_attention(model, attention.packed):
+                packed = _logits(forward, together(samples))
     finally:
-        set_decoder_attention(model, attention.loaded)
         model.train(was_training)
-    distances = [(a - b).norm() / b.norm() for a, b in zip(packed, separate, strict=True)]
-    return torch.stack(distances).max().item()
+    distances = [(packed[cut] - row).norm() / row.norm() for cut, row in zip(cuts, separate, strict=True)]
+    return Trial(
+        distance=torch.stack(distances).max().item(),
+        leaks=own == attention.packed and not torch.equal(packed[bounds[1] :], disturbed[bounds[1] :]),
+        other_masks=watch.odd or watch.limits != watch.windows,
+        other_positions=not _same_positions(numbered[: len(samples)], numbered[len(samples)], cuts),
+    )
+
+
+@contextmanager
+def watch_positions(model: PreTrainedModel | PeftModel) -> Iterator[list[torch.Tensor | None]]:
+    """The `position_ids` that the language model is given, call by call."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    given: list[torch.Tensor | None] = []
+
+    def note(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        given.append(kwargs.get("position_ids"))
+
+    hook = base.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield given
+    finally:
+        hook.remove()
+
+
+def _same_positions(
+    separate: Sequence[torch.Tensor | None], packed: torch.Tensor | None, cuts: Sequence[slice]
+) -> bool:
+    if packed is None:
+        return False
+    for positions, cut in zip(separate, cuts, strict=True):
+        part = packed[..., cut]
+        expected = torch.arange(part.shape[-1], device=part.device)[None] if positions is None else positions
+        if part.shape != expected.shape or not torch.equal(part, expected):
+            return False
+    return True
+
+
+def _disturb(sample: Sample, others: torch.Tensor) -> Sample:
+    """A row of the same length with another picture and another last token, one of `others`, in which is no image."""
+    ids = sample.sequence["input_ids"].clone()
+    ids[-1] = others[others != ids[-1]][0]
+    images = {name: -value if value.is_floating_point() else value for name, value in sample.images.items()}
+    return replace(sample, sequence={**sample.sequence, "input_ids": ids}, images=images)
 
 
 @torch.no_grad()

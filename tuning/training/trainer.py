@@ -50,7 +50,7 @@ class SupervisedTrainer(ResumableTrainer):
         collator: Collator,
         attention: Attention,
         padding_free: bool | str,
-        probes: Sequence[Sample],
+        probes: Callable[[], Sequence[Sample]],
         wrap_classes: list[str] | None = None,
         image_limit: int | None = None,
         max_bad_fraction: float = 0.0,
@@ -128,7 +128,10 @@ class SupervisedTrainer(ResumableTrainer):
         if isinstance(rows, IterableDataset):  # rows that are streamed arrive as this process's share
             return self._make_loader(rows, self.data_collator, batch_size=args.train_batch_size)
         if self.max_tokens_per_batch:
-            padded = self.padding_free is False or find_structural_obstacle(self.attention, self.collator) != ""
+            padded = (
+                self.padding_free is False
+                or find_structural_obstacle(self.attention, self.collator, self.model.config) != ""
+            )
             workers = {"workers": args.dataloader_num_workers, "start_worker": self.workers.start}
             lengths = RowLengths(rows.source, rows.encoder, exact=True, **workers)
             if args.max_steps < 1:  # the steps of an epoch must be known
