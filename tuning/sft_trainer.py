@@ -131,6 +131,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         image_limit=encoder.max_images,
         max_bad_fraction=config.data.max_bad_fraction,
         group_by_length=config.group_by_length,
+        padded_before=progress.padded,
         max_tokens_per_batch=config.data.max_tokens_per_batch,
         keep_master_weights=config.model.keep_master_weights,
     )

@@ -162,3 +162,24 @@ def test_never_more_logits_at_once_than_allowed():
     hidden = torch.randn(1, 101, 4, requires_grad=True)
     supervised_loss(hidden, torch.zeros(1, 101, dtype=torch.long), head, lambda x: x, positions_at_once=30).backward()
     assert shapes == [30, 30, 30, 10, 10, 30, 30, 30]  # the forward's, and again in the backward
+
+
+def test_chunks_that_others_need_change_nothing(monkeypatch):
+    """Under ZeRO-3 a process with few trained tokens calls the head as often as one with many."""
+    torch.manual_seed(0)
+    head, labels = torch.nn.Linear(6, 11).double(), torch.randint(0, 11, (1, 9))
+    results, calls = [], []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    for most in (None, 5):
+        if most:
+            head.weight.ds_id = 1  # as DeepSpeed marks what it shards
+            monkeypatch.setattr("torch.distributed.all_reduce", lambda number, operation: number.fill_(5))
+        hidden = torch.randn(1, 9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        head.zero_grad()
+        calls.clear()
+        loss = supervised_loss(hidden, labels, head, lambda logits: logits, positions_at_once=3)
+        loss.backward()
+        results.append([loss.detach(), hidden.grad, head.weight.grad.clone()])
+        assert len(calls) == 2 * (most or 3)  # forward and backward
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)

@@ -122,6 +122,33 @@ def test_a_run_goes_on_with_the_rows_it_would_have_had(batches, stop, make_optio
         assert len(seen) == ROWS_CHECKED_FIRST + 2 * (steps - stop)  # no row of a step that was done
 
 
+@pytest.mark.parametrize("changes", [{"per_device_train_batch_size": 2}, {"max_tokens_per_batch": 300}], ids=str)
+def test_a_run_that_must_pad_from_now_on_keeps_its_order(changes, make_options, tmp_path, monkeypatch):
+    """What decides about padding (the start-up check, the attention) may come out otherwise the next time."""
+    monkeypatch.setattr("tuning.data.batching.LEAST_ROWS", 1)
+    changes = {"max_steps": 6, "save_steps": 3, **changes}
+    seen, encode = list[int](), Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda encoder, row: seen.append(row.number) or encode(encoder, row))
+
+    def run(folder: Path, **more) -> list[int]:
+        seen.clear()
+        options = make_options("llava15", **changes, **more, output_dir=str(folder))
+        tuning.train(
+            options if "per_device_train_batch_size" in changes else _without(options, "per_device_train_batch_size")
+        )
+        return seen[ROWS_CHECKED_FIRST:]
+
+    whole = run(tmp_path / "whole")
+    cut = cut_back(tmp_path / "whole", tmp_path / "cut", 3)
+    if "max_tokens_per_batch" in changes:
+        with pytest.raises(UserError, match="must be padded, which shows only now"):
+            run(cut, attn_implementation="eager")
+    else:
+        rest = run(cut, attn_implementation="eager")
+        assert rest == whole[-len(rest) :]
+        assert len(rest) == 6
+
+
 def _without(options: dict, name: str) -> dict:
     return {key: value for key, value in options.items() if key != name}
 

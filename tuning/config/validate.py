@@ -42,6 +42,12 @@ def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         values[names.CHECKPOINTING_KWARGS] = {"use_reentrant": False}
     if values.get("streaming"):
         values["ignore_data_skip"] = True  # our stream goes on where the checkpoint was
+    endless = values.get("max_tokens_per_batch") and values.get("max_steps", -1) > 0
+    if endless and "epoch" in (values.get("eval_strategy"), values.get("save_strategy")):
+        notes.append(
+            "With max_tokens_per_batch and max_steps epochs follow one another without an end: what is asked for every"
+            " epoch (eval_strategy, save_strategy) is done once, after max_steps."
+        )
     launch = values.get("accelerate_launch_args")
     if launch and "WORLD_SIZE" not in os.environ:
         notes.append(f"accelerate_launch_args is noted but has no effect on one process: {', '.join(launch)}.")
@@ -165,6 +171,9 @@ def _data_problems(values: Mapping[str, Any]):
         yield "streaming: needs max_steps, because the number of rows is not known"
     if values.get("streaming") and values.get("train_sampling_strategy") == "group_by_length":
         yield "train_sampling_strategy: group_by_length needs the lengths of all rows; it does not go with streaming"
+    if values.get("allow_remote_images") and values.get("train_sampling_strategy") == "group_by_length":
+        what = "group_by_length would fetch every image beforehand, for its size"
+        yield f"train_sampling_strategy: {what}; it does not go with allow_remote_images"
     yield from _budget_problems(values)
     if values.get("eval_strategy", "no") != "no" and not values.get("validation_data_path"):
         yield f"eval_strategy: {values['eval_strategy']} needs validation_data_path"
@@ -182,6 +191,8 @@ def _budget_problems(values: Mapping[str, Any]):
     strategy = values.get("train_sampling_strategy", "group_by_length")
     if strategy != "group_by_length":
         yield f"max_tokens_per_batch: packs rows by length, which train_sampling_strategy {strategy} forbids"
+    if values.get("allow_remote_images"):
+        yield "max_tokens_per_batch: would fetch every image beforehand, for its size; not with allow_remote_images"
     if values.get("auto_find_batch_size"):
         yield "max_tokens_per_batch, auto_find_batch_size: both set the size of a batch; give one of them"
 

@@ -73,7 +73,8 @@ class LoopCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_batches is not None:
-            begin_epoch(self.trainer.train_batches, args, state, padded=not self.trainer.collator.padding_free)
+            padding = not self.trainer.collator.padding_free
+            begin_epoch(self.trainer.train_batches, args, state, padding=padding, padded=self.trainer.order_is_padded)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.end_of_backward()

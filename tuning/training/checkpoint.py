@@ -36,7 +36,8 @@ SAME_LORA = ("peft_method", "r", "lora_alpha", "target_modules", "bias", "module
 ROWS_OF_A_STEP = "per_device_train_batch_size × processes × gradient_accumulation_steps"
 BATCHES_OF_A_STEP = "processes × gradient_accumulation_steps"
 SCHEDULE = ("num_train_epochs", "max_steps")
-FREE_TO_CHANGE = ("schedule", "date_string")
+PADDED = "padded batches"  # known only once the model was tried; the order of rows may follow from it
+FREE_TO_CHANGE = ("schedule", "date_string", PADDED)
 
 
 def run_identity(config: RunConfig, *, rows: list, architecture: str) -> dict[str, Any]:
@@ -93,13 +94,16 @@ def _brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an earlier run in the same output_dir came. `folder`: its last complete checkpoint, if any."""
+    """How far an earlier run in the same output_dir came. `folder`: its last complete checkpoint, if any. `padded`:
+    whether its batches were.
+    """
 
     folder: Path | None = None
     global_step: int = 0
     finished_steps: int | None = None
     trained_to_end: bool = False
     date_string: str | None = None
+    padded: bool | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -146,7 +150,14 @@ def _progress_at(folder: Path, identity: dict[str, Any], notes: tuple[str, ...] 
         return Progress(folder, state["global_step"], notes=notes)
     check_identity(folder, before, identity)
     at_end = before["schedule"] == identity["schedule"] and state["global_step"] >= state["max_steps"]
-    return Progress(folder, state["global_step"], trained_to_end=at_end, date_string=before["date_string"], notes=notes)
+    return Progress(
+        folder,
+        state["global_step"],
+        trained_to_end=at_end,
+        date_string=before["date_string"],
+        padded=before.get(PADDED),
+        notes=notes,
+    )
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -43,12 +43,22 @@ def data_seed(training: TrainingArguments) -> int:
 
 
 def begin_epoch(
-    batches: SharedBatches | TokenBatches, training: TrainingArguments, state: TrainerState, *, padded: bool
+    batches: SharedBatches | TokenBatches,
+    training: TrainingArguments,
+    state: TrainerState,
+    *,
+    padding: bool,
+    padded: bool,
 ) -> None:
-    """Before an epoch's first batch. Steps that are done are passed over, without measuring their rows if possible."""
-    if isinstance(batches, TokenBatches) and padded and not batches.padded:
-        what = "this model's batches must be padded, which shows only now; they were filled as if they were not."
-        raise UserError(what, "max_tokens_per_batch", "Set padding_free false.")
+    """Before an epoch's first batch. Steps that are done are passed over, without measuring their rows if possible.
+
+    `padding`: whether batches are padded; `padded`: whether rows are ordered as for padded batches.
+    """
+    if isinstance(batches, TokenBatches) and padding and not batches.padded:
+        if not batches.endless or state.global_step:
+            what = "this model's batches must be padded, which shows only now; they were filled as if they were not."
+            raise UserError(what, "max_tokens_per_batch", "Set padding_free false.")
+        batches.padded = True  # nothing was measured or packed yet
     epoch, accumulated = int(state.epoch or 0), training.gradient_accumulation_steps
     if isinstance(batches, TokenBatches):
         batches.begin(epoch)

@@ -4,7 +4,9 @@ import types
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -42,14 +44,24 @@ def supervised_loss(
     targets = labels[:, 1:]
     supervised = targets != IGNORED
     targets, hidden = targets[supervised], hidden[:, :-1][supervised]
-    if len(targets) <= positions_at_once:
+    chunks = list(zip(hidden.split(positions_at_once), targets.split(positions_at_once), strict=True))
+    chunks += [(hidden[:0], targets[:0])] * (most_chunks(len(chunks), head, hidden.device) - len(chunks))
+    if len(chunks) == 1:
         total = sum_losses(hidden, targets)
     else:
-        chunks = zip(hidden.split(positions_at_once), targets.split(positions_at_once), strict=True)
         total = torch.stack([checkpoint(sum_losses, *chunk, use_reentrant=False) for chunk in chunks]).sum()
     if num_items is None:
         num_items = targets.numel()
     return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
+
+
+def most_chunks(number: int, head: Callable, device: torch.device) -> int:
+    """How often `head` must be called: under ZeRO-3, which gathers its weight for each call, as often as anywhere."""
+    if not (isinstance(head, nn.Module) and any(hasattr(parameter, "ds_id") for parameter in head.parameters())):
+        return number
+    most = torch.tensor(number, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 def install_supervised_loss(model: PreTrainedModel) -> None:

@@ -25,6 +25,7 @@ from tuning.model.compilation import compile_layers
 from tuning.model.fsdp import compute_in_half, give_addresses, raise_trained
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.callbacks import JsonLinesLog, LoopCallback, SkippedRowsFile
+from tuning.training.checkpoint import PADDED
 from tuning.training.epochs import pack_batches, share_batches
 from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
 from tuning.training.interruption import Interruption, Workers
@@ -55,6 +56,7 @@ class SupervisedTrainer(ResumableTrainer):
         image_limit: int | None = None,
         max_bad_fraction: float = 0.0,
         group_by_length: bool | None = None,
+        padded_before: bool | None = None,
         max_tokens_per_batch: int | None = None,
         keep_master_weights: bool = True,
         **kwargs,
@@ -64,6 +66,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.parts, self.identity, self.learning_rates = parts, identity, learning_rates
         self.collator, self.attention, self.padding_free, self.probes = collator, attention, padding_free, probes
         self.group_by_length, self.max_tokens_per_batch = group_by_length, max_tokens_per_batch
+        self.padded_before = padded_before
         self.image_rule = (
             "only the first image is used" if image_limit == 1 else f"only the first {image_limit} images are used"
         )
@@ -85,6 +88,8 @@ class SupervisedTrainer(ResumableTrainer):
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # `compile_layers` does it, layer by layer
         self.add_callback(LoopCallback(self))
         self.add_callback(JsonLinesLog(self.args.output_dir))
+        in_backward = "lomo" in str(self.args.optim).lower()  # it steps weights as their gradients arrive
+        keep_master_weights = keep_master_weights and not in_backward
         self.keep_master_weights = keep_master_weights and not self.is_deepspeed_enabled  # which has its own
         self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         mixed = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"  # its trained weights are float32
@@ -114,13 +119,20 @@ class SupervisedTrainer(ResumableTrainer):
         if obstacle and self.padding_free is True:
             raise UserError(f"cannot be true for this model: {obstacle}.", "padding_free", "Leave it out.")
         self.collator.padding_free = not obstacle
+        self.identity[PADDED] = self.order_is_padded
         if not obstacle:
             set_decoder_attention(model, self.attention.packed)
         say(f"Batches are padded to their longest row: {obstacle}." if obstacle else "Batches are padding-free.")
         if self.args.torch_compile:
             backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
             layers = compile_layers(model, self.wrap_classes, backend=backend, mode=mode)
-            say(f"{layers} layers are compiled ({backend}): the first steps take longer.")
+            what = f"{layers} layers are compiled ({backend}): the first steps take longer."
+            say(what if layers else "Nothing is compiled: no class of layers was found in this model.")
+
+    @property
+    def order_is_padded(self) -> bool:
+        """Whether rows are ordered as for padded batches: as before the checkpoint, whatever they are from now on."""
+        return not self.collator.padding_free if self.padded_before is None else self.padded_before
 
     def get_train_dataloader(self) -> DataLoader:
         """Rows in an order that the number of processes does not change, and this process's share of each batch."""
@@ -128,10 +140,9 @@ class SupervisedTrainer(ResumableTrainer):
         if isinstance(rows, IterableDataset):  # rows that are streamed arrive as this process's share
             return self._make_loader(rows, self.data_collator, batch_size=args.train_batch_size)
         if self.max_tokens_per_batch:
-            padded = (
-                self.padding_free is False
-                or find_structural_obstacle(self.attention, self.collator, self.model.config) != ""
-            )
+            obstacle = find_structural_obstacle(self.attention, self.collator, self.model.config)
+            padded = self.padding_free is False or obstacle != ""
+            padded = padded if self.padded_before is None else self.padded_before
             workers = {"workers": args.dataloader_num_workers, "start_worker": self.workers.start}
             lengths = RowLengths(rows.source, rows.encoder, exact=True, **workers)
             if args.max_steps < 1:  # the steps of an epoch must be known
