@@ -18,9 +18,9 @@ from tuning.model.dry_run import CANNOT_SIMULATE, find_leaves, run_without_weigh
 from tuning.model.features import FeatureFolder, digest
 from tuning.model.parts import find_parts
 
-# 7 tiles of 384×384. On two cores so400m is no faster with more than two at a time, and each takes 40 MB (float32)
-# while it is in the tower; a GPU has 5,000 tokens to work on.
-CHUNK_PIXELS = 2**20
+# 28 tiles of 384×384, for which a tower like so400m takes 0.6 GB in float32 beside what it returns. On the CPU it takes
+# 4 % less time with twice as many, and 30 % more with half as many.
+CHUNK_PIXELS = 2**22
 CACHE = "cache_vision_features"
 
 
@@ -88,12 +88,11 @@ def _run_in_chunks(run: Callable[[torch.Tensor], Any], images: torch.Tensor) -> 
     """`run(images)`, in parts of `CHUNK_PIXELS`; all at once where the output's first dimension is not the images'."""
     # With one image that could not be seen.
     size = max(2, CHUNK_PIXELS // (images.shape[2] * images.shape[3]))
-    count = -(-len(images) // size)
-    if count < 2:
+    if len(images) <= size:
         return run(images)
     whole: list[Any] = []
     done = 0
-    for part in images.chunk(count):
+    for part in images.split(size):
         leaves, structure = tree_flatten(run(part))
         if not done:
             if not _are_along(leaves, len(part)):
