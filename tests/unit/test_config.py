@@ -245,7 +245,7 @@ def test_what_a_token_budget_does_not_go_with(required, options, told):
     [
         ({}, None),
         ({"train_sampling_strategy": "group_by_length"}, True),
-        ({"group_by_length": True, "allow_remote_images": True}, True),
+        ({"group_by_length": True}, True),
         ({"group_by_length": False}, False),
         ({"train_sampling_strategy": "sequential"}, False),
         ({"allow_remote_images": True}, False),
