@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--layout granite_vision] [--size 20m] [--method full lora] [--peers trl stock]
 
-Same model, same rows, same supervised tokens; the first step's losses are checked equal (relative 1e-5) before
+Ours also with `gradient_checkpointing` on the larger models. Same model, same rows, same supervised tokens; the first step's losses are checked equal (relative 1e-5) before
 anything is reported. Every contender has a process of its own, one after the other. Seconds are the median of the steps
 after the first; memory is the most the process held resident, from start to end. One JSON line a contender.
 
@@ -29,6 +29,7 @@ LORA = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 SAME_LOSS, BATCH = 1e-5, 4
+CHECKPOINTING = "ours, gradient_checkpointing"
 
 
 def measure_layout(arguments: argparse.Namespace, layout: str, method: str, folder: Path, environment: dict) -> None:
@@ -46,6 +47,12 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
     spec["threads"] = None if large else 1  # in so small models more threads wait for each other
     say(f"{layout} {size} {method}: ours …")
     results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
+    if large:
+        say(f"{layout} {size} {method}: ours, with gradient_checkpointing …")
+        less = {**spec["training"], "gradient_checkpointing": True}
+        less_memory = {**spec, "contender": "ours", "training": less, "output": str(folder / "checkpointing")}
+        results[CHECKPOINTING] = run_child("contender.py", less_memory, folder)
+        check_equal(results["ours"], results[CHECKPOINTING], CHECKPOINTING)
     for peer in arguments.peers:
         peer_spec = {**spec, "contender": peer, "output": str(folder / peer), "options": {}}
         if method == "lora":
