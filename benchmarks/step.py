@@ -2,9 +2,10 @@
 
     python benchmarks/step.py [--layout granite_vision] [--size 20m] [--method full lora] [--peers trl stock]
 
-Ours also with `gradient_checkpointing` on the larger models. Same model, same rows, same supervised tokens; the first step's losses are checked equal (relative 1e-5) before
-anything is reported. Every contender has a process of its own, one after the other. Seconds are the median of the steps
-after the first; memory is the most the process held resident, from start to end. One JSON line a contender.
+Same model, same rows, same supervised tokens; the first step's losses are checked equal (relative 1e-5) before
+anything is reported. Of the larger models ours also runs with `gradient_checkpointing`. Every contender has a process
+of its own, one after the other. Seconds are the median of the steps after the first; memory is the most the process held
+resident, from start to end. One JSON line a contender.
 
 The stock forward of Granite Vision leaves `logits_scaling` out: its loss is checked against ours on the same weights
 with `logits_scaling` 1, in one extra step.

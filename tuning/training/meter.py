@@ -1,9 +1,11 @@
 """Speed and memory of the optimizer steps since the last log line."""
 
+import re
 import resource
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -56,5 +58,8 @@ def peak_memory_bytes() -> int:
     """Most memory this process has held: allocated on CUDA where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: its ru_maxrss begins with what the parent process held
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
