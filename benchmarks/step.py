@@ -4,8 +4,8 @@
 
 Same model, same rows, same supervised tokens; the first step's losses are checked equal (relative 1e-5) before
 anything is reported. Of the larger models ours also runs with `gradient_checkpointing`. Every contender has a process
-of its own, one after the other. Seconds are the median of the steps after the first; memory is the most the process held
-resident, from start to end. One JSON line a contender.
+of its own, one after the other. Seconds are the median of the steps after the first; memory is the most the process
+held resident, from start to end. One JSON line a contender.
 
 The stock forward of Granite Vision leaves `logits_scaling` out: its loss is checked against ours on the same weights
 with `logits_scaling` 1, in one extra step.
