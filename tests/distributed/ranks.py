@@ -1,7 +1,8 @@
 """One rank of a launch: runs the jobs of a JSON file one after the other, as `tuning.train` would be called.
 
 A job is the options of a run; `environ`: what to set in the environment; `fault`: the rank that is to meet one, and
-which; `chunk_pixels`: for vision.CHUNK_PIXELS. How each rank ended goes to `outcome-RANK` beside the job's output_dir.
+which; `constants`: other values of our modules' constants, by full name. How each rank ended goes to `outcome-RANK`
+beside the job's output_dir.
 
 Starting a process costs seconds, so every test of a strategy shares one launch. With `FSDP_ON_CPU` set, accelerate is
 made to take the CPU for an accelerator: it shards parameters on accelerators only, but FSDP2 itself runs on gloo.
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 
@@ -68,22 +70,31 @@ def met(fault: dict | None):
     setattr(SupervisedTrainer, name, sound)
 
 
+@contextmanager
+def changed(constants: dict[str, int]):
+    """Other values of `module.NAME`."""
+    places = [(import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in constants]
+    usual = [getattr(*place) for place in places]
+    for place, value in zip(places, constants.values(), strict=True):
+        setattr(*place, value)
+    yield
+    for place, value in zip(places, usual, strict=True):
+        setattr(*place, value)
+
+
 def main(path: str) -> None:
     import torch
 
     import tuning
     from tuning.errors import RunEnded, UserError
-    from tuning.model import vision
 
-    usual = vision.CHUNK_PIXELS
     torch.set_num_threads(1)
     if os.environ.get("FSDP_ON_CPU"):
         shard_on_cpu()
     for job in json.loads(Path(path).read_text()):
         os.environ.update(job.pop("environ", {}))
-        vision.CHUNK_PIXELS = job.pop("chunk_pixels", usual)
         outcome = Path(f"{job['output_dir']}-outcome-{os.environ['RANK']}")
-        with met(job.pop("fault", None)):
+        with met(job.pop("fault", None)), changed(job.pop("constants", {})):
             try:
                 tuning.train(job)
                 outcome.write_text("done")

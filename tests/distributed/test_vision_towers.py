@@ -12,7 +12,8 @@ import tuning
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4, "lora_dropout": 0.0}
 # Chunks of two tiles, so that the processes would run their layers a different number of times.
-COMMON = {"chunk_pixels": 2 * IMAGE_SIZE**2, "optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"}
+TWO_TILES = {"tuning.model.vision.CHUNK_PIXELS": 2 * IMAGE_SIZE**2}
+COMMON = {"constants": TWO_TILES, "optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"}
 COMMON |= {"dataloader_num_workers": 0, "num_train_epochs": 1, "train_sampling_strategy": "sequential"}
 CASES = {
     "lora": ("granite_vision", LORA),
@@ -49,7 +50,7 @@ def test_two_processes_with_a_frozen_tower_train_what_one_does(case, two_process
         assert not (two_processes / "features").exists()
         return
     job = make_job(models, mixed_rows, tmp_path / "alone", case, 8)
-    del job["chunk_pixels"]
+    del job["constants"]
     alone = tuning.train(job).model_dir
     assert outcomes(two_processes / case) == ["done", "done"]
     torch.testing.assert_close(weights_of(two_processes / case), weights_of(alone), rtol=0, atol=1e-5)
