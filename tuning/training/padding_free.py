@@ -17,7 +17,7 @@ from tuning.model.attention import Attention, decoder_attention, find_layer_obst
 from tuning.model.packed_attention import PACKED, PACKED_FLASH, watch_masks
 from tuning.training.faults import is_out_of_memory
 
-TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05  # of logits' norm; packed wrongly, they are off by more, but not always by much
+TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05  # of the norm; packed wrongly, a row is off by more, but not always by much
 # What models raise that do not take rows end to end, and processors that do not take a row without an image.
 CANNOT_RUN = (
     UserError,
@@ -69,8 +69,9 @@ def find_obstacle(
 class Trial:
     """How rows in one padding-free batch fared against each alone, padded as usual.
 
-    `distance`: the largest ‖packed − alone‖ / ‖alone‖ of a row's logits. `leaks`: another first row changed those after
-    it. `other_masks`, `other_positions`: the model does not mask or number tokens as packed attention takes it.
+    `distance`: the largest ‖packed − alone‖ / ‖alone‖ of a row's last hidden states. `leaks`: another first row changed
+    those after it. `other_masks`, `other_positions`: the model does not mask or number tokens as packed attention
+    takes it.
     """
 
     distance: float
@@ -110,38 +111,48 @@ def try_packed(
     was_training = model.training
     model.eval()
     try:
-        with watch_positions(model) as numbered:
-            separate = [_logits(forward, alone([sample])) for sample in samples]
+        with watch_decoder(model) as calls:
+            for sample in samples:
+                _run(forward, alone([sample]))
             own = attention.packed if attention.packed in (PACKED, PACKED_FLASH) else PACKED
-            with decoder_attention(model, own), watch_masks(bounds) as watch:
-                packed = _logits(forward, together(samples))
-                disturbed = _logits(forward, together(changed))
-        if own != attention.packed:
+            with decoder_attention(model, own), watch_masks(bounds) as masks:
+                _run(forward, together(samples))
+                _run(forward, together(changed))
             with decoder_attention(model, attention.packed):
-                packed = _logits(forward, together(samples))
+                _run(forward, together(samples))
     finally:
         model.train(was_training)
-    distances = [(packed[cut] - row).norm() / row.norm() for cut, row in zip(cuts, separate, strict=True)]
+    *separate, packed, disturbed, final = calls
+    rows = zip(cuts, separate, strict=True)
+    distances = [(final.hidden[cut] - row.hidden).norm() / row.hidden.norm() for cut, row in rows]
     return Trial(
         distance=torch.stack(distances).max().item(),
-        leaks=own == attention.packed and not torch.equal(packed[bounds[1] :], disturbed[bounds[1] :]),
-        other_masks=watch.odd or watch.limits != watch.windows,
-        other_positions=not _same_positions(numbered[: len(samples)], numbered[len(samples)], cuts),
+        leaks=not torch.equal(packed.hidden[bounds[1] :], disturbed.hidden[bounds[1] :]),
+        other_masks=masks.odd or masks.limits != masks.windows,
+        other_positions=not _same_positions([row.positions for row in separate], packed.positions, cuts),
     )
 
 
+@dataclass(frozen=True)
+class Call:
+    """Of the language model: the `position_ids` it was given, and its last hidden states `[T, H]` of the first row."""
+
+    positions: torch.Tensor | None
+    hidden: torch.Tensor
+
+
 @contextmanager
-def watch_positions(model: PreTrainedModel | PeftModel) -> Iterator[list[torch.Tensor | None]]:
-    """The `position_ids` that the language model is given, call by call."""
+def watch_decoder(model: PreTrainedModel | PeftModel) -> Iterator[list[Call]]:
+    """The calls of the language model, one by one."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    given: list[torch.Tensor | None] = []
+    calls: list[Call] = []
 
-    def note(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        given.append(kwargs.get("position_ids"))
+    def note(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        calls.append(Call(kwargs.get("position_ids"), output[0][0].float()))
 
-    hook = base.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    hook = base.get_decoder().register_forward_hook(note, with_kwargs=True)
     try:
-        yield given
+        yield calls
     finally:
         hook.remove()
 
@@ -168,6 +179,7 @@ def _disturb(sample: Sample, others: torch.Tensor) -> Sample:
 
 
 @torch.no_grad()
-def _logits(forward: Callable[..., Any], batch: dict[str, Any]) -> torch.Tensor:
-    inputs = {name: value for name, value in batch.items() if name not in ("facts", "labels")}
-    return forward(**inputs, use_cache=False).logits[0].float()
+def _run(forward: Callable[..., Any], batch: dict[str, Any]) -> None:
+    """As in training; with no token to train there is no logit."""
+    del batch["facts"]
+    forward(**batch, num_items_in_batch=1)
