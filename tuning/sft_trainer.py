@@ -97,11 +97,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         if isinstance(source, Stream)
         else EncodedRows(source, encoder, skip_bad_rows=skip)
     )
-    validation_rows = None
-    if config.data.validation_data_path:
-        validation_source = open_validation_rows(config)
-        check_first_rows(validation_source, encoder, skip)
-        validation_rows = EncodedRows(validation_source, encoder, skip_bad_rows=skip)
+    validation_rows = encode_validation(config, encoder, skip) if config.data.validation_data_path else None
 
     plan = plan_model(config, model_config, encoder)
     if plan.idle is None and config.training.ddp_find_unused_parameters is False:
@@ -185,6 +181,13 @@ def stream_rows(stream: Stream, config: RunConfig, progress: Progress) -> Stream
         world=training.world_size,
         start=progress.global_step * training.gradient_accumulation_steps,
     )
+
+
+def encode_validation(config: RunConfig, encoder: Encoder, skip_bad_rows: bool) -> EncodedRows:
+    """The validation rows, of which the first are tried."""
+    source = open_validation_rows(config)
+    check_first_rows(source, encoder, skip_bad_rows)
+    return EncodedRows(source, encoder, skip_bad_rows=skip_bad_rows)
 
 
 def make_collator(encoder: Encoder, training: TrainingArguments) -> Collator:

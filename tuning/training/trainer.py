@@ -88,18 +88,22 @@ class SupervisedTrainer(ResumableTrainer):
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # `compile_layers` does it, layer by layer
         self.add_callback(LoopCallback(self))
         self.add_callback(JsonLinesLog(self.args.output_dir))
-        in_backward = "lomo" in str(self.args.optim).lower()  # it steps weights as their gradients arrive
-        keep_master_weights = keep_master_weights and not in_backward
-        self.keep_master_weights = keep_master_weights and not self.is_deepspeed_enabled  # which has its own
         self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        in_backward = "lomo" in str(self.args.optim).lower()  # it steps weights as their gradients arrive
+        self.keep_master_weights = keep_master_weights and not in_backward and not self.is_deepspeed_enabled
+        if not self.is_deepspeed_enabled:  # which has master weights of its own
+            self._settle_precision()
+
+    def _settle_precision(self) -> None:
+        """How trained 16-bit weights take up small updates: said, and under FSDP seen to."""
         mixed = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"  # its trained weights are float32
-        how = explain_updates(self.model, kept=keep_master_weights or mixed, sharded=self.is_fsdp_enabled)
-        if how and not self.is_deepspeed_enabled and "stochastic_round" not in (self.args.optim_args or ""):
+        how = explain_updates(self.model, kept=self.keep_master_weights or mixed, sharded=self.is_fsdp_enabled)
+        if how and "stochastic_round" not in (self.args.optim_args or ""):
             say(how)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.transformer_cls_names_to_wrap = wrap_classes
-            if mixed or (keep_master_weights and compute_in_half(self.model, plugin)):
+            plugin.transformer_cls_names_to_wrap = self.wrap_classes or None
+            if mixed or (self.keep_master_weights and compute_in_half(self.model, plugin)):
                 raise_trained(self.model)
             give_addresses(self.model)
 
