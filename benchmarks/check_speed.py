@@ -76,9 +76,8 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
     from tuning.check import measure_all
     from tuning.config.parse import build_config
     from tuning.data.measure import RowMeter
-    from tuning.data_paths import open_rows
+    from tuning.data_paths import make_encoder, open_rows
     from tuning.model import load
-    from tuning.sft_trainer import make_encoder
 
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     write_rows(folder / "rows.parquet", rows)
@@ -86,7 +85,7 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
     options = {"model_name_or_path": str(model), "training_data_path": str(folder / "rows.parquet")}
     config = build_config({**options, "output_dir": str(folder / "out")})
     model_config = load.load_config(config.model)
-    encoder = make_encoder(config, load.load_processor(config.model, model_config), model_config, "01 Jan 2026")
+    encoder = make_encoder(config.data, load.load_processor(config.model, model_config), model_config, "01 Jan 2026")
     source, meter = open_rows(config), RowMeter(encoder)
     stop, peak = threading.Event(), [0]
     threading.Thread(target=watch_memory, args=(stop, peak), daemon=True).start()

@@ -22,7 +22,7 @@ from tuning.data.encode import Encoder, Sample
 from tuning.data.lengths import RowLengths
 from tuning.data.measure import CHUNK, Measured, RowMeter, measure_rows
 from tuning.data.sources import Part, Row, Stream, read_part
-from tuning.data_paths import open_rows, open_validation_rows
+from tuning.data_paths import make_encoder, open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
 from tuning.model import load
 from tuning.model.attention import set_decoder_attention
@@ -34,7 +34,6 @@ from tuning.preview.memory import MemoryEstimate, estimate_memory
 from tuning.preview.page import render_page
 from tuning.preview.report import Problem, Report, SampleRow
 from tuning.preview.rows import show_row
-from tuning.sft_trainer import make_encoder
 from tuning.training.checkpoint import run_date, write_json, write_text
 from tuning.training.epochs import pack_batches
 from tuning.training.master_weights import hold_master_weights
@@ -102,7 +101,7 @@ def check(config: RunConfig) -> Report:
         say(note)
     model_config = load.load_config(config.model)
     processor = load.load_processor(config.model, model_config)
-    encoder = make_encoder(config, processor, model_config, run_date(config))
+    encoder = make_encoder(config.data, processor, model_config, run_date(config))
     source = open_rows(config)
     meter = RowMeter(encoder, decode_images=config.check.decode_images)
     findings = measure_all(config, source, meter)

@@ -1,12 +1,22 @@
-"""The data paths of a config → rows."""
+"""The data options of a config → rows, and how they are encoded."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from tuning.config.arguments import DataArguments, RunConfig
+from PIL import Image
+from transformers import PreTrainedConfig
+
+from tuning.config.arguments import DataArguments, RowArguments, RunConfig
 from tuning.console import say
+from tuning.data.chat import ChatFormat
+from tuning.data.encode import Encoder
 from tuning.data.formats import describe_format
+from tuning.data.images import ImageRules
 from tuning.data.sources import Mixture, Part, Source, Stream, open_source
+from tuning.model.families import find_family
+
+TYPICAL_IMAGE = (1024, 768)
 
 
 def open_rows(config: RunConfig) -> Source | Mixture | Stream:
@@ -14,7 +24,10 @@ def open_rows(config: RunConfig) -> Source | Mixture | Stream:
     data = config.data
     path = data.training_data_path
     entries: list[dict[str, Any]] = path if isinstance(path, list) else [{"path": path}]
-    sources = [_open(config, entry["path"], entry.get("split") or data.dataset_split) for entry in entries]
+    sources = [
+        open_path(data, entry["path"], entry.get("split") or data.dataset_split, streaming=data.streaming)
+        for entry in entries
+    ]
     say_forms([part for source in sources for part in source.parts], data)
     weights = [entry["weight"] for entry in entries] if entries[0].get("weight") else None
     if data.streaming:  # the files of one dataset share its weight: how large each is, is not known
@@ -29,23 +42,54 @@ def open_rows(config: RunConfig) -> Source | Mixture | Stream:
 def open_validation_rows(config: RunConfig) -> Source:
     """The rows of `validation_data_path`; of a folder or hub dataset, its validation split."""
     assert config.data.validation_data_path is not None
-    return _open(config, config.data.validation_data_path, "validation", streaming=False)
+    return open_path(config.data, config.data.validation_data_path, "validation", streaming=False)
 
 
-def _open(config: RunConfig, path: str, split: str | None, streaming: bool | None = None) -> Source:
-    data = config.data
+def open_path(
+    data: RowArguments, path: str, split: str | None, *, streaming: bool = False, more_fields: Sequence[str] = ()
+) -> Source:
+    """The rows of one path. `more_fields`: columns to keep beside the conversation's."""
     return open_source(
         path,
         text_field=data.dataset_text_field,
         image_field=data.dataset_image_field,
         split=split,
         config_name=data.dataset_config_name,
-        streaming=data.streaming if streaming is None else streaming,
+        streaming=streaming,
+        more_fields=more_fields,
     )
 
 
-def say_forms(parts: Iterable[Part], data: DataArguments) -> None:
+def say_forms(parts: Iterable[Part], data: RowArguments) -> None:
     """Say which forms were recognised, where they are not the documented one."""
     sentences = (describe_format(part.form, data.dataset_text_field, data.dataset_image_field) for part in parts)
     for sentence in dict.fromkeys(filter(None, sentences)):
         say(f"Rows: {sentence}")
+
+
+def make_encoder(data: RowArguments, processor: Any, model_config: PreTrainedConfig, date_string: str) -> Encoder:
+    """How rows are encoded for this model; says what is done to them."""
+    chat = ChatFormat(processor, date_string=date_string)
+    if chat.adds_end_token:
+        say(f"The chat template writes nothing after an answer; {chat.end_of_turn} is added, so that the model stops.")
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    encoder = Encoder(
+        processor,
+        chat,
+        max_seq_length=data.max_seq_length or context or processor.tokenizer.model_max_length,
+        max_images=data.max_images_per_sample or find_family(model_config).max_images,
+        max_messages=data.max_messages_per_row,
+        image_rules=ImageRules(
+            folder=data.image_folder,
+            allow_outside=data.allow_outside_paths,
+            allow_remote=data.allow_remote_images,
+            max_pixels=data.max_image_pixels,
+            max_bytes=round(data.max_image_megabytes * 1e6),
+        ),
+    )
+    if isinstance(data, DataArguments):
+        encoder = replace(encoder, assistant_only_loss=data.assistant_only_loss, overlong_rows=data.overlong_rows)
+    tokens = encoder.count_image_tokens(Image.new("RGB", TYPICAL_IMAGE))
+    width, height = TYPICAL_IMAGE
+    say(f"A {width}×{height} image costs {tokens} image tokens; a row may have {encoder.max_seq_length} tokens.")
+    return encoder

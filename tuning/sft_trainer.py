@@ -16,24 +16,20 @@ if not __package__:  # run by path: Python puts this folder first, where `tuning
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch.distributed as dist
-from PIL import Image
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from transformers import PreTrainedConfig, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from tuning.config.arguments import RunConfig
 from tuning.config.parse import build_config, check_options, describe_options, read_json, read_options
 from tuning.console import say
-from tuning.data.chat import ChatFormat
 from tuning.data.collator import Collator, probe_collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows, encode_row
 from tuning.data.encode import Encoder
-from tuning.data.images import ImageRules
 from tuning.data.sources import Mixture, Source, Stream
-from tuning.data_paths import open_rows, open_validation_rows
+from tuning.data_paths import make_encoder, open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
 from tuning.launch import launch, wanted_launch
 from tuning.model import load
-from tuning.model.families import find_family
 from tuning.model.fsdp import give_up_fsdp_on_cpu
 from tuning.model.parts import (
     PROJECTOR,
@@ -57,7 +53,6 @@ from tuning.training.processes import leave
 from tuning.training.trainer import SupervisedTrainer
 
 ROWS_CHECKED_FIRST = 4
-TYPICAL_IMAGE = (1024, 768)
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         return TrainingResult(Path(config.save_model_dir), progress.finished_steps, {})
     identity["date_string"] = progress.date_string or identity["date_string"]
 
-    encoder = make_encoder(config, processor, model_config, identity["date_string"])
+    encoder = make_encoder(config.data, processor, model_config, identity["date_string"])
     padding = make_collator(encoder, config.training)
     skip = config.data.on_bad_row == "skip"
     check_first_rows(source, encoder, skip)
@@ -194,35 +189,6 @@ def make_collator(encoder: Encoder, training: TrainingArguments) -> Collator:
     """How rows become batches; on several processes every batch has an image. See `Encoder.filler`."""
     filler = encoder.filler() if training.world_size > 1 else None
     return replace(probe_collator(encoder.processor), filler=filler)
-
-
-def make_encoder(config: RunConfig, processor: Any, model_config: PreTrainedConfig, date_string: str) -> Encoder:
-    """How rows are encoded for this model; says what is done to them."""
-    data, chat = config.data, ChatFormat(processor, date_string=date_string)
-    if chat.adds_end_token:
-        say(f"The chat template writes nothing after an answer; {chat.end_of_turn} is added, so that the model stops.")
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    family = find_family(model_config)
-    encoder = Encoder(
-        processor,
-        chat,
-        max_seq_length=data.max_seq_length or context or processor.tokenizer.model_max_length,
-        max_images=data.max_images_per_sample or family.max_images,
-        max_messages=data.max_messages_per_row,
-        assistant_only_loss=data.assistant_only_loss,
-        overlong_rows=data.overlong_rows,
-        image_rules=ImageRules(
-            folder=data.image_folder,
-            allow_outside=data.allow_outside_paths,
-            allow_remote=data.allow_remote_images,
-            max_pixels=data.max_image_pixels,
-            max_bytes=round(data.max_image_megabytes * 1e6),
-        ),
-    )
-    tokens = encoder.count_image_tokens(Image.new("RGB", TYPICAL_IMAGE))
-    width, height = TYPICAL_IMAGE
-    say(f"A {width}×{height} image costs {tokens} image tokens; a row may have {encoder.max_seq_length} tokens.")
-    return encoder
 
 
 def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_bad_rows: bool) -> None:

@@ -15,9 +15,8 @@ from tuning.check import check
 from tuning.config.parse import build_config
 from tuning.data.encode import IGNORED
 from tuning.data.measure import RowMeter
-from tuning.data_paths import open_rows
+from tuning.data_paths import make_encoder, open_rows
 from tuning.model import load
-from tuning.sft_trainer import make_encoder
 
 
 def user(*parts) -> dict:
@@ -69,7 +68,7 @@ def test_rows_are_counted_as_training_encodes_them(layout, make_options, write_r
     )
     config = build_config(make_options(layout, training_data_path=path))
     model_config = load.load_config(config.model)
-    encoder = make_encoder(config, load.load_processor(config.model, model_config), model_config, "01 Jan 2026")
+    encoder = make_encoder(config.data, load.load_processor(config.model, model_config), model_config, "01 Jan 2026")
     source = open_rows(config)
     for measured in RowMeter(encoder).measure([(0, source[index]) for index in range(len(source))]):
         sample = encoder.encode(source[measured.number])

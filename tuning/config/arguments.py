@@ -14,13 +14,11 @@ def option(default: Any, help: str):
 
 
 @dataclass(frozen=True)
-class ModelArguments:
+class ModelSource:
+    """Which model, and how it is loaded."""
+
     model_name_or_path: str = option("", "Base model: a local folder or a hub id.")
     dtype: str = option("auto", "Precision of the weights: auto (the checkpoint's own), float32, bfloat16 or float16.")
-    keep_master_weights: bool = option(
-        True,
-        "Train 16-bit weights by float32 copies; false: half the memory, and updates too small for 16 bits are lost.",
-    )
     use_flash_attn: bool = option(True, "Use the fastest attention this machine and model support; false: plain SDPA.")
     attn_implementation: str | None = option(
         None, "A named attention of transformers instead, such as sdpa, eager or flash_attention_2."
@@ -28,6 +26,14 @@ class ModelArguments:
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
     chat_template: str | None = option(None, "Chat template that replaces the model's: a Jinja file or its text.")
     processor_kwargs: dict[str, Any] = option({}, "Image processor settings to change and save, as a JSON object.")
+
+
+@dataclass(frozen=True)
+class ModelArguments(ModelSource):
+    keep_master_weights: bool = option(
+        True,
+        "Train 16-bit weights by float32 copies; false: half the memory, and updates too small for 16 bits are lost.",
+    )
     freeze_vision_tower: bool | None = option(None, "Keep the vision tower as it is (default: only with LoRA).")
     freeze_multi_modal_projector: bool | None = option(None, "Keep the projector as it is (default: only with LoRA).")
     freeze_language_model: bool | None = option(None, "Keep the language model as it is, adapters included.")
@@ -52,29 +58,15 @@ class LoraArguments:
 
 
 @dataclass(frozen=True)
-class DataArguments:
-    training_data_path: str | list[Any] | None = option(
-        None, "A .json, .jsonl, .parquet or .arrow file, a folder, a hub id, or a list of {path, weight, split}."
-    )
-    validation_data_path: str | None = option(None, "Data for evaluation, in the same forms.")
+class RowArguments:
+    """How rows are read."""
+
     dataset_text_field: str = option("messages", "Column with the messages.")
     dataset_image_field: str = option("images", "Column with the image or images.")
-    dataset_split: str | None = option(None, "Split to train on (default: train).")
+    dataset_split: str | None = option(None, "Split to read (default: train).")
     dataset_config_name: str | None = option(None, "Configuration of a hub dataset.")
-    dataset_kwargs: dict[str, Any] = option({}, "Accepted for compatibility; skip_prepare_dataset is always true.")
     max_seq_length: int | None = option(None, "Longest row in tokens, image tokens included (default: the model's).")
-    padding_free: bool | str = option(
-        "auto", "Lay a batch's rows end to end instead of padding them; auto: where the model gives the same results."
-    )
-    max_tokens_per_batch: int | None = option(
-        None, "Most tokens in a process's batch, padding included, instead of per_device_train_batch_size rows."
-    )
-    overlong_rows: str = option(
-        "error", "What to do with a longer row: error, drop, or truncate_text (shortens answers, never images)."
-    )
     on_bad_row: str = option("error", "What to do with a row that cannot be used: error or skip.")
-    max_bad_fraction: float = option(0.05, "With on_bad_row skip: stop when more than this share of the rows is bad.")
-    streaming: bool = option(False, "Read rows one after the other instead of converting files first; needs max_steps.")
     max_images_per_sample: int | None = option(
         None, "Use only so many images of a row (default: what the model takes)."
     )
@@ -84,8 +76,43 @@ class DataArguments:
     max_image_pixels: int = option(100_000_000, "Largest image in pixels.")
     max_image_megabytes: float = option(100.0, "Largest stored image in MB (10⁶ bytes).")
     max_messages_per_row: int = option(1000, "Most messages in a row.")
-    assistant_only_loss: bool = option(True, "Train on the assistant's words and end tokens only; false: on all text.")
     date_string: str | None = option(None, "The date that templates write as today's (default: the day the run began).")
+
+
+@dataclass(frozen=True)
+class DataArguments(RowArguments):
+    training_data_path: str | list[Any] | None = option(
+        None, "A .json, .jsonl, .parquet or .arrow file, a folder, a hub id, or a list of {path, weight, split}."
+    )
+    validation_data_path: str | None = option(None, "Data for evaluation, in the same forms.")
+    dataset_kwargs: dict[str, Any] = option({}, "Accepted for compatibility; skip_prepare_dataset is always true.")
+    padding_free: bool | str = option(
+        "auto", "Lay a batch's rows end to end instead of padding them; auto: where the model gives the same results."
+    )
+    max_tokens_per_batch: int | None = option(
+        None, "Most tokens in a process's batch, padding included, instead of per_device_train_batch_size rows."
+    )
+    overlong_rows: str = option(
+        "error", "What to do with a longer row: error, drop, or truncate_text (shortens answers, never images)."
+    )
+    max_bad_fraction: float = option(0.05, "With on_bad_row skip: stop when more than this share of the rows is bad.")
+    streaming: bool = option(False, "Read rows one after the other instead of converting files first; needs max_steps.")
+    assistant_only_loss: bool = option(True, "Train on the assistant's words and end tokens only; false: on all text.")
+
+
+@dataclass(frozen=True)
+class AnswerArguments:
+    """How validation rows are answered during training."""
+
+    eval_generate_rows: int = option(
+        0, "At every evaluation, answer so many validation rows by generation and log the scores (eval_metrics)."
+    )
+    eval_metrics: list[str] | str = option("exact_match", "Scores of these answers, such as exact_match or anls.")
+    eval_max_new_tokens: int = option(64, "Longest answer in tokens, for validation rows and for those in report.html.")
+    report_samples: int = option(4, "Rows to answer before and after training, shown in report.html.")
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many evaluations without a better metric_for_best_model."
+    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +146,7 @@ class RunConfig:
     model: ModelArguments
     lora: LoraArguments
     data: DataArguments
+    answers: AnswerArguments
     run: RunArguments
     check: CheckArguments
     training: TrainingArguments
@@ -132,7 +160,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Flat and JSON-ready, under the names a config file uses: a run can be repeated from it."""
         flat = {}
-        for section in (self.model, self.lora, self.data, self.run):
+        for section in (self.model, self.lora, self.data, self.answers, self.run):
             flat.update({entry.name: getattr(section, entry.name) for entry in fields(section)})
         settable = {entry.name for entry in fields(TrainingArguments) if entry.init}
         training = {name: value for name, value in self.training.to_dict().items() if name in settable}
@@ -146,6 +174,7 @@ SECTIONS = {
     "model": ModelArguments,
     "lora": LoraArguments,
     "data": DataArguments,
+    "answers": AnswerArguments,
     "run": RunArguments,
     "check": CheckArguments,
 }

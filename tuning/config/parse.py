@@ -8,7 +8,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from tuning.config import names
 from tuning.config.arguments import SECTIONS, TRAINING_DEFAULTS, RunConfig
-from tuning.config.validate import adjust, find_problems, groups_by_length
+from tuning.config.validate import adjust, find_problems, find_row_problems, groups_by_length
 from tuning.errors import UserError
 
 OWN_FIELDS = {entry.name: section for section, kind in SECTIONS.items() for entry in dataclasses.fields(kind)}
@@ -27,7 +27,9 @@ for _kind in SECTIONS.values():
 KNOWN = set(OWN_FIELDS) | set(names.TRAINING_FIELDS)
 
 
-def read_options(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def read_options(
+    argv: Sequence[str], environ: Mapping[str, str] = os.environ, known: Set[str] = KNOWN
+) -> dict[str, Any]:
     """Collect the options of a command line: `--name value …`, `--name=value`, `--flag`, `--no_flag`, or a JSON file.
 
     Flags beside a JSON file override it. Without arguments the config comes from `SFT_TRAINER_CONFIG_JSON_PATH` (a
@@ -53,19 +55,19 @@ def read_options(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -
             options[name].append(argument)
         else:
             raise UserError(f"'{argument}' is neither a flag nor the value of one.", fix="Flags begin with --.")
-    return dict(_finish_flag(name, value) for name, value in options.items())
+    return dict(_finish_flag(name, value, known) for name, value in options.items())
 
 
 class _Values(list):
     """The words that followed a flag."""
 
 
-def _finish_flag(name: str, value: Any) -> tuple[str, Any]:
+def _finish_flag(name: str, value: Any, known: Set[str]) -> tuple[str, Any]:
     if not isinstance(value, _Values):
         return name, value
     if not value:
         negated = name.removeprefix("no_")
-        return (negated, False) if name not in KNOWN and negated in KNOWN else (name, True)
+        return (negated, False) if name not in known and negated in known else (name, True)
     return name, value[0] if len(value) == 1 else list(value)
 
 
@@ -122,20 +124,55 @@ def check_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str
     """The first half of `build_config`, which touches no device: today's names and typed values, and what to tell."""
     problems: list[str] = []
     current = _translate_names(options, problems)
+    values, notes = adjust(_coerce_all(current, TYPES, problems))
+    problems += find_problems(values)
+    _raise_all(problems)
+    return values, notes
+
+
+def read_command(argv: Sequence[str], *kinds: type, required: Sequence[str] = ()) -> list[Any]:
+    """The options of a command that does not train, as an instance of each of `kinds`, dataclasses of options.
+
+    They come as for training, from flags or a JSON file, with the same checks of names, types, choices and paths.
+    Raises one `UserError` that lists every problem.
+    """
+    types_of: dict[str, Any] = {}
+    for kind in kinds:
+        types_of |= typing.get_type_hints(kind)
+    problems: list[str] = []
+    current = {}
+    for name, value in read_options(argv, environ={}, known=set(types_of)).items():
+        new_name = names.RENAMED.get(name, name)
+        if new_name in types_of:
+            current[new_name] = value
+        else:
+            problems.append(f"{name}: unknown option.{_nearest(name, set(types_of))}")
+    values = _coerce_all(current, types_of, problems)
+    problems += [f"{name}: is required" for name in required if not values.get(name)]
+    problems += find_row_problems(values)
+    _raise_all(problems)
+    return [
+        kind(**{entry.name: values[entry.name] for entry in dataclasses.fields(kind) if entry.name in values})
+        for kind in kinds
+    ]
+
+
+def _coerce_all(options: Mapping[str, Any], types_of: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     values = {}
-    for name, value in current.items():
+    for name, value in options.items():
         try:
-            converted = coerce(value, TYPES[name])
-            if converted is not None or type(None) in typing.get_args(TYPES[name]):
+            converted = coerce(value, types_of[name])
+            if converted is not None or type(None) in typing.get_args(types_of[name]):
                 values[name] = converted  # null, where the option cannot be null, leaves the default
         except ValueError as error:
             problems.append(f"{name}: {error}")
-    values, notes = adjust(values)
-    problems += find_problems(values)
+    return values
+
+
+def _raise_all(problems: list[str]) -> None:
     if problems:
         listed = "\n  - ".join([f"{len(problems)} problems:", *problems])
         raise UserError(problems[0] if len(problems) == 1 else listed, "config")
-    return values, notes
 
 
 def _translate_names(options: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -155,7 +192,8 @@ def _translate_names(options: Mapping[str, Any], problems: list[str]) -> dict[st
             problems.append(f"{name}: is no longer an option. {names.REMOVED[name]}")
             continue
         else:
-            problems.append(f"{name}: unknown option.{_nearest(name)}")
+            candidates = KNOWN | set(names.RENAMED) | set(names.REEXPRESSED)
+            problems.append(f"{name}: unknown option.{_nearest(name, candidates)}")
             continue
         for new_name, new_value in translated.items():
             if new_name in current and current[new_name] != new_value:
@@ -164,8 +202,7 @@ def _translate_names(options: Mapping[str, Any], problems: list[str]) -> dict[st
     return current
 
 
-def _nearest(name: str) -> str:
-    candidates = KNOWN | set(names.RENAMED) | set(names.REEXPRESSED)
+def _nearest(name: str, candidates: set[str]) -> str:
     close = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else " --help lists the options."
 
@@ -243,9 +280,19 @@ def describe_options() -> str:
     """The text of `--help`: every option of ours with its default, and Hugging Face's by name."""
     lines = ["usage: sft_trainer.py config.json | --name value …", ""]
     for section, kind in SECTIONS.items():
-        lines.append(f"{section}:")
-        for entry in dataclasses.fields(kind):
-            default = "" if entry.default in (None, dataclasses.MISSING) else f" [{entry.default}]"
-            lines.append(f"  --{entry.name:<30} {entry.metadata['help']}{default}")
+        lines += [f"{section}:", *_describe_fields(kind)]
     lines += ["", "training (transformers.TrainingArguments):", "  " + " ".join(sorted(names.TRAINING_FIELDS))]
     return "\n".join(lines)
+
+
+def describe_command(usage: str, *kinds: type) -> str:
+    """The `--help` of a command whose options are the fields of `kinds`."""
+    return "\n".join([f"usage: {usage}", "", *(line for kind in kinds for line in _describe_fields(kind))])
+
+
+def _describe_fields(kind: type) -> list[str]:
+    lines = []
+    for entry in dataclasses.fields(kind):
+        default = "" if entry.default in (None, "", dataclasses.MISSING) else f" [{entry.default}]"
+        lines.append(f"  --{entry.name:<30} {entry.metadata['help']}{default}")
+    return lines

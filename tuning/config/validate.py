@@ -13,7 +13,7 @@ LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_sa
 AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("max_seq_length", "max_images_per_sample", "max_image_pixels", "max_messages_per_row", "max_rows"),
-    "max_tokens_per_batch",
+    *("max_tokens_per_batch", "eval_max_new_tokens", "early_stopping_patience", "max_new_tokens", "batch_size"),
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,6 +34,8 @@ def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if "eval_strategy" not in values and values.get("validation_data_path"):
         values["eval_strategy"] = "epoch"
         notes.append("eval_strategy was not given: evaluating on validation_data_path after every epoch.")
+    if values.get("early_stopping_patience") and values.get("eval_strategy", "no") != "no":
+        notes += _settle_early_stopping(values)
     if values.get("dataloader_num_workers") is None:
         values["dataloader_num_workers"] = _default_workers()
     if values["dataloader_num_workers"] == 0:
@@ -52,6 +54,19 @@ def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if launch and "WORLD_SIZE" not in os.environ:
         notes.append(f"accelerate_launch_args is noted but has no effect on one process: {', '.join(launch)}.")
     return values, tuple(notes)
+
+
+def _settle_early_stopping(values: dict[str, Any]) -> list[str]:
+    """Early stopping is meant to keep the best model: save where it is evaluated, unless the user says otherwise."""
+    wanted = {"metric_for_best_model": "loss", "load_best_model_at_end": True}
+    if values.get("load_best_model_at_end", True) and "save_strategy" not in values:
+        wanted |= {"save_strategy": values["eval_strategy"]}
+        if "eval_steps" in values:
+            wanted |= {"save_steps": values["eval_steps"]}
+    missing = {name: value for name, value in wanted.items() if name not in values}
+    values |= missing
+    listed = ", ".join(f"{name} {value}" for name, value in missing.items())
+    return [f"early_stopping_patience: the best model is kept ({listed})."] if missing else []
 
 
 def groups_by_length(values: Mapping[str, Any]) -> bool | None:
@@ -75,11 +90,27 @@ def find_problems(values: Mapping[str, Any]) -> list[str]:
             for name in ("model_name_or_path", "training_data_path", "output_dir")
             if not values.get(name)
         ),
-        *_path_problems(values),
+        *find_row_problems(values),
         *_tuning_problems(values),
         *_data_problems(values),
+        *_answer_problems(values),
         *_training_problems(values),
     ]
+
+
+def find_row_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with how a model and rows are read, for every command."""
+    problems = list(_path_problems(values))
+    if values.get("dtype", "auto") not in DTYPES:
+        problems.append(f"dtype: {values['dtype']!r} is unknown; use {', '.join(DTYPES)}")
+    if values.get("on_bad_row", "error") not in ("error", "skip"):
+        problems.append(f"on_bad_row: {values['on_bad_row']!r} is unknown; use error or skip")
+    for name in AT_LEAST_ONE:
+        if values.get(name) is not None and values[name] < 1:
+            problems.append(f"{name}: must be at least 1, got {values[name]}")
+    if not 0 < values.get("max_image_megabytes", 1) < float("inf"):
+        problems.append(f"max_image_megabytes: must be above 0, got {values['max_image_megabytes']}")
+    return problems
 
 
 def is_local_path(name: str) -> bool:
@@ -92,7 +123,7 @@ def _path_problems(values: Mapping[str, Any]):
     entries = training if isinstance(training, list) else [{"path": training}]
     yield from _mixture_problems(training if isinstance(training, list) else None)
     paths = [("training_data_path", entry.get("path")) for entry in entries if isinstance(entry, dict)]
-    names = ("model_name_or_path", "validation_data_path", "chat_template", "image_folder")
+    names = ("model_name_or_path", "validation_data_path", "data_path", "chat_template", "image_folder")
     for name, path in [*((name, values.get(name)) for name in names), *paths]:
         if not isinstance(path, str) or not path or (name == "chat_template" and "{" in path):
             continue
@@ -145,8 +176,6 @@ def _tuning_problems(values: Mapping[str, Any]):
     keeps_tower = values.get("freeze_vision_tower")
     if values.get("cache_vision_features") and not (method == "lora" if keeps_tower is None else keeps_tower):
         yield "cache_vision_features: features of a vision tower that trains change; set freeze_vision_tower true"
-    if values.get("dtype", "auto") not in DTYPES:
-        yield f"dtype: {values['dtype']!r} is unknown; use {', '.join(DTYPES)}"
     if values.get("fp16") and values.get("dtype") == "float16":
         yield "fp16: needs weights in float32 to scale gradients; use dtype float32, or bf16 with dtype bfloat16"
 
@@ -154,19 +183,12 @@ def _tuning_problems(values: Mapping[str, Any]):
 def _data_problems(values: Mapping[str, Any]):
     if unknown := set(values.get("dataset_kwargs") or {}) - {"skip_prepare_dataset"}:
         yield f"dataset_kwargs: unknown {', '.join(sorted(unknown))}; only skip_prepare_dataset is accepted"
-    choices = {"overlong_rows": ("error", "drop", "truncate_text"), "on_bad_row": ("error", "skip")}
-    for name, allowed in choices.items():
-        if values.get(name, "error") not in allowed:
-            yield f"{name}: {values[name]!r} is unknown; use {', '.join(allowed[:-1])} or {allowed[-1]}"
+    if values.get("overlong_rows", "error") not in ("error", "drop", "truncate_text"):
+        yield f"overlong_rows: {values['overlong_rows']!r} is unknown; use error, drop or truncate_text"
     if values.get("padding_free", "auto") not in ("auto", True, False):
         yield f"padding_free: {values['padding_free']!r} is unknown; use auto, true or false"
-    for name in AT_LEAST_ONE:
-        if values.get(name) is not None and values[name] < 1:
-            yield f"{name}: must be at least 1, got {values[name]}"
     if not 0 <= values.get("max_bad_fraction", 0) <= 1:
         yield f"max_bad_fraction: must be between 0 and 1, got {values['max_bad_fraction']}"
-    if not 0 < values.get("max_image_megabytes", 1) < float("inf"):
-        yield f"max_image_megabytes: must be above 0, got {values['max_image_megabytes']}"
     if values.get("streaming") and values.get("max_steps", -1) < 1:
         yield "streaming: needs max_steps, because the number of rows is not known"
     if values.get("streaming") and values.get("train_sampling_strategy") == "group_by_length":
@@ -195,6 +217,15 @@ def _budget_problems(values: Mapping[str, Any]):
         yield "max_tokens_per_batch: would fetch every image beforehand, for its size; not with allow_remote_images"
     if values.get("auto_find_batch_size"):
         yield "max_tokens_per_batch, auto_find_batch_size: both set the size of a batch; give one of them"
+
+
+def _answer_problems(values: Mapping[str, Any]):
+    for name in ("eval_generate_rows", "report_samples"):
+        if values.get(name, 0) < 0:
+            yield f"{name}: must be 0 or more, got {values[name]}"
+    for name in ("eval_generate_rows", "early_stopping_patience"):
+        if values.get(name) and values.get("eval_strategy", "no") == "no":
+            yield f"{name}: needs evaluations; give validation_data_path"
 
 
 def _training_problems(values: Mapping[str, Any]):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tuning.data.chat import ChatFormat, RenderedChat
 from tuning.data.images import ImageRules, load_image
-from tuning.data.messages import count_images, keep_first_images
+from tuning.data.messages import Conversation, count_images, keep_first_images
 from tuning.data.pixels import quicken
 from tuning.data.sources import Row
 from tuning.errors import UserError, blame_field
@@ -88,7 +88,10 @@ class Encoder:
 
     def prepare(self, row: Row) -> Prepared:
         """Read and render one row; its images stay closed. Raises `UserError` naming file, row and field."""
-        conversation = row.form.read(row.columns, row.where)
+        return self.prepare_conversation(row, row.form.read(row.columns, row.where))
+
+    def prepare_conversation(self, row: Row, conversation: Conversation) -> Prepared:
+        """Render what was read of a row. See `prepare`."""
         text_field = row.form.text_fields[-1]
         where = f"{row.where}, field '{text_field}'"
         messages, images = conversation.messages, conversation.images
@@ -118,10 +121,7 @@ class Encoder:
         """Render, tokenize and label one row. Raises `UserError` naming file, row and field of what is wrong."""
         prepared = self.prepare(row)
         with blame_field(row.form.image_field or row.form.text_fields[0]):
-            images = [
-                load_image(image, row.folder, place, self.image_rules)
-                for image, place in zip(prepared.images, prepared.image_places, strict=True)
-            ]
+            images = self.open_images(prepared)
         inputs = self.process(prepared.chat.text, images)
         excess = inputs["input_ids"].shape[1] - self.max_seq_length
         if excess <= 0:
@@ -130,6 +130,20 @@ class Encoder:
             return self._leave_out(prepared, excess)
         inputs, not_trained = self._cut_answers(inputs, prepared, excess)
         return self._label(inputs, prepared, not_trained, excess)
+
+    def encode_untrained(self, prepared: Prepared) -> Sample:
+        """A row of which no token is trained, such as a prompt. Raises `UserError` where it is too long."""
+        inputs = self.process(prepared.chat.text, self.open_images(prepared))
+        if inputs["input_ids"].shape[1] > self.max_seq_length:
+            raise self.too_long(prepared, inputs["input_ids"].shape[1], "Raise max_seq_length, or shorten the row.")
+        return self._untrained(inputs, prepared.row.where)
+
+    def open_images(self, prepared: Prepared) -> list[Image.Image]:
+        """The images of a row. Raises `UserError` for one that cannot be used."""
+        return [
+            load_image(image, prepared.row.folder, place, self.image_rules)
+            for image, place in zip(prepared.images, prepared.image_places, strict=True)
+        ]
 
     def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
         """The processor's output for one rendered conversation, with both offset maps of its tokens."""
@@ -283,9 +297,9 @@ class Encoder:
         ]
         return [self._untrained(tried) for tried in inputs]
 
-    def _untrained(self, inputs: dict[str, Any]) -> Sample:
+    def _untrained(self, inputs: dict[str, Any], where: str = "") -> Sample:
         sequence, images = self._split(inputs)
-        return Sample({**sequence, "labels": torch.full_like(sequence["input_ids"], IGNORED)}, images, where="")
+        return Sample({**sequence, "labels": torch.full_like(sequence["input_ids"], IGNORED)}, images, where)
 
     def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The processor's output as what has a position per token, `[T, …]`, and the tensors of the images."""

@@ -28,14 +28,22 @@ class RowFormat:
     def columns(self) -> list[str]:
         return [*self.text_fields, *([self.image_field] if self.image_field else [])]
 
-    def read(self, columns: Mapping[str, Any], where: str) -> Conversation:
-        """The conversation of a row. Raises `UserError` naming field, message and part of what is wrong."""
+    def read(self, columns: Mapping[str, Any], where: str, *, needs_answer: bool = True) -> Conversation:
+        """The conversation of a row; with `needs_answer`, one without an answer cannot be used.
+
+        Raises `UserError` naming field, message and part of what is wrong.
+        """
         stored = list_images(columns[self.image_field]) if self.image_field else []
         if len(self.text_fields) == 2:
             return self._read_pair(columns, stored, where)
         field = self.text_fields[0]
         with blame_field(field):
-            messages = read_messages(columns[field], f"{where}, field '{field}'", image_strings=self.image_strings)
+            messages = read_messages(
+                columns[field],
+                f"{where}, field '{field}'",
+                image_strings=self.image_strings,
+                needs_answer=needs_answer,
+            )
         return Conversation(*take_images(messages, stored))
 
     def _read_pair(self, columns: Mapping[str, Any], stored: list[Any], where: str) -> Conversation:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tuning.data.remote import fetch_image
 from tuning.errors import UserError
 
+THUMBNAIL = (320, 320)
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 turn the picture by a quarter (CIPA DC-008)
 PNG_EXIF = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 # What Pillow raises on damaged files: its decoders check little.
@@ -228,3 +229,12 @@ def _unreadable(error: BaseException, where: str) -> UserError:
     return UserError(
         f"the image cannot be read: {reason}.", where, "Replace it or drop the row.", kind="unreadable image"
     )
+
+
+def thumbnail(image: Image.Image) -> str:
+    """A small version of `image` as a data URI, to be shown."""
+    small = image.convert("RGB")
+    small.thumbnail(THUMBNAIL)
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

@@ -28,20 +28,20 @@ class Conversation:
     trained_from: int = 0
 
 
-def read_messages(value: Any, where: str, *, image_strings: bool = False) -> list[Message]:
+def read_messages(value: Any, where: str, *, image_strings: bool = False, needs_answer: bool = True) -> list[Message]:
     """Check the messages of a row and give each a list of parts as its content.
 
     Takes `role` and `content`, or `from` and `value` (LLaVA, ShareGPT). Empty values that Arrow adds and unknown keys
     of a part are dropped. An image part that brings its image keeps it as `source`. With `image_strings`, `<image>` in
     text becomes an image part. Raises `UserError` naming message and part for an unknown role or part type, missing
-    text, an empty answer, or a conversation without an assistant turn.
+    text, an empty answer, or, with `needs_answer`, a conversation without an assistant turn.
     """
     if not isinstance(value, (list, tuple)) or not value:
         raise UserError(f"expected a list of messages, found {_brief(value)}.", where, kind="no messages")
     messages = [
         _read_message(message, f"{where}, message {index}", image_strings) for index, message in enumerate(value)
     ]
-    if not any(message["role"] == "assistant" for message in messages):
+    if needs_answer and not any(message["role"] == "assistant" for message in messages):
         raise UserError(
             "has no assistant turn, so there is nothing to train.",
             where,

@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,12 +198,13 @@ def open_source(
     split: str | None = None,
     config_name: str | None = None,
     streaming: bool = False,
+    more_fields: Sequence[str] = (),
 ) -> Source:
     """Open `path`: a .json/.jsonl/.parquet/.arrow file, a folder of them, a `save_to_disk` folder, or a hub id.
 
     JSON and parquet are converted to Arrow once, by `datasets`, and memory-mapped from then on; with `streaming` they
-    are read as they are, and the parts have no length. Raises `UserError` when there is nothing to read, a file is
-    broken, or a column is missing.
+    are read as they are, and the parts have no length. `more_fields`: columns to keep beside the conversation's.
+    Raises `UserError` when there is nothing to read, a file is broken, or a column is missing.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -214,7 +215,7 @@ def open_source(
         parts = [_open_file(file, str(file), streaming) for file in _files_of_split(local, split or "train")]
     else:
         parts = [_open_hub(path, split or "train", config_name, streaming)]
-    prepared = [_prepare(part, text_field, image_field) for part in parts]
+    prepared = [_prepare(part, text_field, image_field, more_fields) for part in parts]
     if all(next(read_part(part), None) is None for part in prepared):
         raise UserError("has no rows.", where=path)
     return Source(prepared)
@@ -332,7 +333,7 @@ def _open_hub(name: str, split: str, config_name: str | None, streaming: bool) -
     return Part(name, rows, Path(datasets.config.HF_CACHE_HOME))  # where downloaded image files lie
 
 
-def _prepare(part: Part, text_field: str, image_field: str) -> Part:
+def _prepare(part: Part, text_field: str, image_field: str, more_fields: Sequence[str]) -> Part:
     """Find the form of the rows, and keep images as stored bytes or paths: they are decoded one by one, later."""
     streaming = isinstance(part.rows, datasets.IterableDataset)
     rows = _undecoded(part.rows)
@@ -344,7 +345,10 @@ def _prepare(part: Part, text_field: str, image_field: str) -> Part:
     if not names:
         raise UserError("has no rows.", where=part.name)
     form = detect_format(names, first, text_field=text_field, image_field=image_field, where=part.name)
-    return Part(part.name, rows.select_columns(form.columns), part.folder, form)
+    if missing := [name for name in more_fields if name not in names]:
+        raise UserError(f"has no column '{missing[0]}'; it has: {', '.join(names)}.", part.name)
+    columns = list(dict.fromkeys([*form.columns, *more_fields]))
+    return Part(part.name, rows.select_columns(columns), part.folder, form)
 
 
 def _choose_rows(count: int) -> list[int]:

@@ -12,16 +12,16 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from tuning.config.arguments import ModelArguments
+from tuning.config.arguments import ModelSource
 from tuning.errors import UserError
 from tuning.model.fsdp import receives_weights
 
 
-def load_config(model: ModelArguments) -> PreTrainedConfig:
+def load_config(model: ModelSource) -> PreTrainedConfig:
     """The checkpoint's configuration. Raises `UserError` unless it is an image-text-to-text model."""
     name = model.model_name_or_path
     if (Path(name).expanduser() / "adapter_config.json").is_file():
-        raise UserError("is a LoRA adapter, not a model.", name, "Merge it into its base model first.")
+        raise UserError("is a LoRA adapter, not a model.", name, "Merge it first: vlm-tuning export.")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -39,7 +39,7 @@ def load_config(model: ModelArguments) -> PreTrainedConfig:
     return config
 
 
-def load_processor(model: ModelArguments, config: PreTrainedConfig) -> Any:
+def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
     """The checkpoint's processor with the user's chat template and `processor_kwargs` applied.
 
     Where the model's configuration holds the same setting (`image_grid_pinpoints`), `config` is changed too: the
@@ -105,7 +105,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), PreTrainedModel)
 
 
-def choose_dtype(model: ModelArguments, config: PreTrainedConfig) -> torch.dtype:
+def choose_dtype(model: ModelSource, config: PreTrainedConfig) -> torch.dtype:
     """The weights' precision: the user's, else the checkpoint's, else float32."""
     if model.dtype != "auto":
         return getattr(torch, model.dtype)
@@ -128,9 +128,7 @@ def without_zero3() -> Iterator[None]:
     deepspeed._hf_deepspeed_config_weak_ref = zero3
 
 
-def load_model(
-    model: ModelArguments, config: PreTrainedConfig, *, dtype: torch.dtype, attention: str
-) -> PreTrainedModel:
+def load_model(model: ModelSource, config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """Load all weights from safetensors. Raises `UserError` when the checkpoint lacks some or they do not fit.
 
     transformers would fill those with random numbers and go on. A process that is sent its weights gets the model

@@ -1,28 +1,20 @@
 """Rows in full, as the model sees them: what a person looks at."""
 
-import base64
-import io
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from tuning.data.encode import IGNORED, Encoder
-from tuning.data.images import load_image
+from tuning.data.images import thumbnail
 from tuning.data.sources import Row
 from tuning.preview.report import IMAGE, SUPERVISED, TEXT, SampleRow, Token
-
-THUMBNAIL = (320, 320)
 
 
 def show_row(row: Row, encoder: Encoder) -> SampleRow:
     """Encode a row as training does, and keep what there is to see of it. Raises `UserError` for a bad row."""
     prepared = encoder.prepare(row)
     sample = encoder.encode(row)
-    pictures = [
-        _thumbnail(load_image(image, row.folder, place, encoder.image_rules))
-        for image, place in zip(prepared.images, prepared.image_places, strict=True)
-    ]
+    pictures = [thumbnail(image) for image in encoder.open_images(prepared)]
     ids, labels = sample.sequence["input_ids"].tolist(), sample.sequence["labels"].tolist()
     tokens = [
         Token(number, text, IMAGE if number == encoder.image_token_id else SUPERVISED if label != IGNORED else TEXT)
@@ -55,13 +47,6 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
         texts.append(text)
         start = end
     return texts
-
-
-def _thumbnail(image: Image.Image) -> str:
-    image.thumbnail(THUMBNAIL)
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def padding_share(tokens: np.ndarray, batch_size: int, order: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """The loss: hidden states at supervised positions only, never a logit for a token that is not trained."""
 
+import inspect
 import types
 from collections.abc import Callable
 
@@ -91,4 +92,6 @@ def install_supervised_loss(model: PreTrainedModel) -> None:
         )
         return CausalLMOutput(loss=loss)
 
+    # `generate` looks there for `logits_to_keep`, without which it computes the logits of whole prompts.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)

@@ -1,0 +1,76 @@
+"""A row → the question it asks: the prompt that training puts before the row's last answer, and that answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tuning.data.collator import Collator
+from tuning.data.encode import Encoder, Sample
+from tuning.data.messages import Conversation, Message, count_images
+from tuning.data.sources import Row
+from tuning.errors import UserError, blame_field
+
+STAND_IN = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}  # is cut off again
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked. `text`: the user's last words; `prompt`: all that the model reads, images as their
+    placeholders. `reference`: the row's own answer, None where it has none; `more_references`: others that count.
+    """
+
+    row: Row
+    text: str
+    prompt: str
+    reference: str | None
+    sample: Sample
+    more_references: list[str] = field(default_factory=list)
+
+    @property
+    def references(self) -> list[str]:
+        own = [] if self.reference is None else [self.reference]
+        return [*own, *self.more_references]
+
+
+def ask(row: Row, encoder: Encoder) -> Question:
+    """The question to the last answer of a row, or to the answer that its last message waits for.
+
+    The prompt is the text that training has before that answer: rendered as training renders it and cut there. Raises
+    `UserError` naming file, row and field.
+    """
+    whole = row.form.read(row.columns, row.where, needs_answer=False)
+    asked, reference = split_answer(whole.messages)
+    images = whole.images[: len(whole.images) - count_images(whole.messages[len(asked) :])]
+    prepared = encoder.prepare_conversation(row, Conversation([*asked, STAND_IN], images))
+    text = prepared.chat.text[: prepared.chat.spans[-1][0]]
+    prepared = replace(prepared, chat=replace(prepared.chat, text=text))
+    with blame_field(row.form.image_field or row.form.text_fields[0]):
+        sample = encoder.encode_untrained(prepared)
+    words = [part["text"] for message in asked[-1:] for part in message["content"] if part["type"] == "text"]
+    return Question(row, "\n".join(words), encoder.chat.controls.show(text), reference, sample)
+
+
+def split_answer(messages: list[Message]) -> tuple[list[Message], str | None]:
+    """The messages before the last answer, and its text; all of them and None where they wait for an answer."""
+    if messages[-1]["role"] != "assistant":
+        return messages, None
+    return messages[:-1], "\n".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
+
+
+def join_on_the_right(samples: Sequence[Sample], collator: Collator) -> dict[str, Any]:
+    """A batch for generation: all prompts end at the same place, so shorter ones are padded on the left."""
+    turned = [
+        replace(sample, sequence={name: value.flip(0) for name, value in sample.sequence.items()}) for sample in samples
+    ]
+    batch = replace(collator, padding_free=False)(turned)
+    del batch["facts"], batch["labels"]
+    names = [name for name in batch if name in samples[0].sequence]
+    return batch | {name: batch[name].flip(1) for name in names}
+
+
+def ask_or_error(row: Row, encoder: Encoder) -> Question | UserError:
+    """As `ask`; a bad row is returned as its error. See `encode_row`."""
+    try:
+        return ask(row, encoder)
+    except UserError as error:
+        return error

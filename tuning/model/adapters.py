@@ -1,0 +1,113 @@
+"""A name → the model that answers: a base model, a tuned one, or a LoRA adapter on its base."""
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from tuning.config.arguments import ModelSource
+from tuning.errors import UserError
+from tuning.model import load
+from tuning.model.attention import choose_attention
+from tuning.model.cross_attention import keep_rows_apart
+from tuning.model.lora import load_adapter
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter: its local `folder` and the name of the model it was trained on."""
+
+    folder: Path
+    base: str
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, with what belongs to it. `adapter`: the one on it, if any."""
+
+    model: PreTrainedModel | PeftModel
+    config: PreTrainedConfig
+    processor: Any
+    adapter: Adapter | None
+
+
+def find_adapter(name: str) -> Adapter | None:
+    """The adapter in `name`, a folder or hub id; None where that is a model.
+
+    Raises `UserError` where it is an adapter without weights in safetensors, or one that names no base model.
+    """
+    local = Path(name).expanduser()
+    config_file = find_adapter_config_file(str(local) if local.exists() else name)
+    if config_file is None:
+        return None
+    folder = Path(config_file).parent
+    weights = folder / ADAPTER_WEIGHTS if local.exists() else cached_file(name, ADAPTER_WEIGHTS, **OPTIONAL)
+    if weights is None or not Path(weights).is_file():
+        raise UserError(f"is an adapter without {ADAPTER_WEIGHTS}.", name)
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise UserError("names no base model.", f"{folder}/adapter_config.json", "Set base_model_name_or_path in it.")
+    return Adapter(folder, base)
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a processor was saved with an adapter."""
+    return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+
+
+def load_base_config(source: ModelSource, adapter: Adapter | None) -> tuple[ModelSource, PreTrainedConfig, Any]:
+    """Where the weights of `source` come from, their configuration, and the processor: the adapter's, if it has one."""
+    base = replace(source, model_name_or_path=adapter.base) if adapter else source
+    try:
+        config = load.load_config(base)
+    except UserError as error:
+        if adapter is None:
+            raise
+        place = f"{adapter.folder}/adapter_config.json, base_model_name_or_path {adapter.base}"
+        raise UserError(error.what, place, error.fix) from error
+    own = replace(source, model_name_or_path=str(adapter.folder)) if adapter and has_processor(adapter.folder) else base
+    processor = load.load_processor(own, config)
+    pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None)
+    if pinpoints is not None and hasattr(config, "image_grid_pinpoints"):  # the model counts image tokens by them
+        config.image_grid_pinpoints = pinpoints
+    return base, config, processor
+
+
+def load_answering(source: ModelSource, *, device: torch.device | str) -> LoadedModel:
+    """Load what `source` names, to answer with. Raises `UserError` where it or its base cannot be loaded."""
+    adapter = find_adapter(source.model_name_or_path)
+    base, config, processor = load_base_config(source, adapter)
+    dtype = load.choose_dtype(base, config)
+    attention = choose_attention(
+        load.model_class(config),
+        use_flash_attn=base.use_flash_attn,
+        attn_implementation=base.attn_implementation,
+        dtype=dtype,
+        device_type=torch.device(device).type,
+    )
+    model = load.load_model(base, config, dtype=dtype, attention=attention.loaded)
+    keep_rows_apart(model)
+    if adapter:
+        model = add_adapter(model, adapter)
+    return LoadedModel(model.to(device).eval(), config, processor, adapter)
+
+
+def add_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """Put a saved adapter on its base. Raises `UserError` where its weights do not fit; PEFT would only warn."""
+    config = PeftConfig.from_pretrained(str(adapter.folder))
+    targets = config.target_modules
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks under the old name
+        adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].target_modules = targets
+    load_adapter(adapted, adapter.folder)
+    return adapted

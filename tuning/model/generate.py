@@ -1,0 +1,49 @@
+"""Answers by generation, for a batch at once."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+
+
+def generate_texts(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    batch: dict[str, Any],
+    *,
+    max_new_tokens: int,
+    end_of_turn: str = "",
+    together: bool = False,
+) -> list[str]:
+    """Greedy answers to a batch whose prompts are padded on the left, `[rows, T]`; without special tokens or blanks
+    at their ends.
+
+    `end_of_turn`: what ends an answer beside the model's own end tokens. `together`: other processes generate at the
+    same time from the same sharded weights, so that all make as many steps as the one that needs most.
+    """
+    settings = greedy_settings(model, tokenizer, max_new_tokens=max_new_tokens, end_of_turn=end_of_turn)
+    batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    with torch.no_grad():
+        written = model.generate(**batch, generation_config=settings, synced_gpus=together)
+    texts = tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def greedy_settings(
+    model: PreTrainedModel | PeftModel, tokenizer: Any, *, max_new_tokens: int, end_of_turn: str
+) -> GenerationConfig:
+    """The likeliest token each time, until an end token of the model, of the tokenizer, or `end_of_turn`."""
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    last = tokenizer(end_of_turn, add_special_tokens=False)["input_ids"]
+    ends |= set(last) if len(last) == 1 else set()
+    ends.discard(None)
+    padding = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=padding,
+        bos_token_id=model.generation_config.bos_token_id,
+    )
