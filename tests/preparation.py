@@ -1,6 +1,6 @@
 """The steps of a run, up to its training."""
 
-from tuning import model_plan
+from tuning import data_paths, model_plan
 from tuning.model import load
 from tuning.training.checkpoint import Progress
 
