@@ -10,6 +10,7 @@ usage: vlm-tuning COMMAND …
 
   train config.json | --flag value …   fine-tune a model
   check config.json | --flag value …   what will the model see, and is anything wrong? Trains nothing
+  predict config.json | --flag value … answer the questions of a dataset, and score the answers
   convert IN OUT                       put data of any form that is recognised into the documented one
   demo [--output_dir DIR]              see it work: a tiny model learns to read handwritten digits
 
@@ -28,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tuning.check import main as check
 
         return check(arguments)
+    if command == "predict":
+        from tuning.predict import main as predict
+
+        return predict(arguments)
     if command == "convert":
         from tuning.convert import main as convert
 

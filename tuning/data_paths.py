@@ -67,7 +67,9 @@ def say_forms(parts: Iterable[Part], data: RowArguments) -> None:
         say(f"Rows: {sentence}")
 
 
-def make_encoder(data: RowArguments, processor: Any, model_config: PreTrainedConfig, date_string: str) -> Encoder:
+def make_encoder(
+    data: RowArguments, processor: Any, model_config: PreTrainedConfig, date_string: str | None
+) -> Encoder:
     """How rows are encoded for this model; says what is done to them."""
     chat = ChatFormat(processor, date_string=date_string)
     if chat.adds_end_token:

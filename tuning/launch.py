@@ -16,7 +16,9 @@ import psutil
 from tuning.errors import EXIT_INTERNAL_ERROR, EXIT_STOPPED, RunEnded, UserError, claim_file
 
 SCRIPT = Path(__file__).with_name("sft_trainer.py")
-DEFAULTS = Path(__file__).with_name("fixtures") / "accelerate_fsdp_defaults.yaml"
+FIXTURES = Path(__file__).with_name("fixtures")
+DEFAULTS = FIXTURES / "accelerate_fsdp_defaults.yaml"
+WHOLE_COPIES = FIXTURES / "accelerate_ddp.yaml"
 ALREADY_TOLD = (1, EXIT_STOPPED, EXIT_INTERNAL_ERROR)  # exit codes of a process that has said why
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -51,9 +53,12 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def launch(launch_args: Mapping[str, Any], arguments: Sequence[str]) -> None:
-    """Run sft_trainer.py with `arguments` in the processes that `launch_args` ask for, and wait for their end.
+def launch(
+    launch_args: Mapping[str, Any], arguments: Sequence[str], *, script: Path = SCRIPT, settings: Path = DEFAULTS
+) -> None:
+    """Run `script` with `arguments` in the processes that `launch_args` ask for, and wait for their end.
 
+    `settings`: the `config_file` where none is asked for.
     Raises `UserError` for options that do not go together, and `RunEnded` with the exit code of the first process that
     failed: silent where that process has said why, else with who it was and how it ended. SIGTERM and SIGUSR1 are
     passed on to the processes.
@@ -62,12 +67,12 @@ def launch(launch_args: Mapping[str, Any], arguments: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parser = make_parser()
-    flags = launch_flags(launch_args, parser)
-    parsed = parser.parse_args([*flags, str(SCRIPT), *arguments])
+    flags = launch_flags(launch_args, parser, settings)
+    parsed = parser.parse_args([*flags, str(script), *arguments])
     parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's option; the others are ours to pass on
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        with passing_on_signals() as passed_on:
+        with passing_on_signals(script) as passed_on:
             launch_command(parsed)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -78,12 +83,12 @@ def launch(launch_args: Mapping[str, Any], arguments: Sequence[str]) -> None:
         raise UserError(str(error).splitlines()[0], "accelerate_launch_args") from error
 
 
-def launch_flags(launch_args: Mapping[str, Any], parser: Any) -> list[str]:
-    """`launch_args` as words of a command line. Without a `config_file`, the shipped FSDP2 settings fill the rest."""
+def launch_flags(launch_args: Mapping[str, Any], parser: Any, settings: Path = DEFAULTS) -> list[str]:
+    """`launch_args` as words of a command line. Without a `config_file`, the shipped `settings` fill the rest."""
     known = {action.dest: action for action in parser._actions}
     flags = []
     if "config_file" not in launch_args:
-        flags = [f"--config_file={DEFAULTS}", "--main_process_port=0"]  # 0: any that is free
+        flags = [f"--config_file={settings}", "--main_process_port=0"]  # 0: any that is free
         if "num_machines" in launch_args or "main_process_port" in launch_args:
             flags.pop()
     for name, value in launch_args.items():
@@ -118,13 +123,13 @@ def ended(exit_code: int, who: str, passed_on: Sequence[int] = ()) -> RunEnded:
         -signal.SIGABRT: " Often it waited in vain for another one (ddp_timeout).",
     }.get(exit_code, "")
     return RunEnded(
-        f"Training ended: {who} {how}.{advice} Run the same command again to continue from the last checkpoint.",
+        f"The run ended early: {who} {how}.{advice} Run the same command again to continue.",
         EXIT_INTERNAL_ERROR,
     )
 
 
 @contextmanager
-def passing_on_signals() -> Iterator[list[signal.Signals]]:
+def passing_on_signals(script: Path) -> Iterator[list[signal.Signals]]:
     """Pass signals to stop on to the processes, which save and end; this one waits for them. Yields those signals."""
     passed_on: list[signal.Signals] = []
 
@@ -132,7 +137,7 @@ def passing_on_signals() -> Iterator[list[signal.Signals]]:
         passed_on.append(signal.Signals(number))
         for child in psutil.Process().children():
             with suppress(psutil.Error):  # it has just ended
-                if str(SCRIPT) in child.cmdline():
+                if str(script) in child.cmdline():
                     child.send_signal(number)
 
     before: dict[signal.Signals, Callable | int | None] = {n: signal.signal(n, pass_on) for n in FORWARDED}

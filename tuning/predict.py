@@ -1,45 +1,187 @@
-"""Answers of a model to the questions of chat data, by real generation."""
+"""`vlm-tuning predict`: the answers of a model to the questions of a dataset, and their scores."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
+if not __package__:  # run by path, as a launcher does: Python puts this folder first
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from tuning.data.chat import ChatFormat
-from tuning.data.messages import Message
+from tuning.answers import Answers, check_output, describe_weights, finish, read_references
+from tuning.config.arguments import ModelSource, RowArguments, option
+from tuning.config.parse import describe_command, read_command
+from tuning.config.validate import default_workers
+from tuning.data.collator import probe_collator
+from tuning.data.encode import Encoder
+from tuning.data.questions import Question, ask_or_error
+from tuning.data.sources import Source
+from tuning.data_paths import make_encoder, open_path, say_forms
+from tuning.errors import UserError, exit_code_of
+from tuning.launch import WHOLE_COPIES, launch, wanted_launch
+from tuning.model.adapters import load_answering
+from tuning.scoring import check_metrics
+from tuning.training.answering import answer
+from tuning.training.processes import leave
+
+USAGE = "vlm-tuning predict config.json | --model_name_or_path DIR --data_path FILE …"
 
 
-def generate_answers(
-    model: PreTrainedModel,
-    processor: Any,
-    conversations: Sequence[tuple[list[Message], list[Image.Image]]],
-    *,
-    batch_size: int = 64,
-    max_new_tokens: int = 16,
-    description: str = "answering",
-) -> list[str]:
-    """Greedy answers to conversations that end with a question; prompts are padded on the left."""
-    chat = ChatFormat(processor)
-    processor.tokenizer.padding_side = "left"
-    answers: list[str] = []
-    with tqdm(total=len(conversations), desc=description, unit="row") as progress:
-        for start in range(0, len(conversations), batch_size):
-            batch = conversations[start : start + batch_size]
-            texts = [chat.generation_prompt(messages) for messages, _ in batch]
-            bos = processor.tokenizer.bos_token
-            inputs = processor(
-                text=texts,
-                images=[image for _, images in batch for image in images] or None,
-                padding=True,
-                return_tensors="pt",
-                **({"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}),
-            ).to(model.device)
-            with torch.inference_mode():
-                generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            new = generated[:, inputs["input_ids"].shape[1] :]
-            answers += [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
-            progress.update(len(batch))
-    return answers
+@dataclass(frozen=True)
+class PredictArguments:
+    data_path: str = option("", "Rows to answer: a .json, .jsonl, .parquet or .arrow file, a folder, or a hub id.")
+    output: str = option("predictions.jsonl", "Where the answers go, a JSON object a line.")
+    metrics: list[str] | str | None = option(None, "Scores to compute, such as exact_match, anls or relaxed_accuracy.")
+    references_field: str | None = option(None, "Column with the right answers, where a row has several.")
+    compare: str | None = option(None, "Another model, such as the base, whose answers stand beside.")
+    max_new_tokens: int = option(256, "Longest answer in tokens.")
+    batch_size: int = option(8, "Rows answered at once, by each process.")
+    max_rows: int | None = option(None, "Answer only so many rows (default: all).")
+    overwrite: bool = option(False, "Answer anew what an earlier run has answered.")
+    accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch`, such as num_processes.")
+
+    @property
+    def metric_names(self) -> list[str]:
+        return [self.metrics] if isinstance(self.metrics, str) else list(self.metrics or [])
+
+
+OPTIONS = (ModelSource, RowArguments, PredictArguments)
+
+
+def predict(source: ModelSource, rows: RowArguments, options: PredictArguments) -> dict[str, Any]:
+    """Answer all rows with the model, and with the one it is compared to. Returns the summary that is written, too.
+
+    Raises `UserError` where the input is at fault; what was answered by then is kept, and the next run goes on there.
+    """
+    check_metrics(options.metric_names)
+    state = PartialState()
+    output = Path(options.output)
+    extra = [options.references_field] if options.references_field else []
+    data = open_path(rows, options.data_path, rows.dataset_split, more_fields=extra)
+    say_forms(data.parts, rows)
+    answered: list[tuple[str, Answers]] = []
+    for model in [source, *([replace(source, model_name_or_path=options.compare)] if options.compare else [])]:
+        answers = Answers(output, identify(model, rows, options, data), overwrite=options.overwrite)
+        if not answered:
+            check_output(output, answers, overwrite=options.overwrite)
+        state.wait_for_everyone()  # until all have read what there is
+        open_rows = [row for row in range(min(len(data), options.max_rows or len(data))) if row not in answers.by_row]
+        if open_rows:
+            answer_rows(model, rows, options, data, open_rows, answers, state)
+        answered.append((model.model_name_or_path, answers))
+    return finish(output, answered, options.metric_names) if state.is_main_process else {}
+
+
+def identify(source: ModelSource, rows: RowArguments, options: PredictArguments, data: Source) -> dict[str, Any]:
+    """What must be the same for answers of an earlier run to be kept."""
+    same = {
+        "weights": describe_weights(source.model_name_or_path),
+        "rows": data.identity(),
+        "references_field": options.references_field,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    return asdict(source) | asdict(rows) | same
+
+
+def answer_rows(
+    source: ModelSource,
+    rows: RowArguments,
+    options: PredictArguments,
+    data: Source,
+    open_rows: Sequence[int],
+    answers: Answers,
+    state: PartialState,
+) -> None:
+    """Add the answers to `open_rows`; of several processes each takes its share of every round of batches."""
+    loaded = load_answering(source, device=state.device)
+    encoder = make_encoder(rows, loaded.processor, loaded.config, rows.date_string)
+    collator = probe_collator(encoder.processor)
+    batches = share_out(open_rows, options.batch_size, rank=state.process_index, world=state.num_processes)
+    questions = Questions(data, encoder, options.references_field)
+    loader = DataLoader(questions, batch_sampler=batches, collate_fn=list, num_workers=default_workers())
+    name = Path(source.model_name_or_path).name
+    bar = tqdm(total=len(open_rows), desc=f"{name} answers", unit="row", disable=not state.is_main_process)
+    with bar:
+        for batch in loader:
+            asked = [question for _, question in batch if isinstance(question, Question)]
+            texts = iter(
+                answer(loaded.model, asked, encoder, collator, max_new_tokens=options.max_new_tokens) if asked else []
+            )
+            mine = [describe(index, question, texts, data) for index, question in batch]
+            everyones = gather_object(mine)
+            bad = [line for line in everyones if "error" in line]
+            if state.is_main_process:
+                answers.add(line for line in everyones if line not in bad or rows.on_bad_row == "skip")
+            if bad and rows.on_bad_row == "error":
+                raise UserError(bad[0]["error"], fix="Mend the row, or set on_bad_row skip.")
+            bar.update(len(everyones))
+
+
+def describe(index: int, question: Question | UserError, texts: Iterator[str], data: Source) -> dict[str, Any]:
+    """The line of a row: its question with the next of `texts`, or what is wrong with it."""
+    if isinstance(question, UserError):
+        row = data[index]
+        return {"index": index, "file": row.file, "row": row.number, "error": str(question)}
+    return {
+        "index": index,
+        "file": question.file,
+        "row": question.number,
+        "prompt": question.prompt,
+        "question": question.text,
+        "reference": question.reference,
+        "references": question.references,
+        "prediction": next(texts),
+    }
+
+
+def share_out(rows: Sequence[int], batch_size: int, *, rank: int, world: int) -> list[Sequence[int]]:
+    """The batches of process `rank` of `world`; some at the end may be empty, so that all have as many."""
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches += [[]] * (-len(batches) % world)
+    return batches[rank::world]
+
+
+class Questions(Dataset):
+    """Rows as questions, made when asked for, each with its index."""
+
+    def __init__(self, data: Source, encoder: Encoder, references_field: str | None):
+        self.data, self.encoder, self.references_field = data, encoder, references_field
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[int, Question | UserError]:
+        row = self.data[index]
+        question = ask_or_error(row, self.encoder)
+        if self.references_field is None or isinstance(question, UserError):
+            return index, question
+        references = read_references(row.columns[self.references_field])
+        return index, replace(question, references=references)
+
+
+def start(arguments: Sequence[str]) -> None:
+    """Answer in this process, or in as many as the options ask for."""
+    source, rows, options = read_command(arguments, *OPTIONS, required=("model_name_or_path", "data_path"))
+    if launch_args := wanted_launch(options.accelerate_launch_args, all_gpus=True):
+        launch(launch_args, arguments, script=Path(__file__), settings=WHOLE_COPIES)
+    else:
+        predict(source, rows, options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(describe_command(USAGE, *OPTIONS))
+        return 0
+    return exit_code_of(lambda: start(arguments))
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -37,7 +37,7 @@ def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if values.get("early_stopping_patience") and values.get("eval_strategy", "no") != "no":
         notes += _settle_early_stopping(values)
     if values.get("dataloader_num_workers") is None:
-        values["dataloader_num_workers"] = _default_workers()
+        values["dataloader_num_workers"] = default_workers()
     if values["dataloader_num_workers"] == 0:
         values["dataloader_persistent_workers"] = False
     if values.get(names.CHECKPOINTING) and values.get(names.CHECKPOINTING_KWARGS) is None:
@@ -76,7 +76,7 @@ def groups_by_length(values: Mapping[str, Any]) -> bool | None:
     return False if values.get("allow_remote_images") or values.get("streaming") else None
 
 
-def _default_workers() -> int:
+def default_workers() -> int:
     """Half of this process's share of the cores: the other half computes, or feeds the accelerator."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))

@@ -1,7 +1,7 @@
 """A row → the question it asks: the prompt that training puts before the row's last answer, and that answer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.data.collator import Collator
@@ -15,21 +15,19 @@ STAND_IN = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]} 
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked. `text`: the user's last words; `prompt`: all that the model reads, images as their
-    placeholders. `reference`: the row's own answer, None where it has none; `more_references`: others that count.
+    """What a model is asked: a row of `file`, its `number` there.
+
+    `text`: the user's last words; `prompt`: all that the model reads, each image as its placeholder. `reference`: the
+    row's own answer, None where it has none. `references`: all right answers.
     """
 
-    row: Row
+    file: str
+    number: int
     text: str
     prompt: str
     reference: str | None
+    references: list[str]
     sample: Sample
-    more_references: list[str] = field(default_factory=list)
-
-    @property
-    def references(self) -> list[str]:
-        own = [] if self.reference is None else [self.reference]
-        return [*own, *self.more_references]
 
 
 def ask(row: Row, encoder: Encoder) -> Question:
@@ -47,7 +45,15 @@ def ask(row: Row, encoder: Encoder) -> Question:
     with blame_field(row.form.image_field or row.form.text_fields[0]):
         sample = encoder.encode_untrained(prepared)
     words = [part["text"] for message in asked[-1:] for part in message["content"] if part["type"] == "text"]
-    return Question(row, "\n".join(words), encoder.chat.controls.show(text), reference, sample)
+    return Question(
+        row.file,
+        row.number,
+        text="\n".join(words),
+        prompt=encoder.chat.controls.show(text),
+        reference=reference,
+        references=[] if reference is None else [reference],
+        sample=sample,
+    )
 
 
 def split_answer(messages: list[Message]) -> tuple[list[Message], str | None]:

@@ -1,0 +1,148 @@
+"""Answers on disk: kept as they come, so that a run can go on, and joined to the files that a user reads."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuning.console import say
+from tuning.errors import UserError
+from tuning.scoring import mean_scores, score_rows
+from tuning.training.checkpoint import read_json, write_json, write_text
+
+Line = dict[str, Any]
+"""`index`, `file`, `row`, and `prompt`, `question`, `reference`, `references` and `prediction`, or `error`."""
+
+
+class Answers:
+    """The lines of one model under one setting, by index.
+
+    Until all are there they are in `.OUTPUT.KEY.partial`, where KEY stands for `identity`, and then in `output` under
+    the name that `SCORES` gives for the key.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any], *, overwrite: bool = False):
+        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        self.path = output.with_name(f".{output.name}.{self.key}.partial")
+        self.by_row: dict[int, Line] = {}
+        if not overwrite:
+            self.by_row = {line["index"]: line for line in [*self._of_finished_run(output), *read_lines(self.path)]}
+        self._is_new = True
+
+    def _of_finished_run(self, output: Path) -> list[Line]:
+        field = ((read_json(scores_file(output)) or {}).get("keys") or {}).get(self.key)
+        lines = read_lines(output) if field else []
+        return [line | {"prediction": line[field]} if field in line else line for line in lines]
+
+    def add(self, lines: Iterable[Line]) -> None:
+        """Keep some more lines, on disk at once. Raises `UserError` where they cannot be written."""
+        new = {line["index"]: line for line in lines}
+        self.by_row |= new
+        try:
+            if self._is_new:  # what an interrupted run wrote may end in half a line
+                write_text(self.path, to_text(self.by_row.values()))
+            else:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(to_text(new.values()))
+        except OSError as error:
+            raise UserError(f"cannot be written: {error.strerror}.", str(self.path)) from error
+        self._is_new = False
+
+
+def check_output(output: Path, answers: Answers, *, overwrite: bool) -> None:
+    """Raises `UserError` where `output` holds answers of another model, of other rows, or under other settings."""
+    keys = (read_json(scores_file(output)) or {}).get("keys") or {}
+    if output.exists() and answers.key not in keys and not overwrite:
+        raise UserError(
+            "holds the answers of another model, of other rows, or under other settings.",
+            str(output),
+            "Give another output, or set overwrite true.",
+        )
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The whole lines of a file, of which there may be none."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # its writing was interrupted
+            continue
+    return lines
+
+
+def to_text(lines: Iterable[Line]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def scores_file(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.scores.json")
+
+
+def read_references(value: Any) -> list[str]:
+    """The right answers in a column: one text, a list of texts, or VQA's list of objects with an `answer`."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [str(entry["answer"] if isinstance(entry, dict) else entry) for entry in values if entry is not None]
+
+
+def describe_weights(name: str) -> list[list]:
+    """What tells a model's files from those it had before; nothing for a hub id."""
+    folder = Path(name).expanduser()
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def finish(output: Path, answered: Sequence[tuple[str, Answers]], metrics: Sequence[str]) -> dict[str, Any]:
+    """Write the lines of one model, or of two side by side, with their scores; say how they did. Returns the summary.
+
+    `answered`: the names of the models and their answers; those of the second stand under `compared`.
+    """
+    fields = ["prediction", "compared"][: len(answered)]
+    lines = [answered[0][1].by_row[index] for index in sorted(answered[0][1].by_row)]
+    for field, (_, answers) in zip(fields, answered, strict=True):
+        lines = [
+            {**line, field: answers.by_row[line["index"]].get("prediction")} if "error" not in line else line
+            for line in lines
+        ]
+    summary: dict[str, Any] = {
+        "rows": len(lines),
+        "rows_left_out": sum("error" in line for line in lines),
+        "models": dict(zip(fields, (name for name, _ in answered), strict=True)),
+        "scores": {},
+        "keys": {answers.key: field for field, (_, answers) in zip(fields, answered, strict=True)},
+    }
+    scored = [line for line in lines if line.get("references")]
+    for field in fields if metrics and scored else []:
+        by_metric = score_rows(metrics, [line[field] for line in scored], [line["references"] for line in scored])
+        summary["scores"][field] = mean_scores(by_metric)
+        for number, line in enumerate(scored):
+            line.setdefault("scores", {})[field] = {metric: values[number] for metric, values in by_metric.items()}
+    summary["rows_scored"] = len(scored) if metrics else 0
+    try:
+        write_text(output, to_text(lines))
+        write_json(scores_file(output), summary)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}.", str(output)) from error
+    for _, answers in answered:
+        answers.path.unlink(missing_ok=True)
+    say(in_words(summary, output))
+    return summary
+
+
+def in_words(summary: dict[str, Any], output: Path) -> str:
+    """The summary as a table of models and scores."""
+    names = {field: f"{name}" for field, name in summary["models"].items()}
+    metrics = list(next(iter(summary["scores"].values()), {}))
+    widest = max(len(name) for name in names.values())
+    text = []
+    if metrics:
+        text = [" " * widest + "".join(f"{metric:>{max(len(metric), 8) + 2}}" for metric in metrics)]
+        for field, name in names.items():
+            scores = summary["scores"][field]
+            cells = "".join(f"{scores[metric]:>{max(len(metric), 8) + 2}.2%}" for metric in metrics)
+            text.append(f"{name:<{widest}}{cells}")
+        text.append(f"Scores of {summary['rows_scored']} rows with a right answer.")
+    if summary["rows_left_out"]:
+        text.append(f"{summary['rows_left_out']} rows were left out; their lines say why.")
+    return "\n".join([*text, f"Done: {output} holds the answers to {summary['rows']} rows."])
