@@ -66,6 +66,7 @@ def make_options(models, rows, tmp_path):
             "learning_rate": 1e-3,
             "logging_steps": 1,
             "dataloader_num_workers": 0,
+            "report_samples": 0,
             **changes,
         }
 

@@ -27,7 +27,7 @@ from tuning.errors import UserError, exit_code_of
 from tuning.launch import WHOLE_COPIES, launch, wanted_launch
 from tuning.model.adapters import load_answering
 from tuning.scoring import check_metrics
-from tuning.training.answering import answer
+from tuning.training.answering import answer, share_out
 from tuning.training.processes import leave
 
 USAGE = "vlm-tuning predict config.json | --model_name_or_path DIR --data_path FILE …"
@@ -109,11 +109,11 @@ def answer_rows(
     bar = tqdm(total=len(open_rows), desc=f"{name} answers", unit="row", disable=not state.is_main_process)
     with bar:
         for batch in loader:
-            asked = [question for _, question in batch if isinstance(question, Question)]
-            texts = iter(
-                answer(loaded.model, asked, encoder, collator, max_new_tokens=options.max_new_tokens) if asked else []
-            )
-            mine = [describe(index, question, texts, data) for index, question in batch]
+            asked = [question.sample for _, question in batch if isinstance(question, Question)]
+            limit = options.max_new_tokens
+            texts = answer(loaded.model, asked, encoder, collator, max_new_tokens=limit) if asked else []
+            given = iter(texts)
+            mine = [describe(index, question, given, data) for index, question in batch]
             everyones = gather_object(mine)
             bad = [line for line in everyones if "error" in line]
             if state.is_main_process:
@@ -138,13 +138,6 @@ def describe(index: int, question: Question | UserError, texts: Iterator[str], d
         "references": question.references,
         "prediction": next(texts),
     }
-
-
-def share_out(rows: Sequence[int], batch_size: int, *, rank: int, world: int) -> list[Sequence[int]]:
-    """The batches of process `rank` of `world`; some at the end may be empty, so that all have as many."""
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    batches += [[]] * (-len(batches) % world)
-    return batches[rank::world]
 
 
 class Questions(Dataset):

@@ -37,7 +37,8 @@ from tuning.model.parts import (
     find_parts,
 )
 from tuning.model_plan import make_model, pick_attention, plan_model
-from tuning.training.callbacks import SKIPPED_FILE
+from tuning.training.answering import Examiner
+from tuning.training.callbacks import SKIPPED_FILE, EarlyStopping
 from tuning.training.checkpoint import (
     COMPLETE_FILE,
     Progress,
@@ -125,6 +126,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         padded_before=progress.padded,
         max_tokens_per_batch=config.data.max_tokens_per_batch,
         keep_master_weights=config.model.keep_master_weights,
+        examiner=make_examiner(config, encoder, padding, validation_rows or training_rows),
+        callbacks=[EarlyStopping(patience)] if (patience := config.answers.early_stopping_patience) else None,
     )
     return run(trainer, config, progress)
 
@@ -189,6 +192,27 @@ def make_collator(encoder: Encoder, training: TrainingArguments) -> Collator:
     """How rows become batches; on several processes every batch has an image. See `Encoder.filler`."""
     filler = encoder.filler() if training.world_size > 1 else None
     return replace(probe_collator(encoder.processor), filler=filler)
+
+
+def make_examiner(
+    config: RunConfig, encoder: Encoder, collator: Collator, rows: EncodedRows | StreamedRows
+) -> Examiner:
+    """What answers the first rows by generation: those of the validation data, where there are any."""
+    answers, source = config.answers, rows.stream if isinstance(rows, StreamedRows) else rows.source
+    asked = answers.eval_generate_rows if config.data.validation_data_path else 0
+    most = max(asked, answers.report_samples)
+    first = [row for row in itertools.islice(source, most) if not isinstance(row, UserError)]
+    return Examiner(
+        encoder,
+        collator,
+        rows=first[:asked],
+        samples=first[: answers.report_samples],
+        metrics=answers.metric_names,
+        max_new_tokens=answers.eval_max_new_tokens,
+        batch_size=config.training.eval_batch_size,
+        skip_bad_rows=config.data.on_bad_row == "skip",
+        folder=Path(config.training.output_dir),
+    )
 
 
 def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_bad_rows: bool) -> None:

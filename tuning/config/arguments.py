@@ -114,6 +114,10 @@ class AnswerArguments:
         None, "Stop after so many evaluations without a better metric_for_best_model."
     )
 
+    @property
+    def metric_names(self) -> list[str]:
+        return [self.eval_metrics] if isinstance(self.eval_metrics, str) else self.eval_metrics
+
 
 @dataclass(frozen=True)
 class CheckArguments:

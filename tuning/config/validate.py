@@ -226,6 +226,12 @@ def _answer_problems(values: Mapping[str, Any]):
     for name in ("eval_generate_rows", "early_stopping_patience"):
         if values.get(name) and values.get("eval_strategy", "no") == "no":
             yield f"{name}: needs evaluations; give validation_data_path"
+    metrics = values.get("eval_metrics", "exact_match") if values.get("eval_generate_rows") else []
+    known = ["loss", *([metrics] if isinstance(metrics, str) else metrics)]
+    best = values.get("metric_for_best_model")
+    if best and best.removeprefix("eval_") not in known:
+        advice = "" if metrics else "; scores such as exact_match need eval_generate_rows"
+        yield f"metric_for_best_model: {best} is not among {', '.join(known)}{advice}"
 
 
 def _training_problems(values: Mapping[str, Any]):

@@ -1,29 +1,185 @@
-"""Questions → answers of a model: for predictions, and for validation rows during training."""
+"""Rows → answers of a model by generation: for predictions, and during training for scores and the report."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from tqdm import tqdm
+
+from tuning.console import say
 from tuning.data.collator import Collator
-from tuning.data.encode import Encoder
-from tuning.data.questions import Question, join_on_the_right
+from tuning.data.encode import Encoder, Sample
+from tuning.data.images import thumbnail
+from tuning.data.questions import Question, ask, join_on_the_right
+from tuning.data.sources import Row
+from tuning.errors import UserError
 from tuning.model.generate import generate_texts
+from tuning.scoring import mean_scores, score_rows
+from tuning.training.checkpoint import write_text
+from tuning.training.processes import Processes
+
+SAMPLES_FILE = "sample_predictions.jsonl"
+CANNOT_GENERATE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
 
 
 def answer(
     model: Any,
-    questions: Sequence[Question],
+    samples: Sequence[Sample],
     encoder: Encoder,
     collator: Collator,
     *,
     max_new_tokens: int,
     together: bool = False,
 ) -> list[str]:
-    """Greedy answers to a batch of questions. `together`: see `generate_texts`."""
-    return generate_texts(
+    """Greedy answers to a batch of prompts. `together`: see `generate_texts`."""
+    texts = generate_texts(
         model,
         encoder.processor.tokenizer,
-        join_on_the_right([question.sample for question in questions], collator),
+        join_on_the_right(samples, collator),
         max_new_tokens=max_new_tokens,
         end_of_turn=encoder.chat.end_of_turn,
         together=together,
     )
+    return texts[: len(samples)]  # the collator's filler, if it has one, comes last
+
+
+def share_out(rows: Sequence[Any], batch_size: int, *, rank: int, world: int) -> list[Sequence[Any]]:
+    """The batches of process `rank` of `world`; some at the end may be empty, so that all have as many."""
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches += [[]] * (-len(batches) % world)
+    return batches[rank::world]
+
+
+@dataclass
+class Examiner:
+    """Lets the model that is trained answer rows.
+
+    `rows`: those to answer at every evaluation, scored by `metrics`. `samples`: those to answer before and after
+    training, for the report; with their pictures they are kept in `folder`.
+    """
+
+    encoder: Encoder
+    collator: Collator
+    rows: list[Row]
+    samples: list[Row]
+    metrics: list[str]
+    max_new_tokens: int
+    batch_size: int
+    skip_bad_rows: bool
+    folder: Path
+    _kept: set[tuple[int, str]] = field(default_factory=set)
+
+    def begin(self, step: int, *, first: bool) -> None:
+        """On the `first` process, leave in the file what was answered up to `step`."""
+        if not first:
+            return
+        file = self.folder / SAMPLES_FILE
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        kept = [line for line in lines if line["step"] <= step and step]
+        self._kept = {(line["step"], _place(line)) for line in kept}
+        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+    def examine(self, model: nn.Module, processes: Processes, step: int, *, together: bool) -> dict[str, float]:
+        """The mean scores of the answers to `rows`, the same on every process; see `answer_rows`."""
+        lines = self.answer_rows(self.rows, model, processes, together=together)
+        self._keep(lines, step, processes)
+        if not lines:
+            return {}
+        answers, references = [line["prediction"] for line in lines], [[line["reference"]] for line in lines]
+        return mean_scores(score_rows(self.metrics, answers, references))
+
+    def answer_samples(self, model: nn.Module, processes: Processes, step: int, *, together: bool) -> None:
+        """Let the model answer `samples` and write down what it says. A model that cannot has none from now on."""
+        try:
+            lines = self.answer_rows(self.samples, model, processes, together=together)
+        except CANNOT_GENERATE as error:
+            say(f"This model cannot answer by generation, so the report shows no samples: {str(error).splitlines()[0]}")
+            self.samples = []
+        else:
+            self._keep(lines, step, processes)
+
+    def _keep(self, lines: list[dict[str, Any]], step: int, processes: Processes) -> None:
+        """Write down those of `lines` that are of `samples`, once a step; a row's pictures once."""
+        if processes.rank > 0:
+            return
+        rows = {row.where: row for row in self.samples}
+        with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
+            for line in lines:
+                place = _place(line)
+                if place not in rows or (step, place) in self._kept:
+                    continue
+                written = {"step": step, **line}
+                if all(place != known for _, known in self._kept):
+                    images = self.encoder.open_images(self.encoder.prepare(rows[place]))
+                    written["images"] = [thumbnail(image) for image in images]
+                self._kept.add((step, place))
+                file.write(json.dumps(written, ensure_ascii=False) + "\n")
+
+    def answer_rows(
+        self, rows: Sequence[Row], model: nn.Module, processes: Processes, *, together: bool
+    ) -> list[dict[str, Any]]:
+        """A line for every row that can be used, in order and on every process.
+
+        All processes answer their share at the same time; `together`: from weights that they hold together. Raises
+        `UserError` on all of them where one meets a bad row.
+        """
+        lines: list[tuple[int, dict[str, Any]]] = []
+        batches = share_out(list(enumerate(rows)), self.batch_size, rank=processes.rank, world=processes.number)
+        with answering_mode(model):
+            for batch in tqdm(batches, desc="answering", unit="batch", leave=False, disable=processes.rank > 0):
+                asked, error = list[tuple[int, Question]](), None
+                try:
+                    asked = list(self._ask(batch))
+                except UserError as found:
+                    error = found
+                processes.fail_together(error)
+                samples = [question.sample for _, question in asked]
+                samples = samples or ([self.encoder.filler()] if together else [])
+                limit = self.max_new_tokens
+                settings = (self.encoder, self.collator)
+                texts = answer(model, samples, *settings, max_new_tokens=limit, together=together) if samples else []
+                lines += [(n, _describe(question, text)) for (n, question), text in zip(asked, texts, strict=False)]
+        return [line for _, line in sorted(gather_object(lines), key=lambda entry: entry[0])]
+
+    def _ask(self, batch: Sequence[tuple[int, Row]]) -> Iterator[tuple[int, Question]]:
+        for number, row in batch:
+            try:
+                yield number, ask(row, self.encoder)
+            except UserError:
+                if not self.skip_bad_rows:
+                    raise
+
+
+@contextmanager
+def answering_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and without compiling anew for every length; under FSDP, `generate` counts as a forward."""
+    was_training = model.training
+    model.eval()
+    if "generate" not in vars(model):
+        register_fsdp_forward_method(model, "generate")
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _describe(question: Question, text: str) -> dict[str, Any]:
+    return {
+        "file": question.file,
+        "row": question.number,
+        "question": question.text,
+        "reference": question.reference,
+        "prediction": text,
+    }
+
+
+def _place(line: dict[str, Any]) -> str:
+    return f"{line['file']}, row {line['row']}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tuning.data.encode import Skipped
 from tuning.training.epochs import begin_epoch
@@ -61,6 +61,15 @@ class SkippedRowsFile:
                     file.write(line + "\n")
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """Hugging Face's, which after a resume goes on counting the evaluations without a better one."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        kept = state.stateful_callbacks.get(type(self).__name__, {})
+        self.early_stopping_patience_counter = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+
+
 class LoopCallback(TrainerCallback):
     """Tells a `SupervisedTrainer` of certain moments of its loop."""
 
@@ -70,6 +79,13 @@ class LoopCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.settle_batches()
+        if self.trainer.examiner is not None:
+            self.trainer.examiner.begin(state.global_step, first=state.is_world_process_zero)
+        if not state.global_step:
+            self.trainer.answer_samples()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.answer_samples()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_batches is not None:

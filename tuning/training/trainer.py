@@ -24,6 +24,7 @@ from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.compilation import compile_layers
 from tuning.model.fsdp import compute_in_half, give_addresses, raise_trained
 from tuning.model.parts import Parts, parameter_groups
+from tuning.training.answering import Examiner
 from tuning.training.callbacks import JsonLinesLog, LoopCallback, SkippedRowsFile
 from tuning.training.checkpoint import PADDED
 from tuning.training.epochs import pack_batches, share_batches
@@ -59,6 +60,7 @@ class SupervisedTrainer(ResumableTrainer):
         padded_before: bool | None = None,
         max_tokens_per_batch: int | None = None,
         keep_master_weights: bool = True,
+        examiner: Examiner | None = None,
         **kwargs,
     ):
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers' name for it
@@ -66,7 +68,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.parts, self.identity, self.learning_rates = parts, identity, learning_rates
         self.collator, self.attention, self.padding_free, self.probes = collator, attention, padding_free, probes
         self.group_by_length, self.max_tokens_per_batch = group_by_length, max_tokens_per_batch
-        self.padded_before = padded_before
+        self.padded_before, self.examiner = padded_before, examiner
         self.image_rule = (
             "only the first image is used" if image_limit == 1 else f"only the first {image_limit} images are used"
         )
@@ -341,12 +343,34 @@ class SupervisedTrainer(ResumableTrainer):
             rows += len(facts.rows)
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.processes.fail_together(broken)
+        scores = self._examine(metric_key_prefix)
         summed = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").cpu()
         tokens = int(summed[1].item())
         if not tokens:
             raise UserError("no token of the validation rows is supervised.", "validation_data_path")
         metrics = {f"{metric_key_prefix}_loss": summed[0].item() / tokens, f"{metric_key_prefix}_tokens": tokens}
+        metrics |= scores
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+    def _examine(self, prefix: str) -> dict[str, float]:
+        """The scores of the validation rows that the model answers now."""
+        if self.examiner is None or not self.examiner.rows:
+            return {}
+        model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
+        with self.compute_loss_context_manager():
+            scores = self.examiner.examine(model, self.processes, step, together=self._holds_shards)
+        return {f"{prefix}_{name}": score for name, score in scores.items()}
+
+    def answer_samples(self) -> None:
+        """Let the model answer the rows that the report shows."""
+        if self.examiner is not None and not self.stop_reason:
+            model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
+            with self.compute_loss_context_manager():
+                self.examiner.answer_samples(model, self.processes, step, together=self._holds_shards)
+
+    @property
+    def _holds_shards(self) -> bool:
+        return self.processes.number > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     @contextmanager
     def explain_memory(self) -> Iterator[None]:
