@@ -16,7 +16,7 @@ CASES = {"all tokens": {"assistant_only_loss": False}, "answers": {}}
 def make_job(models, rows, folder: Path, case: str, size: int) -> dict:
     options = {"model_name_or_path": str(models["granite_vision"]), "training_data_path": str(rows)}
     options |= {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 1, "train_sampling_strategy": "sequential"}
-    options |= {"output_dir": str(folder), "save_strategy": "no", "dataloader_num_workers": 0}
+    options |= {"output_dir": str(folder), "save_strategy": "no", "dataloader_num_workers": 0, "report_samples": 0}
     return options | {"per_device_train_batch_size": size} | CASES[case]
 
 

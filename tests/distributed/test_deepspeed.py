@@ -29,6 +29,7 @@ def test_zero3_trains_and_continues_what_one_process_does(models, mixed_rows, tm
         "save_steps": 2,
         "logging_steps": 1,
         "dataloader_num_workers": 0,
+        "report_samples": 0,
     }
     alone = tuning.train({**options, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 8}).model_dir
     fixture = (ROOT / "fixtures" / "accelerate_deepspeed_zero3.yaml").read_text()

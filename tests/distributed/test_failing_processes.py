@@ -17,6 +17,7 @@ from launches import ROOT, outcomes, run_jobs
 from tuning.training.checkpoint import is_complete, list_checkpoints
 
 SHORT = {"max_steps": 6, "save_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0, "optim": "sgd"}
+SHORT |= {"report_samples": 0}
 SCRIPT = str(ROOT / "tuning" / "sft_trainer.py")
 
 

@@ -20,6 +20,9 @@ LORA = {
     "modules_to_save": ["multi_modal_projector"],
 }
 METHODS = {"full": {}, "lora": LORA}
+# Five rows for two processes: one has a batch that the other lacks, and rows without images meet rows with some.
+EXAMINED = {"eval_generate_rows": 5, "eval_metrics": "token_f1", "eval_max_new_tokens": 6, "report_samples": 3}
+EXAMINED_CASES = ("granite_vision full", "llava15 lora", "mllama full")
 # A large epsilon: else Adam takes a full step wherever a gradient is mere rounding.
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "adam_epsilon": 1e-3, "weight_decay": 0.1}
 # In sequential order the first process has text only where the second has images, and the other way round.
@@ -41,10 +44,12 @@ CASES |= {
     # Weight decay moves the vision tower although no row has an image: as if one had it, with a gradient of zero.
     "text only": ("llava15", {"training_data_path": "text_only.jsonl", **ADAMW}),
 }
+for case in EXAMINED_CASES:
+    CASES[case] = (CASES[case][0], CASES[case][1] | EXAMINED)
 SPLITS = {"2x4": (4, 1), "2x2x2": (2, 2)}
 # SGD: Adam's first steps have the size of the learning rate whatever the gradient, and would hide its scale.
 COMMON = {"optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "num_train_epochs": 2, "save_strategy": "no"}
-COMMON |= {"eval_strategy": "steps", "eval_steps": 3}
+COMMON |= {"eval_strategy": "steps", "eval_steps": 3, "report_samples": 0}
 
 
 def make_job(models, rows, folder: Path, case: str, size: int, steps: int) -> dict:
@@ -115,6 +120,23 @@ def test_two_processes_train_what_one_does(case, split, one_process, two_process
     torch.testing.assert_close(found["eval_loss"], expected["eval_loss"], rtol=1e-5, atol=0)
     torch.testing.assert_close(weights_of(together), weights_of(alone), rtol=0, atol=1e-4)
     assert (together / ".complete").exists()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("case", EXAMINED_CASES)
+def test_two_processes_answer_what_one_does(case, split, one_process, two_processes):
+    alone, together = (
+        [json.loads(line) for line in (folder / "sample_predictions.jsonl").read_text().splitlines()]
+        for folder in (one_process / case, two_processes / f"{case} {split}")
+    )
+    assert together == alone
+    assert [line["step"] for line in alone] == [0, 0, 0, 3, 3, 3, 6, 6, 6]
+    scores = [
+        [line["eval_token_f1"] for line in map(json.loads, file.read_text().splitlines()) if "eval_loss" in line]
+        for file in (f / "training_logs.jsonl" for f in (one_process / case, two_processes / f"{case} {split}"))
+    ]
+    assert scores[0] == pytest.approx(scores[1])
+    assert len(scores[0]) == 2
 
 
 def test_a_layer_class_that_the_model_lacks_is_answered_with_those_it_has(two_processes):

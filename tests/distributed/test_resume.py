@@ -35,6 +35,7 @@ def make_job(models, rows, folder: Path, layout: str, size: int, **changes) -> d
         "output_dir": str(folder),
         "per_device_train_batch_size": size,
         "dataloader_num_workers": 0,
+        "report_samples": 0,
         **COMMON,
         **CASES[layout],
         **changes,

@@ -38,6 +38,7 @@ def whole(models, rows, tmp_path_factory):
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "dataloader_num_workers": 0,
+        "report_samples": 0,
         **LORA,
         **SHORT,
     }

@@ -222,6 +222,7 @@ def stopped(tmp_path_factory, models, rows):
         "output_dir": str(root / "whole"),
         "per_device_train_batch_size": 4,
         "dataloader_num_workers": 0,
+        "report_samples": 0,
         "max_steps": 4,
         "save_steps": 2,
         "logging_steps": 1,
