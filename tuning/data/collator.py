@@ -22,6 +22,7 @@ class BatchFacts:
     rows: list[str] = field(default_factory=list)
     tokens: int = 0
     supervised_tokens: int = 0
+    rows_with_images: int = 0
     dropped_images: int = 0
     cut: list[str] = field(default_factory=list)
     skipped: dict[str, Skipped] = field(default_factory=dict)
@@ -82,6 +83,7 @@ def gather_facts(samples: Sequence[Sample]) -> BatchFacts:
         rows=[sample.where for sample in samples],
         tokens=sum(int(sample.sequence["attention_mask"].sum()) for sample in samples),
         supervised_tokens=sum(int((sample.sequence["labels"] != IGNORED).sum()) for sample in samples),
+        rows_with_images=sum(bool(sample.images) for sample in samples),
         dropped_images=sum(sample.dropped_images for sample in samples),
         cut=[sample.where for sample in samples if sample.cut_tokens],
         skipped={sample.where: sample.skipped for sample in samples if sample.skipped},

@@ -35,6 +35,7 @@ from tuning.training.meter import Meter
 from tuning.training.padding_free import find_obstacle, find_structural_obstacle
 from tuning.training.processes import Processes
 from tuning.training.resumable import ResumableTrainer
+from tuning.training.self_check import SelfCheck
 
 FEW_STREAMED_ROWS = 1000  # a share of fewer streamed rows says little
 
@@ -83,16 +84,17 @@ class SupervisedTrainer(ResumableTrainer):
         self.skipped_file = SkippedRowsFile(self.args.output_dir)
         self.cut_rows: set[str] = set()
         self.max_bad_fraction, self.rows_seen = max_bad_fraction, 0
-        self._batches_of_step = list[BatchFacts]()
+        self.batches_of_step = list[BatchFacts]()
         self._losses_of_step = list[torch.Tensor]()
         self.stop_reason = ""
         self.wrap_classes = wrap_classes or []
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # `compile_layers` does it, layer by layer
         self.add_callback(LoopCallback(self))
+        self.add_callback(SelfCheck(self))
         self.add_callback(JsonLinesLog(self.args.output_dir))
         self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        in_backward = "lomo" in str(self.args.optim).lower()  # it steps weights as their gradients arrive
-        self.keep_master_weights = keep_master_weights and not in_backward and not self.is_deepspeed_enabled
+        self.steps_in_backward = "lomo" in str(self.args.optim).lower()  # weights, as their gradients arrive
+        self.keep_master_weights = keep_master_weights and not self.steps_in_backward and not self.is_deepspeed_enabled
         if not self.is_deepspeed_enabled:  # which has master weights of its own
             self._settle_precision()
 
@@ -212,7 +214,7 @@ class SupervisedTrainer(ResumableTrainer):
         counts = self.processes.fail_together(error, supervised, len(self._left_out), self.rows_seen).sum(dim=0)
         self._note_left_out(int(counts[1]), self.bad_rows, self.train_dataset, int(counts[2]))
         self.meter.data_arrived(tokens, supervised)
-        self._batches_of_step = facts
+        self.batches_of_step = facts
         return batches, counts[0]
 
     def _take_facts(self, batch: dict[str, Any], evaluating: bool = False) -> BatchFacts:
@@ -273,7 +275,7 @@ class SupervisedTrainer(ResumableTrainer):
             self.stop_reason = reason or "a signal to another process"
         checked = not self.args.fp16 and not self.is_deepspeed_enabled  # which skip such a step, or have taken it
         if checked and not math.isfinite(self._grad_norm):
-            raise self._bad_number(f"the gradients became {float(self._grad_norm)}", self._batches_of_step)
+            raise self._bad_number(f"the gradients became {float(self._grad_norm)}", self.batches_of_step)
         self._losses_of_step.clear()
         for parameter in () if self.is_deepspeed_enabled else self.model.parameters():  # DeepSpeed keeps its own
             if parameter.requires_grad and parameter.grad is None:
@@ -284,7 +286,7 @@ class SupervisedTrainer(ResumableTrainer):
         if any(broken):
             number = broken.index(True)
             loss = self._losses_of_step[number].item()
-            error = self._bad_number(f"the loss became {loss}", self._batches_of_step[number : number + 1])
+            error = self._bad_number(f"the loss became {loss}", self.batches_of_step[number : number + 1])
         self.processes.fail_together(error)
 
     def _bad_number(self, what: str, batches: list[BatchFacts]) -> UserError:
@@ -382,7 +384,7 @@ class SupervisedTrainer(ResumableTrainer):
                 raise
             lora = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
             step = self.state.global_step + 1
-            raise out_of_memory(self.args, self._batches_of_step, step, lora, self.max_tokens_per_batch) from error
+            raise out_of_memory(self.args, self.batches_of_step, step, lora, self.max_tokens_per_batch) from error
 
     def end_if_stopped(self) -> None:
         """Raises `RunEnded` where training was interrupted, with what to do next."""
