@@ -1,0 +1,219 @@
+"""`vlm-tuning predict`: answers are those of the model alone, kept when interrupted, scored and compared."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tuning import cli, train
+from tuning.data.images import load_image
+
+QUICK = {"max_new_tokens": 8, "batch_size": 3}
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def flags_of(options):
+    words = []
+    for name, value in options.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+@pytest.fixture(scope="module")
+def trained(models, rows, tmp_path_factory):
+    """Folders of a model tuned in full, and of an adapter, both of llava15."""
+    root = tmp_path_factory.mktemp("trained")
+    common = {
+        "model_name_or_path": str(models["llava15"]),
+        "training_data_path": str(rows),
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "dataloader_num_workers": 0,
+        "report_samples": 0,
+    }
+    train({**common, "output_dir": str(root / "full")})
+    lora = {"peft_method": "lora", "target_modules": "all-linear", "lora_alpha": 64}
+    train({**common, **lora, "output_dir": str(root / "adapter")})
+    return root
+
+
+@pytest.fixture
+def predict(rows, tmp_path, capsys):
+    """Run the command in this process; returns its exit code, the lines it wrote, and what it said."""
+
+    def run(model, **changes):
+        output = tmp_path / "predictions.jsonl"
+        options = {"model_name_or_path": model, "data_path": rows, "output": output, **QUICK, **changes}
+        code = cli.main(["predict", *flags_of({k: v for k, v in options.items() if v is not None})])
+        printed = capsys.readouterr()
+        return code, read_lines(options["output"]) if Path(options["output"]).exists() else [], printed
+
+    return run
+
+
+def answer_alone(model, processor, rows):
+    """The answers by plain transformers, row by row."""
+    answers = []
+    for row in read_lines(rows):
+        text = processor.apply_chat_template(row["messages"][:1], add_generation_prompt=True)
+        image = load_image(row["images"][0], Path(rows).parent, "")
+        inputs = processor(text=text, images=image, return_tensors="pt")
+        written = model.generate(**inputs, max_new_tokens=QUICK["max_new_tokens"], do_sample=False)
+        new = written[0, inputs["input_ids"].shape[1] :]
+        answers.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
+    return answers
+
+
+def test_answers_are_those_of_plain_transformers_row_by_row(predict, trained, models, rows):
+    processor = AutoProcessor.from_pretrained(trained / "adapter")
+    base = AutoModelForImageTextToText.from_pretrained(models["llava15"])
+    plain = {"base": answer_alone(base, processor, rows)}
+    full = AutoModelForImageTextToText.from_pretrained(trained / "full")
+    plain["full"] = answer_alone(full, processor, rows)
+    plain["adapter"] = answer_alone(PeftModel.from_pretrained(base, trained / "adapter"), processor, rows)
+    assert len({tuple(answers) for answers in plain.values()}) == 3
+    for name, folder in {"base": models["llava15"], "full": trained / "full", "adapter": trained / "adapter"}.items():
+        code, lines, _ = predict(folder, overwrite="true")
+        assert code == 0
+        assert [line["prediction"] for line in lines] == plain[name]
+    assert [line["row"] for line in lines] == list(range(16))
+    assert lines[0]["question"] == "Which colour is it?"
+    assert lines[0]["reference"] == "It is red."
+    assert lines[0]["prompt"] == "USER: <image>\nWhich colour is it? ASSISTANT:"
+
+
+def test_two_models_stand_side_by_side_with_their_scores(predict, trained, models, tmp_path):
+    _, alone, _ = predict(trained / "full", metrics=["exact_match", "token_f1"], output=tmp_path / "alone.jsonl")
+    code, lines, printed = predict(trained / "full", compare=models["llava15"], metrics=["exact_match", "token_f1"])
+    assert code == 0
+    assert [line["prediction"] for line in lines] == [line["prediction"] for line in alone]
+    assert [line["prediction"] for line in lines] != [line["compared"] for line in lines]
+    assert lines[0]["scores"].keys() == {"prediction", "compared"}
+    summary = json.loads((tmp_path / "predictions.scores.json").read_text())
+    mean = sum(line["scores"]["compared"]["token_f1"] for line in lines) / len(lines)
+    assert summary["scores"]["compared"]["token_f1"] == pytest.approx(mean)
+    assert summary["models"] == {"prediction": str(trained / "full"), "compared": str(models["llava15"])}
+    assert "exact_match" in printed.out
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_what_was_answered_before_an_interruption_is_kept(predict, trained, rows, tmp_path, monkeypatch):
+    from tuning import predict as module
+
+    asked, answer = [], module.answer
+
+    def count(model, samples, *rest, **settings):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(samples))
+        return answer(model, samples, *rest, **settings)
+
+    monkeypatch.setattr(module, "answer", count)
+    code, lines, _ = predict(trained / "full")
+    assert (code, lines) == (130, [])
+    (partial,) = tmp_path.glob(".*partial")
+    partial.write_text(partial.read_text() + '{"index": 6, "file": "ro')  # killed while it wrote
+    monkeypatch.setattr(module, "answer", answer)
+    _, whole, _ = predict(trained / "full", output=tmp_path / "whole.jsonl")
+    asked.append(0)
+    monkeypatch.setattr(
+        module, "answer", lambda m, samples, *r, **s: asked.append(len(samples)) or answer(m, samples, *r, **s)
+    )
+    code, lines, _ = predict(trained / "full")
+    assert code == 0
+    assert lines == whole
+    assert asked == [3, 3, 0, 3, 3, 3, 1]
+    _, lines, _ = predict(trained / "full", metrics="token_f1")  # only scores anew
+    assert asked == [3, 3, 0, 3, 3, 3, 1]
+    assert lines[0]["scores"]["prediction"]["token_f1"] >= 0
+
+
+def test_other_answers_are_not_written_over(predict, trained, models):
+    predict(trained / "full")
+    code, _, printed = predict(models["llava15"])
+    assert code == 1
+    assert "holds the answers of another model" in printed.err
+    assert predict(models["llava15"], overwrite="true")[0] == 0
+
+
+def test_bad_rows_stop_the_run_or_are_written_down(predict, trained, rows, tmp_path):
+    lines = rows.read_text().splitlines()
+    lines[4] = lines[4].replace("4.png", "none.png")
+    path = rows.with_name("one_bad.jsonl")
+    path.write_text("\n".join(lines) + "\n")
+    code, _, printed = predict(trained / "full", data_path=path)
+    assert code == 1
+    assert "row 4, field 'images', image 0" in printed.err
+    assert "Traceback" not in printed.err
+    code, lines, printed = predict(trained / "full", data_path=path, on_bad_row="skip", metrics="exact_match")
+    assert code == 0
+    assert ["error" in line for line in lines] == [number == 4 for number in range(16)]
+    assert "1 rows were left out" in printed.out
+    assert "Scores of 15 rows" in printed.out
+
+
+def test_rows_may_have_no_answer_or_several(predict, trained, rows):
+    lines = read_lines(rows)[:2]
+    lines[0]["messages"] = lines[0]["messages"][:1]
+    path = rows.with_name("several.jsonl")
+    answers = [{"answers": None}, {"answers": ["It is green.", "green"]}]
+    path.write_text("".join(json.dumps(line | more) + "\n" for line, more in zip(lines, answers, strict=True)))
+    code, lines, printed = predict(trained / "full", data_path=path, references_field="answers", metrics="anls")
+    assert code == 0
+    assert [line["references"] for line in lines] == [[], ["It is green.", "green"]]
+    assert [line["reference"] for line in lines] == [None, "It is green. Very much so."]
+    assert "Scores of 1 rows" in printed.out
+    code, _, printed = predict(trained / "full", data_path=path, references_field="answer")
+    assert code == 1
+    assert "has no column 'answer'" in printed.err
+
+
+def test_wrong_options_are_said_before_anything_is_loaded(predict, trained, tmp_path):
+    code, lines, printed = predict(trained / "none", metrics="exact_mach", max_new_tokens=0)
+    assert (code, lines) == (1, [])
+    assert "model_name_or_path" in printed.err
+    assert "max_new_tokens: must be at least 1, got 0" in printed.err
+    code, _, printed = predict(trained / "full", metrics="exact_mach")
+    assert code == 1
+    assert "exact_match" in printed.err
+    code, _, printed = predict(trained / "full", batchsize=3)
+    assert "batchsize: unknown option. Did you mean batch_size?" in printed.err
+
+
+def test_an_adapter_whose_base_is_gone_is_named(predict, trained, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(trained / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/nowhere/base/model"}))
+    code, _, printed = predict(folder)
+    assert code == 1
+    assert f"{folder}/adapter_config.json, base_model_name_or_path /nowhere/base/model" in printed.err
+
+
+def test_two_processes_answer_as_one_from_a_json_file(predict, trained, rows, tmp_path):
+    _, alone, _ = predict(trained / "full", output=tmp_path / "alone.jsonl")
+    config = {
+        "model_name_or_path": str(trained / "full"),
+        "data_path": str(rows),
+        "output": str(tmp_path / "two.jsonl"),
+        "metrics": "exact_match",
+        "accelerate_launch_args": {"num_processes": 2},
+        **QUICK,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "tuning.cli", "predict", str(tmp_path / "config.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    lines = [{k: v for k, v in line.items() if k != "scores"} for line in read_lines(tmp_path / "two.jsonl")]
+    assert lines == alone
+    assert torch.get_num_threads() == 1
