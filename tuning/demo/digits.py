@@ -1,17 +1,19 @@
 """See it work: a tiny LLaVA learns to read scikit-learn's handwritten digits, then a second question by LoRA.
 
-Everything goes the way a user's run goes: a dataset in the documented format, a JSON config, `vlm-tuning train`.
+Everything goes the way a user's run goes: a dataset in the documented format, JSON configs, `vlm-tuning train`,
+`export` and `predict`.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tuning.demo.page import Answered, write_page
 from tuning.errors import UserError, exit_code_of
@@ -34,33 +36,55 @@ ODD_OR_EVEN = Task("odd_or_even", "Is the number odd or even?", lambda digit: f"
 
 
 def run_demo(output_dir: Path) -> dict[str, float]:
-    """Train and score both tasks. Returns the shares of right answers on held-out images."""
+    """Train, export and score. Returns the shares of right answers on held-out images."""
     train, held_out = load_digits(output_dir)
-    base, full, lora = output_dir / "tiny-llava", output_dir / "full", output_dir / "lora"
+    base, full, merged = (output_dir / name for name in ("tiny-llava", "full", "lora-merged"))
     make_base_model(base)
     for task in (WHICH_DIGIT, ODD_OR_EVEN):
         write_dataset(output_dir / task.name / "train.parquet", task, train)
+        write_dataset(output_dir / task.name / "held_out.parquet", task, held_out)
 
-    before = answer(base, WHICH_DIGIT, held_out, "before full fine-tuning")
-    train_with("full.json", output_dir)
-    after = answer(full, WHICH_DIGIT, held_out, "after full fine-tuning")
-    lora_before = answer(full, ODD_OR_EVEN, held_out, "before LoRA")
-    train_with("lora.json", output_dir)
-    lora_after = answer(lora, ODD_OR_EVEN, held_out, "after LoRA", base=full)
+    run_command("train", write_config("full.json", output_dir), "--overwrite_output_dir")
+    digits = predict(full, base, WHICH_DIGIT, output_dir)
+    run_command("train", write_config("lora.json", output_dir), "--overwrite_output_dir")
+    shutil.rmtree(merged, ignore_errors=True)
+    run_command("export", "--adapter", output_dir / "lora", "--output", merged)
+    parity = predict(merged, full, ODD_OR_EVEN, output_dir)
 
-    scores = {
-        "before": share_right(before),
-        "after": share_right(after),
-        "lora_before": share_right(lora_before),
-        "lora_after": share_right(lora_after),
-    }
     sections = {
-        f"{WHICH_DIGIT.question} Full fine-tuning: {scores['before']:.1%} → {scores['after']:.1%} right": after,
-        f"{ODD_OR_EVEN.question} LoRA: {scores['lora_before']:.1%} → {scores['lora_after']:.1%} right": lora_after,
+        f"{WHICH_DIGIT.question} Full fine-tuning: {digits.before:.1%} → {digits.after:.1%} right": digits,
+        f"{ODD_OR_EVEN.question} LoRA, exported: {parity.before:.1%} → {parity.after:.1%} right": parity,
     }
-    write_page(output_dir / "index.html", sections)
+    pictures = [image for image, _ in held_out]
+    links = {
+        "How full fine-tuning went": "full/report.html",
+        "How LoRA went": "lora/report.html",
+        "Every answer to the first question": f"{WHICH_DIGIT.name}/predictions.html",
+        "Every answer to the second": f"{ODD_OR_EVEN.name}/predictions.html",
+    }
+    write_page(output_dir / "index.html", {title: task.show(pictures) for title, task in sections.items()}, links)
     print(f"Held-out images with the model's answers: {output_dir / 'index.html'}")
-    return scores
+    return {
+        "before": digits.before,
+        "after": digits.after,
+        "lora_before": parity.before,
+        "lora_after": parity.after,
+    }
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The shares of right answers of two models, and the lines that `vlm-tuning predict` wrote."""
+
+    before: float
+    after: float
+    lines: list[dict[str, str]]
+
+    def show(self, pictures: Sequence[Any]) -> list[Answered]:
+        return [
+            Answered(picture, line["reference"], line["prediction"])
+            for picture, line in zip(pictures, self.lines, strict=True)
+        ]
 
 
 def load_digits(output_dir: Path):
@@ -108,40 +132,31 @@ def write_dataset(path: Path, task: Task, rows: Sequence) -> None:
     dataset.to_parquet(path)
 
 
-def train_with(config_name: str, output_dir: Path) -> None:
-    """Run `vlm-tuning train` on one of the configs beside this file, with its paths moved to `output_dir`."""
-    text = Path(__file__).with_name(config_name).read_text().replace("demo_output/", f"{output_dir}/")
-    config = output_dir / config_name
-    config.write_text(text)
-    print(f"\n$ vlm-tuning train {config}", flush=True)
-    command = [sys.executable, "-m", "tuning.cli", "train", str(config), "--overwrite_output_dir"]
+def write_config(name: str, output_dir: Path) -> Path:
+    """One of the configs beside this file, with its paths moved to `output_dir`."""
+    text = Path(__file__).with_name(name).read_text().replace("demo_output/", f"{output_dir}/")
+    (output_dir / name).write_text(text)
+    return output_dir / name
+
+
+def run_command(*words: str | Path) -> None:
+    """Run `vlm-tuning` as a user would."""
+    print(f"\n$ vlm-tuning {' '.join(map(str, words))}", flush=True)
+    command = [sys.executable, "-m", "tuning.cli", *map(str, words)]
     subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
-def answer(model_dir: Path, task: Task, rows: Sequence, when: str, base: Path | None = None) -> list[Answered]:
-    """Let a model answer the task's question about every image, by generation."""
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from tuning.predict import generate_answers
-
-    model = AutoModelForImageTextToText.from_pretrained(base or model_dir)
-    if base:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-            model = PeftModel.from_pretrained(model, model_dir)
-    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task.question}]}]
-    processor = AutoProcessor.from_pretrained(model_dir)
-    answers = generate_answers(
-        model.eval(), processor, [(question, [image]) for image, _ in rows], description=f"answering {when}"
+def predict(model: Path, before: Path, task: Task, output_dir: Path) -> Predictions:
+    """Let a model, and the one it was before, answer the task's question about every held-out image."""
+    folder = output_dir / task.name
+    run_command(
+        *("predict", "--model_name_or_path", model, "--compare", before, "--data_path", folder / "held_out.parquet"),
+        *("--output", folder / "predictions.jsonl", "--metrics", "exact_match", "--overwrite"),
+        *("--batch_size", "64", "--max_new_tokens", "16"),
     )
-    answered = [Answered(image, task.answer(digit), given) for (image, digit), given in zip(rows, answers, strict=True)]
-    print(f"{task.question} Right {when}: {share_right(answered):.1%} of {len(rows)} held-out images.", flush=True)
-    return answered
-
-
-def share_right(answered: Sequence[Answered]) -> float:
-    return sum(row.right == row.given for row in answered) / len(answered)
+    scores = json.loads((folder / "predictions.scores.json").read_text())["scores"]
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return Predictions(scores["compared"]["exact_match"], scores["prediction"]["exact_match"], lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

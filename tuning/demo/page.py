@@ -20,6 +20,8 @@ ul { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)
 li { list-style: none; border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; }
 img { width: 100%; image-rendering: pixelated; border-radius: .25rem; }
 p { margin: .3rem 0 0; font-size: .85rem; overflow-wrap: anywhere; }
+.links { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; }
+.links li { border: 0; padding: 0; }
 .right { color: var(--right); } .wrong { color: var(--wrong); }
 """
 
@@ -33,8 +35,14 @@ class Answered:
     given: str
 
 
-def write_page(path: Path, sections: Mapping[str, Sequence[Answered]]) -> None:
-    """Write a page with some rows of each section, wrong answers first; it works from `file://`."""
+def write_page(path: Path, sections: Mapping[str, Sequence[Answered]], links: Mapping[str, str]) -> None:
+    """Write a page with some rows of each section, wrong answers first; it works from `file://`.
+
+    `links`: what other pages show, and where they lie from this one.
+    """
+    others = "".join(
+        f'<li><a href="{html.escape(place)}">{html.escape(words)}</a></li>' for words, place in links.items()
+    )
     body = "".join(_section(title, rows) for title, rows in sections.items())
     path.write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -42,7 +50,7 @@ def write_page(path: Path, sections: Mapping[str, Sequence[Answered]]) -> None:
         f"<title>Handwritten digits</title><style>{STYLE}</style>"
         "<h1>A tiny model reads handwritten digits</h1>"
         "<p>Images it has not seen in training, with the model's answer and the right one; its mistakes come first.</p>"
-        f"{body}</html>\n",
+        f'<nav><ul class="links">{others}</ul></nav>{body}</html>\n',
         encoding="utf-8",
     )
 
