@@ -37,6 +37,7 @@ from tuning.model.parts import (
     find_parts,
 )
 from tuning.model_plan import make_model, pick_attention, plan_model
+from tuning.scoring import check_metrics
 from tuning.training.answering import Examiner
 from tuning.training.callbacks import SKIPPED_FILE, EarlyStopping
 from tuning.training.checkpoint import (
@@ -71,6 +72,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     for note in config.notes:
         say(note)
     check_launcher(config)
+    if config.answers.eval_generate_rows:
+        check_metrics(config.answers.metric_names, "eval_metrics")
     settle_devices(config.training)
     set_seed(config.training.seed)
 
