@@ -3,6 +3,7 @@
 Run it by path, as `python -m tuning.sft_trainer`, or call `tuning.train(config)`.
 """
 
+import copy
 import itertools
 import os
 import shutil
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments, set_seed
 
+from tuning.card_facts import gather_facts
 from tuning.config.arguments import RunConfig
 from tuning.config.parse import build_config, check_options, describe_options, read_json, read_options
 from tuning.console import say
@@ -36,6 +38,7 @@ from tuning.model.parts import (
     VISION_TOWER,
     find_parts,
 )
+from tuning.model_card import put_card, write_card
 from tuning.model_plan import make_model, pick_attention, plan_model
 from tuning.scoring import check_metrics
 from tuning.training.answering import Examiner
@@ -50,8 +53,10 @@ from tuning.training.checkpoint import (
     write_json,
 )
 from tuning.training.faults import worker_killed
+from tuning.training.hub import HubRepo
 from tuning.training.interruption import Interruption
 from tuning.training.processes import leave
+from tuning.training.trackers import make_trackers
 from tuning.training.trainer import SupervisedTrainer
 
 ROWS_CHECKED_FIRST = 4
@@ -84,6 +89,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     progress = find_progress(config, identity)
     if progress.finished_steps is not None:
         say(f"This run is already finished after {progress.finished_steps} steps: see {config.save_model_dir}.")
+        if config.training.push_to_hub:
+            upload_finished(config, progress.files)
         return TrainingResult(Path(config.save_model_dir), progress.finished_steps, {})
     identity["date_string"] = progress.date_string or identity["date_string"]
 
@@ -102,11 +109,12 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     if plan.idle is None and config.training.ddp_find_unused_parameters is False:
         say("What of this model gets no gradient could not be told beforehand: ddp_find_unused_parameters is true.")
         config.training.ddp_find_unused_parameters = True
+    trackers, hub = make_trackers(config), open_hub(config)
     model = make_model(config, model_config, plan, progress)
     prepare_output(config, progress)
     trainer = SupervisedTrainer(
         model=model,
-        args=config.training,
+        args=arguments_of_trainer(config.training),
         train_dataset=training_rows,
         eval_dataset=validation_rows,
         data_collator=EncodingCollator(encoder, padding, skip) if config.data.streaming else padding,
@@ -130,8 +138,12 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         max_tokens_per_batch=config.data.max_tokens_per_batch,
         keep_master_weights=config.model.keep_master_weights,
         examiner=make_examiner(config, encoder, padding, validation_rows or training_rows),
-        callbacks=[EarlyStopping(patience)] if (patience := config.answers.early_stopping_patience) else None,
+        callbacks=[
+            *trackers,
+            *([EarlyStopping(patience)] if (patience := config.answers.early_stopping_patience) else []),
+        ],
     )
+    trainer.hub = hub
     return run(trainer, config, progress)
 
 
@@ -245,6 +257,30 @@ def prepare_output(config: RunConfig, progress: Progress) -> None:
         raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {output_dir}") from error
 
 
+def arguments_of_trainer(training: TrainingArguments) -> TrainingArguments:
+    """Without what is done here instead: the Hub, whose token would be in every checkpoint, and the trackers."""
+    training = copy.copy(training)
+    training.push_to_hub, training.hub_token, training.report_to = False, None, []
+    return training
+
+
+def open_hub(config: RunConfig) -> HubRepo | None:
+    """The repository to upload to, if any: whether we may is known before training."""
+    if not config.training.push_to_hub:
+        return None
+    hub = HubRepo(config.training)
+    if os.environ.get("RANK", "0") == "0":
+        hub.open()
+    return hub
+
+
+def upload_finished(config: RunConfig, files: Sequence[str]) -> None:
+    """Upload the model that an earlier run saved, if that could not."""
+    hub = open_hub(config)
+    if hub and config.training.should_save:
+        hub.upload_final(Path(config.save_model_dir), files, Path(config.training.output_dir))
+
+
 def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> TrainingResult:
     """Train from where an earlier run stopped, if one did, and save the model."""
     metrics: dict[str, float] = {}
@@ -271,12 +307,17 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
 def save(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> None:
     """Save the final model beside its place, move it there, and only then mark the run as finished."""
     target, output_dir = Path(config.save_model_dir), Path(config.training.output_dir)
-    trainer.save_final(target, progress.folder if progress.trained_to_end else None)
+    if trainer.hub:
+        trainer.hub.wait()
+    card = write_card(gather_facts(trainer, config))
+    checkpoint = progress.folder if progress.trained_to_end else None
+    files = trainer.save_final(target, checkpoint, lambda saved: put_card(card, saved, target))
     if trainer.args.should_save:
-        write_json(output_dir / COMPLETE_FILE, {**trainer.identity, "global_step": trainer.state.global_step})
+        end = {"global_step": trainer.state.global_step, "files": files}
+        write_json(output_dir / COMPLETE_FILE, {**trainer.identity, **end})
     trainer.accelerator.wait_for_everyone()
-    if config.training.push_to_hub:
-        trainer.push_to_hub()
+    if trainer.hub and trainer.args.should_save:
+        trainer.hub.upload_final(target, files, output_dir)
 
 
 def start(arguments: Sequence[str], *, all_gpus: bool = False) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tuning.config import names
+from tuning.config.trackers import find_tracker_problems
 
 LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias")
 AT_LEAST_ONE = (
@@ -15,6 +16,7 @@ AT_LEAST_ONE = (
     *("max_seq_length", "max_images_per_sample", "max_image_pixels", "max_messages_per_row", "max_rows"),
     *("max_tokens_per_batch", "eval_max_new_tokens", "early_stopping_patience", "max_new_tokens", "batch_size"),
 )
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -36,6 +38,8 @@ def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         notes.append("eval_strategy was not given: evaluating on validation_data_path after every epoch.")
     if values.get("early_stopping_patience") and values.get("eval_strategy", "no") != "no":
         notes += _settle_early_stopping(values)
+    if values.get("report_to") not in (None, [], "none", ["none"]) and values.get("output_dir"):
+        values["run_name"] = values.get("run_name") or Path(values["output_dir"]).absolute().name
     if values.get("dataloader_num_workers") is None:
         values["dataloader_num_workers"] = default_workers()
     if values["dataloader_num_workers"] == 0:
@@ -95,6 +99,7 @@ def find_problems(values: Mapping[str, Any]) -> list[str]:
         *_data_problems(values),
         *_answer_problems(values),
         *_training_problems(values),
+        *find_tracker_problems(values.get("report_to")),
     ]
 
 
@@ -118,6 +123,17 @@ def is_local_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
 
 
+def hide_paths(value: Any) -> Any:
+    """A value of an option as others may see it: of a path on this machine only the last name is left."""
+    if isinstance(value, dict):
+        return {key: hide_paths(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [hide_paths(entry) for entry in value]
+    if not isinstance(value, str) or "://" in value or "{" in value:  # an address, a template
+        return value
+    return Path(value).name if is_local_path(value) else value
+
+
 def _path_problems(values: Mapping[str, Any]):
     training = values.get("training_data_path")
     entries = training if isinstance(training, list) else [{"path": training}]
@@ -127,7 +143,7 @@ def _path_problems(values: Mapping[str, Any]):
     for name, path in [*((name, values.get(name)) for name in names), *paths]:
         if not isinstance(path, str) or not path or (name == "chat_template" and "{" in path):
             continue
-        suffixes = (".json", ".jsonl", ".parquet", ".arrow", ".jinja")
+        suffixes = (*DATA_SUFFIXES, ".jinja")
         if (name == "image_folder" or is_local_path(path) or path.endswith(suffixes)) and not Path(
             path
         ).expanduser().exists():

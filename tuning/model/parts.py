@@ -58,17 +58,21 @@ def freeze_parameters(model: nn.Module, names: set[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def parameter_table(model: nn.Module, parts: Parts) -> str:
-    """Parameters per part, total and trainable, as text. Shared parameters count once."""
+def count_parameters(model: nn.Module, parts: Parts) -> dict[str, tuple[int, int]]:
+    """Part → its parameters, all and trainable; `all` comes last. Shared parameters count once."""
     total, trainable = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed leaves nothing in what it shards
         total[parts.of(name)] += size
         trainable[parts.of(name)] += size if parameter.requires_grad else 0
-    rows = [(part, total[part], trainable[part]) for part in PARTS]
-    rows.append(("all", sum(total.values()), sum(trainable.values())))
+    counts = {part: (total[part], trainable[part]) for part in PARTS}
+    return counts | {"all": (sum(total.values()), sum(trainable.values()))}
+
+
+def parameter_table(model: nn.Module, parts: Parts) -> str:
+    """The counts of `count_parameters` as text."""
     lines = [f"{'part':<22} {'parameters':>15} {'trainable':>15} {'':>8}"]
-    for part, count, trained in rows:
+    for part, (count, trained) in count_parameters(model, parts).items():
         lines.append(f"{part:<22} {count:>15,} {trained:>15,} {trained / max(count, 1):>8.2%}")
     return "\n".join(lines)
 

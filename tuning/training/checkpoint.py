@@ -19,6 +19,7 @@ from tuning.errors import UserError
 
 IDENTITY_FILE = "run_identity.json"
 COMPLETE_FILE = ".complete"
+CARD_FILE = "README.md"
 STATE_FILE = "trainer_state.json"  # without it a checkpoint is not complete
 OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "random_states.pt"
 SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # folders that accelerate writes
@@ -95,7 +96,7 @@ def _brief(value: Any) -> str:
 @dataclass(frozen=True)
 class Progress:
     """How far an earlier run in the same output_dir came. `folder`: its last complete checkpoint, if any. `padded`:
-    whether its batches were.
+    whether its batches were. `files`: names of those of the finished model.
     """
 
     folder: Path | None = None
@@ -105,6 +106,7 @@ class Progress:
     date_string: str | None = None
     padded: bool | None = None
     notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 def find_progress(config: RunConfig, identity: dict[str, Any]) -> Progress:
@@ -130,7 +132,7 @@ def find_progress(config: RunConfig, identity: dict[str, Any]) -> Progress:
     if finished := read_json(output_dir / COMPLETE_FILE):
         check_identity(output_dir, finished, identity)
         if finished["schedule"] == identity["schedule"]:
-            return Progress(finished_steps=finished["global_step"])
+            return Progress(finished_steps=finished["global_step"], files=tuple(finished.get("files", ())))
         if not complete:
             raise UserError(
                 f"holds a finished run with another {' or '.join(SCHEDULE)}, and no checkpoint to go on from.",
@@ -259,9 +261,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def move_into_place(saved: Path, target: Path) -> None:
-    """Move every file of `saved` into `target`, weights last, and remove `saved`."""
+def move_into_place(saved: Path, target: Path) -> list[str]:
+    """Move every file of `saved` into `target`, weights last, and remove `saved`. Returns the files' names."""
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(saved.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+    files = sorted(saved.iterdir(), key=lambda file: file.suffix == ".safetensors")
+    for file in files:
         os.replace(file, target / file.name)
     saved.rmdir()
+    return [file.name for file in files]

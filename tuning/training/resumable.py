@@ -1,13 +1,11 @@
 """Checkpoints that are whole or not there, and that any number of processes, sharded or not, can go on from."""
 
-import random
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import gather_object, save_fsdp_model, save_fsdp_optimizer
@@ -46,8 +44,10 @@ from tuning.training.checkpoint import (
     staging_of,
     write_json,
 )
+from tuning.training.hub import HubRepo
 from tuning.training.master_weights import MASTER, holds_master_weights
 from tuning.training.processes import Processes
+from tuning.training.random_states import random_states, restore_random_states
 
 CANNOT_WRITE = (OSError, SafetensorError, dcp.api.CheckpointException)
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on the first process
@@ -64,6 +64,7 @@ class ResumableTrainer(Trainer):
 
     identity: dict[str, Any]
     processes: Processes
+    hub: HubRepo | None = None
     dtypes: dict[str, torch.dtype]  # of the weights before FSDP kept trained ones in float32, by name
     seconds_to_save = 0.0
     _last_saved: Path | None = None
@@ -94,14 +95,15 @@ class ResumableTrainer(Trainer):
         self._write_together(lambda: put_in_place(staging, folder) if self.args.should_save else None, staging, folder)
         self._last_saved = folder
         self._remove_oldest()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
+        if self.hub and self.args.should_save:
+            self.hub.upload_checkpoint(folder, self.state.global_step)
         self.seconds_to_save = max(self.seconds_to_save, time.monotonic() - started)
 
     def _remove_oldest(self) -> None:
         if self.args.should_save:
-            kept = {Path(folder) for folder in (self.state.best_model_checkpoint, self._last_saved) if folder}
-            remove_oldest(Path(self.args.output_dir), self.args.save_total_limit, keep=kept)
+            kept = (self.state.best_model_checkpoint, self._last_saved, self.hub and self.hub.uploading)
+            keep = {Path(folder) for folder in kept if folder}
+            remove_oldest(Path(self.args.output_dir), self.args.save_total_limit, keep=keep)
 
     def _write_together(self, write: Callable[[], None], staging: Path, folder: Path) -> None:
         """Let all processes `write`; where one cannot, nothing half-written stays, and all of them end."""
@@ -156,8 +158,6 @@ class ResumableTrainer(Trainer):
         if self.args.should_save and not isinstance(self.model, PeftModel):
             self.model.config.dtype = next(iter(self.dtypes.values()))
             self.model.config.save_pretrained(output_dir or self.args.output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Add to Hugging Face's files what a checkpoint needs to be complete."""
@@ -315,11 +315,13 @@ class ResumableTrainer(Trainer):
         """Take the state of a run whose training has come to its end."""
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
-    def save_final(self, target: Path, checkpoint: Path | None = None) -> None:
-        """Save the model of this run to `target`, file by file in one piece each.
+    def save_final(
+        self, target: Path, checkpoint: Path | None = None, add: Callable[[Path], None] = lambda saved: None
+    ) -> list[str]:
+        """Save the model of this run to `target`, file by file in one piece each. Returns their names.
 
         It is the best checkpoint's where that was asked for, that of `checkpoint` where one is given, else the model
-        as it is now.
+        as it is now. `add` puts more files beside it, before it is moved.
         """
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         source, staging = Path(best) if best else checkpoint, target / ".saving"
@@ -331,11 +333,13 @@ class ResumableTrainer(Trainer):
                 self.save_model(str(staging), _internal_call=True)
             elif self.args.should_save:
                 copy_model(source, staging)
+            if self.args.should_save:
+                add(staging)
 
         self._write_together(write, staging, target)
-        if self.args.should_save:
-            move_into_place(staging, target)
+        names = move_into_place(staging, target) if self.args.should_save else []
         self._remove_oldest()  # an interruption may have come before it
+        return names
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Every process goes on from its own random states; one that had no predecessor keeps its own."""
@@ -370,27 +374,6 @@ def _second_names(model: nn.Module) -> set[str]:
     """Every name but the first of parameters that have several."""
     every = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     return every - {plain_name(name) for name, _ in model.named_parameters()}
-
-
-def random_states() -> dict[str, Any]:
-    """The states of every generator that training may draw from, on this process."""
-    legacy: Any = np.random.get_state()
-    name, keys, *rest = legacy
-    numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
-    states = {"python": random.getstate(), "numpy": numpy_state, "cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Undo of `random_states`."""
-    random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _save_tensors(value: Any, file: Path) -> None:
