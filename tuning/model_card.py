@@ -147,7 +147,8 @@ def _describe_parts(facts: CardFacts) -> str:
 
 def _settings(facts: CardFacts):
     options = facts.options
-    yield "steps", f"{facts.steps:,} ({facts.epochs:.3g} epochs)"
+    yield "steps", f"{facts.steps:,}"
+    yield "epochs", f"{facts.epochs:.3g}"
     accumulated = options["gradient_accumulation_steps"]
     if budget := options.get("max_tokens_per_batch"):
         yield "batch of a step", f"{facts.processes * accumulated} × {budget:,} tokens at most"
@@ -158,7 +159,9 @@ def _settings(facts: CardFacts):
     for part in ("vision_tower", "projector"):
         if (rate := options.get(f"{part}_learning_rate")) is not None:
             yield f"learning rate, {part.replace('_', ' ')}", f"{rate:g}"
-    yield "schedule", f"{options['lr_scheduler_type']}, warmup {options['warmup_steps']:g}"
+    yield "schedule", options["lr_scheduler_type"]
+    warmup = options["warmup_steps"]  # below 1 a share of all steps
+    yield "warmup", f"{warmup:g} steps" if warmup >= 1 else f"{warmup:.0%} of the steps"
     yield "optimizer", f"{options['optim']}, weight decay {options['weight_decay']:g}"
     mixed = next((f", {kind} mixed precision" for kind in ("bf16", "fp16") if options.get(kind)), "")
     yield "weights", f"{facts.dtype}{mixed}"

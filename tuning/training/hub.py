@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
@@ -21,7 +20,7 @@ from tuning.training.checkpoint import CARD_FILE, IDENTITY_FILE, NOT_OF_A_MODEL,
 KEPT_HERE = (TRAINING_ARGS_NAME, IDENTITY_FILE)  # they tell of this machine's folders
 REPORTS = (LOG_FILE, "report.html")
 PATHS = {"adapter_config.json": "base_model_name_or_path", STATE_FILE: "best_model_checkpoint"}  # file → its field
-CANNOT_UPLOAD = (OSError, ValueError, RuntimeError, httpx.HTTPError)  # of the network, the Hub, and hf_xet
+CANNOT_UPLOAD = (OSError, ValueError, RuntimeError, HTTPError)  # of the network, the Hub, and hf_xet
 
 
 class HubRepo:
@@ -142,6 +141,6 @@ def explain(error: BaseException) -> str:
         return "the token is not accepted (hub_token, HF_TOKEN, or hf auth login)"
     if status == 403:
         return "the token may not write there"
-    if isinstance(error, httpx.TransportError):
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
         return f"{constants.ENDPOINT} cannot be reached ({error})"
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

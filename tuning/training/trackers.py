@@ -40,7 +40,7 @@ def make_trackers(config: RunConfig) -> list[TrainerCallback]:
         try:
             tracker = _find_class(name)()
         except (RuntimeError, ImportError) as error:
-            raise UserError(f"{name} cannot be used: {error}", "report_to", "Or leave it out.") from error
+            raise UserError(f"{name} cannot be used: {str(error).strip()}", "report_to", "Mend that, or leave it out.") from error
         if name == "tensorboard":  # stock, every start has a folder of its own
             folder = Path(config.training.output_dir, "runs", config.training.run_name or "run")
             tracker.logging_dir = tracker.logging_dir or str(folder)
@@ -62,8 +62,11 @@ def _begin(name: str, tracker: Any, begin: Any, options: dict[str, Any], args, s
     settings = _continue_run(name, tracker, runs.get(name), state.global_step)
     if name == AIM:
         kwargs.pop("model", None)  # it stores a model's settings, but not those that have parts
-    with environment(settings):
-        begin(AllOptions(args, options), state, control, **kwargs)
+    try:
+        with environment(settings):
+            begin(AllOptions(args, options), state, control, **kwargs)
+    except _errors_of(name) as error:
+        raise UserError(f"{name} cannot be used: {str(error).strip()}", "report_to", "Mend that, or leave it out.") from error
     run = _find_run(name, tracker) if state.is_world_process_zero else None
     if run:
         write_json(file, (read_json(file) or {}) | {name: run})
@@ -76,7 +79,7 @@ def _continue_run(name: str, tracker: Any, run: str | None, step: int) -> dict[s
     if run and name == AIM:
         tracker._run_hash = run
     if run and name == "mlflow":
-        return {"MLFLOW_RUN_ID": run}
+        return {"MLFLOW_RUN_ID": run, "MLFLOW_MAX_LOG_PARAMS": "0"}  # parameters cannot be changed
     return {"WANDB_RUN_ID": run, "WANDB_RESUME": "allow"} if run and name == "wandb" else {}
 
 
@@ -91,6 +94,12 @@ def _find_run(name: str, tracker: Any) -> str | None:
     return tracker._run_hash if name == AIM else None
 
 
+def _errors_of(name: str) -> tuple[type[Exception], ...]:
+    """What a tracker raises where its settings are at fault, or its server does not answer."""
+    errors = {"mlflow": "MlflowException", "wandb": "Error"}
+    return (getattr(importlib.import_module(name), errors[name]),) if name in errors else ()
+
+
 @contextmanager
 def environment(settings: dict[str, str]) -> Iterator[None]:
     """Set environment variables that the user has not set, for as long as this lasts."""
@@ -100,4 +109,4 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         for name in new:
-            del os.environ[name]
+            os.environ.pop(name, None)  # MLflow has taken its own
