@@ -94,7 +94,9 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
         return None
     name = str(facts.validation)
     return [
-        EvalResult(PIPELINE, dataset_type=name, dataset_name=name, metric_type=metric, metric_value=value)
+        EvalResult(
+            PIPELINE, dataset_type=name, dataset_name=name, metric_type=metric.removeprefix("eval_"), metric_value=value
+        )
         for metric, value in _scores(facts).items()
     ] or None
 

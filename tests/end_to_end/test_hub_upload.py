@@ -84,7 +84,9 @@ def test_checkpoints_are_uploaded_as_the_strategy_says(strategy, folders, hub, o
         ({"hub_model_id": "not a name"}, "not a name"),
     ],
 )
-def test_what_forbids_the_upload_is_said_before_the_weights_are_read(changes, said, hub, options, tmp_path, monkeypatch):
+def test_what_forbids_the_upload_is_said_before_the_weights_are_read(
+    changes, said, hub, options, tmp_path, monkeypatch
+):
     monkeypatch.setattr("tuning.sft_trainer.make_model", pytest.fail)
     with pytest.raises(UserError, match=said):
         tuning.train(options(**changes))

@@ -40,7 +40,9 @@ def make_trackers(config: RunConfig) -> list[TrainerCallback]:
         try:
             tracker = _find_class(name)()
         except (RuntimeError, ImportError) as error:
-            raise UserError(f"{name} cannot be used: {str(error).strip()}", "report_to", "Mend that, or leave it out.") from error
+            raise UserError(
+                f"{name} cannot be used: {str(error).strip()}", "report_to", "Mend that, or leave it out."
+            ) from error
         if name == "tensorboard":  # stock, every start has a folder of its own
             folder = Path(config.training.output_dir, "runs", config.training.run_name or "run")
             tracker.logging_dir = tracker.logging_dir or str(folder)
@@ -66,7 +68,9 @@ def _begin(name: str, tracker: Any, begin: Any, options: dict[str, Any], args, s
         with environment(settings):
             begin(AllOptions(args, options), state, control, **kwargs)
     except _errors_of(name) as error:
-        raise UserError(f"{name} cannot be used: {str(error).strip()}", "report_to", "Mend that, or leave it out.") from error
+        raise UserError(
+            f"{name} cannot be used: {str(error).strip()}", "report_to", "Mend that, or leave it out."
+        ) from error
     run = _find_run(name, tracker) if state.is_world_process_zero else None
     if run:
         write_json(file, (read_json(file) or {}) | {name: run})
