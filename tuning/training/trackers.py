@@ -99,9 +99,10 @@ def _find_run(name: str, tracker: Any) -> str | None:
 
 
 def _errors_of(name: str) -> tuple[type[Exception], ...]:
-    """What a tracker raises where its settings are at fault, or its server does not answer."""
+    """What a tracker raises where its settings are at fault, its server does not answer, or a package is missing."""
     errors = {"mlflow": "MlflowException", "wandb": "Error"}
-    return (getattr(importlib.import_module(name), errors[name]),) if name in errors else ()
+    own = [getattr(importlib.import_module(name), errors[name])] if name in errors else []
+    return (ImportError, *own)
 
 
 @contextmanager
