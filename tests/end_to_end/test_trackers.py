@@ -83,7 +83,12 @@ def test_aims_own_callback_is_used_and_goes_on_with_its_run(make_options, monkey
     begun = []
 
     class AimCallback(TrainerCallback):
-        _run_hash = None
+        def __init__(self, log_system_params=True):
+            self._run_hash = None
+            assert not log_system_params  # environment variables, that is: they may hold secrets
+
+        def on_init_end(self, args, state, control, **kwargs):
+            pytest.fail("a run would begin before it is known that one goes on")
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             begun.append((self._run_hash, args.to_sanitized_dict()["r"], model))

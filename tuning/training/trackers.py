@@ -38,7 +38,7 @@ def make_trackers(config: RunConfig) -> list[TrainerCallback]:
     trackers = []
     for name in config.training.report_to or []:
         try:
-            tracker = _find_class(name)()
+            tracker = _make_aim() if name == AIM else INTEGRATION_TO_CALLBACK[name]()
         except (RuntimeError, ImportError) as error:
             raise UserError(
                 f"{name} cannot be used: {str(error).strip()}", "report_to", "Mend that, or leave it out."
@@ -51,10 +51,11 @@ def make_trackers(config: RunConfig) -> list[TrainerCallback]:
     return trackers
 
 
-def _find_class(name: str) -> Any:
-    if name == AIM:
-        return importlib.import_module("aim.hugging_face").AimCallback
-    return INTEGRATION_TO_CALLBACK[name]
+def _make_aim() -> Any:
+    """Aim's callback. By itself it records every environment variable, and begins a run before one can go on."""
+    tracker = importlib.import_module("aim.hugging_face").AimCallback(log_system_params=False)
+    tracker.on_init_end = TrainerCallback().on_init_end
+    return tracker
 
 
 def _begin(name: str, tracker: Any, begin: Any, options: dict[str, Any], args, state, control, **kwargs) -> None:
