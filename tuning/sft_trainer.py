@@ -28,7 +28,7 @@ from tuning.data.encode import Encoder
 from tuning.data.sources import Mixture, Source, Stream
 from tuning.data_paths import make_encoder, open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
-from tuning.files import write_json
+from tuning.files import CONFIG_FILE, SKIPPED_FILE, write_json
 from tuning.launch import launch, wanted_launch
 from tuning.model import load
 from tuning.model.fsdp import give_up_fsdp_on_cpu
@@ -38,8 +38,9 @@ from tuning.model.parts import (
     find_parts,
 )
 from tuning.model_plan import make_model, pick_attention, plan_model
+from tuning.run_facts import write_facts
 from tuning.training.answering import Examiner
-from tuning.training.callbacks import SKIPPED_FILE, EarlyStopping
+from tuning.training.callbacks import EarlyStopping
 from tuning.training.checkpoint import (
     COMPLETE_FILE,
     Progress,
@@ -129,7 +130,9 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         examiner=make_examiner(config, encoder, padding, validation_rows or training_rows),
         callbacks=[EarlyStopping(patience)] if (patience := config.answers.early_stopping_patience) else None,
     )
-    return run(trainer, config, progress)
+    write_facts(config, trainer, encoder, source.parts, goes_on=progress.folder is not None)
+    with trainer.report:
+        return run(trainer, config, progress)
 
 
 def _as_run_config(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> RunConfig:
@@ -237,7 +240,7 @@ def prepare_output(config: RunConfig, progress: Progress) -> None:
             shutil.rmtree(leftover)
         if progress.folder is None:
             (output_dir / SKIPPED_FILE).unlink(missing_ok=True)
-        write_json(output_dir / "resolved_config.json", config.to_dict())
+        write_json(output_dir / CONFIG_FILE, config.to_dict())
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {output_dir}") from error
 
