@@ -1,7 +1,5 @@
 """A run that has ended → the facts that its model card states."""
 
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,12 @@ from transformers.trainer_utils import has_length
 
 from tuning.config.arguments import RunConfig
 from tuning.config.validate import DATA_SUFFIXES, hide_paths, is_local_path
+from tuning.files import CARD_FILE
 from tuning.model.parts import count_parameters
 from tuning.model_card import CardFacts
-from tuning.training.checkpoint import CARD_FILE
+from tuning.run_facts import find_versions
 from tuning.training.trainer import SupervisedTrainer
 
-PACKAGES = ("vlm-tuning", "torch", "transformers", "peft", "accelerate", "datasets")
 OF_THIS_MACHINE = (
     *("output_dir", "save_model_dir", "resume_from_checkpoint", "overwrite_output_dir", "accelerate_launch_args"),
     *("cache_vision_features", "run_name"),
@@ -52,15 +50,6 @@ def gather_facts(trainer: SupervisedTrainer, config: RunConfig) -> CardFacts:
         base_metadata=read_metadata(name),
         versions=find_versions(),
     )
-
-
-def find_versions() -> dict[str, str]:
-    """The packages that made the model, as far as they are installed as such: ours may be run from its folder."""
-    versions = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
 
 
 def is_hub_id(name: str) -> bool:

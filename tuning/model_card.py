@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
-from tuning.training.checkpoint import CARD_FILE, write_text
+from tuning.files import CARD_FILE, write_text
+from tuning.model.parts import PartSize
 
 MARK = "<!-- Written by vlm-tuning, and anew by every run into this folder as long as this line is here. -->"
 PIPELINE = "image-text-to-text"
@@ -19,7 +20,7 @@ class CardFacts:
     """What a model card says.
 
     `options`: those of the run, without secrets and paths. `base_model`, `datasets`: as they are called
-    on the Hub, or only here; `on_hub`: which of these names are the Hub's. `parts`: part → all and trained parameters.
+    on the Hub, or only here; `on_hub`: which of these names are the Hub's. `parts`: how large each is.
     `log_history`: of the trainer's state; `best_step`: the step that the saved model is of, where not the last.
     `base_metadata`: what the base model's own card says at its head.
     """
@@ -30,7 +31,7 @@ class CardFacts:
     datasets: list[str]
     validation: str | None
     on_hub: frozenset[str]
-    parts: dict[str, tuple[int, int]]
+    parts: list[PartSize]
     dtype: str
     processes: int
     rows: int | None
@@ -143,7 +144,7 @@ def _quoted(names: list[str]) -> str:
 
 
 def _describe_parts(facts: CardFacts) -> str:
-    rows = [(part.replace("_", " "), f"{size:,}", f"{trained:,}") for part, (size, trained) in facts.parts.items()]
+    rows = [(size.part.replace("_", " "), f"{size.parameters:,}", f"{size.trained:,}") for size in facts.parts]
     return _table("## Parameters", ("part", "all", "trained"), rows)
 
 

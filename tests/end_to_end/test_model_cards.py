@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import tuning
+from tuning.model.parts import PartSize
 from tuning.model_card import CardFacts, merge_card, write_card
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 16}
@@ -102,7 +103,11 @@ def make_facts(**changes) -> CardFacts:
             "base_model": "some/base",
             "datasets": ["some/rows", "more.jsonl"],
         },
-        **{"validation": "some/rows", "on_hub": frozenset({"some/base", "some/rows"}), "parts": {"all": (2000, 10)}},
+        **{
+            "validation": "some/rows",
+            "on_hub": frozenset({"some/base", "some/rows"}),
+            "parts": [PartSize("projector", 2000, 10)],
+        },
         **{"dtype": "bfloat16", "processes": 3, "rows": None, "rows_left_out": 2, "steps": 5, "epochs": 0.5},
         **{"log_history": [{"loss": 2.0, "step": 5}, {"eval_loss": 1.5, "eval_runtime": 3.0, "step": 5}]},
     }

@@ -58,22 +58,33 @@ def freeze_parameters(model: nn.Module, names: set[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def count_parameters(model: nn.Module, parts: Parts) -> dict[str, tuple[int, int]]:
-    """Part → its parameters, all and trainable; `all` comes last. Shared parameters count once."""
-    total, trainable = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+@dataclass(frozen=True)
+class PartSize:
+    """Parameters of a part, and how many of them are trained."""
+
+    part: str
+    parameters: int
+    trained: int
+
+
+def count_parameters(model: nn.Module, parts: Parts) -> list[PartSize]:
+    """The size of every part, in the order of `PARTS`. Shared parameters count once."""
+    total, trained = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed leaves nothing in what it shards
         total[parts.of(name)] += size
-        trainable[parts.of(name)] += size if parameter.requires_grad else 0
-    counts = {part: (total[part], trainable[part]) for part in PARTS}
-    return counts | {"all": (sum(total.values()), sum(trainable.values()))}
+        trained[parts.of(name)] += size if parameter.requires_grad else 0
+    return [PartSize(part, total[part], trained[part]) for part in PARTS]
 
 
 def parameter_table(model: nn.Module, parts: Parts) -> str:
-    """The counts of `count_parameters` as text."""
+    """Parameters per part, total and trainable, as text."""
+    rows = count_parameters(model, parts)
+    rows.append(PartSize("all", sum(row.parameters for row in rows), sum(row.trained for row in rows)))
     lines = [f"{'part':<22} {'parameters':>15} {'trainable':>15} {'':>8}"]
-    for part, (count, trained) in count_parameters(model, parts).items():
-        lines.append(f"{part:<22} {count:>15,} {trained:>15,} {trained / max(count, 1):>8.2%}")
+    for row in rows:
+        share = row.trained / max(row.parameters, 1)
+        lines.append(f"{row.part:<22} {row.parameters:>15,} {row.trained:>15,} {share:>8.2%}")
     return "\n".join(lines)
 
 

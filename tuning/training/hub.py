@@ -14,11 +14,11 @@ from transformers.trainer_utils import HubStrategy
 from tuning.config.validate import hide_paths
 from tuning.console import say
 from tuning.errors import UserError
-from tuning.training.callbacks import LOG_FILE
-from tuning.training.checkpoint import CARD_FILE, IDENTITY_FILE, NOT_OF_A_MODEL, SHARDED_MODEL, STATE_FILE
+from tuning.files import CARD_FILE, CONFIG_FILE, FACTS_FILE, LOG_FILE, PROGRESS_FILE, REPORT_FILE, SAMPLES_FILE
+from tuning.training.checkpoint import IDENTITY_FILE, NOT_OF_A_MODEL, SHARDED_MODEL, STATE_FILE
 
+OF_THE_RUN = (CONFIG_FILE, FACTS_FILE, PROGRESS_FILE, REPORT_FILE, SAMPLES_FILE, "checkpoint-*", ".*")
 KEPT_HERE = (TRAINING_ARGS_NAME, IDENTITY_FILE)  # they tell of this machine's folders
-REPORTS = (LOG_FILE, "report.html")
 PATHS = {"adapter_config.json": "base_model_name_or_path", STATE_FILE: "best_model_checkpoint"}  # file → its field
 CANNOT_UPLOAD = (OSError, ValueError, RuntimeError, HTTPError)  # of the network, the Hub, and hf_xet
 
@@ -81,19 +81,17 @@ class HubRepo:
         self._upload = None
 
     def upload_final(self, folder: Path, names: Sequence[str], output_dir: Path) -> None:
-        """Upload the files called `names` of the saved model, its card, and what reports of the run there are.
+        """Upload the files called `names` of the saved model, its card, and the log of the run.
 
         Raises `UserError` where that fails, which says how to do it later.
         """
         self.wait()
         files = {name: folder / name for name in [*names, CARD_FILE]}
-        files |= {name: output_dir / name for name in REPORTS}
+        files[LOG_FILE] = output_dir / LOG_FILE
         try:
             self._commit({name: file for name, file in files.items() if file.is_file() and _may_go(file)}, "Trained")
         except CANNOT_UPLOAD as error:
-            left = " ".join(
-                f"--exclude {name!r}" for name in (*KEPT_HERE, "resolved_config.json", "checkpoint-*", ".*")
-            )
+            left = " ".join(f"--exclude {name!r}" for name in (*KEPT_HERE, *OF_THE_RUN))
             raise UserError(
                 f"the model is saved in {folder}, but was not uploaded to {self.repo_id}: {explain(error)}.",
                 "push_to_hub",
