@@ -24,6 +24,7 @@ from tuning.data.measure import CHUNK, Measured, RowMeter, measure_rows
 from tuning.data.sources import Part, Row, Stream, read_part
 from tuning.data_paths import make_encoder, open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
+from tuning.files import write_json, write_text
 from tuning.model import load
 from tuning.model.attention import set_decoder_attention
 from tuning.model.packed_attention import PACKED
@@ -34,7 +35,7 @@ from tuning.preview.memory import MemoryEstimate, estimate_memory
 from tuning.preview.page import render_page
 from tuning.preview.report import Problem, Report, SampleRow
 from tuning.preview.rows import show_row
-from tuning.training.checkpoint import run_date, write_json, write_text
+from tuning.training.checkpoint import run_date
 from tuning.training.epochs import pack_batches
 from tuning.training.master_weights import hold_master_weights
 from tuning.training.padding_free import find_structural_obstacle

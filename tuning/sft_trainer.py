@@ -30,6 +30,7 @@ from tuning.data.encode import Encoder
 from tuning.data.sources import Mixture, Source, Stream
 from tuning.data_paths import make_encoder, open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
+from tuning.files import write_json
 from tuning.launch import launch, wanted_launch
 from tuning.model import load
 from tuning.model.fsdp import give_up_fsdp_on_cpu
@@ -50,7 +51,6 @@ from tuning.training.checkpoint import (
     find_progress,
     remove_earlier_run,
     run_identity,
-    write_json,
 )
 from tuning.training.faults import worker_killed
 from tuning.training.hub import HubRepo

@@ -64,7 +64,12 @@ def test_imports_go_one_way(folder, forbidden):
 
 
 @pytest.mark.parametrize(
-    ("part", "allowed"), [("config/*.py", ("tuning.errors", "tuning.config")), ("errors.py", ()), ("console.py", ())]
+    ("part", "allowed"),
+    [
+        ("config/*.py", ("tuning.errors", "tuning.config")),
+        ("report/*.py", ("tuning.config", "tuning.console", "tuning.files", "tuning.page", "tuning.report")),
+        *((part, ()) for part in ("errors.py", "console.py", "files.py", "page/*.py")),
+    ],
 )
 def test_base_modules_import_only_what_is_below_them(part, allowed):
     files = sorted(PACKAGE.glob(part))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 
 def option(default: Any, help: str):
@@ -193,3 +194,12 @@ TRAINING_DEFAULTS = {
     "ddp_broadcast_buffers": False,  # they never change
     "logging_nan_inf_filter": False,  # a loss that is no number ends the run: nothing to hide, and one wait less
 }
+
+
+def default_options() -> dict[str, Any]:
+    """Every option's default by name, as `RunConfig.to_dict` has it."""
+    own = {entry.name: entry for kind in SECTIONS.values() for entry in fields(kind)}
+    values = {}
+    for entry in (*fields(TrainingArguments), *own.values()):
+        values[entry.name] = entry.default_factory() if callable(entry.default_factory) else entry.default
+    return values | TRAINING_DEFAULTS | {"accelerator_config": AcceleratorConfig().to_dict()}

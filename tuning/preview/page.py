@@ -1,14 +1,26 @@
 """The page of a check: one self-contained HTML file that shows what a model would be trained on."""
 
-import html
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from itertools import groupby
 
 import numpy as np
 
+from tuning.page.html import (
+    escape,
+    format_value,
+    read_asset,
+    render_document,
+    render_figures,
+    render_settings,
+    render_share,
+    render_warnings,
+    round_up,
+    shorten,
+    show_count,
+    show_name,
+)
 from tuning.preview.report import IMAGE, SUPERVISED, Problem, Report, SampleRow, Token
 
 EXAMPLES = 10
@@ -16,9 +28,6 @@ FREQUENT_SIZES = 8
 MAX_BARS, MIN_BARS = 48, 7
 WIDTH, HEIGHT = 360, 174
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 28, 34
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-UNITS = {"gb": "GB", "gib": "GiB", "mb": "MB", "mib": "MiB"}
-VISIBLE_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
 def render_page(report: Report) -> str:
@@ -31,92 +40,34 @@ def render_page(report: Report) -> str:
         ("cost", "Padding and estimates", _render_cost(report)),
         ("samples", "Sample rows", _render_samples(report.samples)),
     ]
-    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in sections)
-    main = "\n".join(
-        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>{body}</section>'
-        for name, title, body in sections
-    )
     verdict = _state_verdict(report)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{verdict} – {_escape(report.data)}</title>
-<style>
-{_read_asset("page.css")}</style>
-</head>
-<body>
-<header class="{"clean" if report.is_clean else "unclean"}">
+    header = f"""<header class="{"clean" if report.is_clean else "unclean"}">
 <h1>{verdict}</h1>
-<dl class="names"><div><dt>Model</dt><dd>{_escape(report.model)}</dd></div>
-<div><dt>Data</dt><dd>{_escape(report.data)}</dd></div></dl>
-</header>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-<main>
-{main}
-</main>
-<script>
-{_read_asset("page.js")}</script>
-</body>
-</html>
-"""
-
-
-def _read_asset(name: str) -> str:
-    return files("tuning.preview").joinpath(name).read_text(encoding="utf-8")
-
-
-def _escape(text: str) -> str:
-    """`text` as HTML. Control characters become visible, as does half a surrogate pair, which no file can hold."""
-    visible = text.translate(VISIBLE_CONTROLS).encode("utf-8", "backslashreplace").decode("utf-8")
-    return html.escape(visible)
-
-
-def _name(key: str) -> str:
-    return _escape(" ".join(UNITS.get(word, word) for word in key.split("_")))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _format_value(value: float) -> str:
-    if not math.isfinite(value):
-        return "unknown"
-    if float(value).is_integer() or abs(value) >= 1000:
-        return f"{round(value):,}"
-    return f"{value:.3g}"
+<dl class="names"><div><dt>Model</dt><dd>{escape(report.model)}</dd></div>
+<div><dt>Data</dt><dd>{escape(report.data)}</dd></div></dl>
+</header>"""
+    return render_document(
+        title=f"{verdict} – {escape(report.data)}",
+        header=header,
+        sections=sections,
+        style=read_asset("tuning.preview", "tokens.css"),
+        script=read_asset("tuning.preview", "page.js"),
+    )
 
 
 def _state_verdict(report: Report) -> str:
     rows = report.totals.get("rows")
     if report.is_clean:
-        return "No problems" if rows is None else f"No problems in {_count(rows, 'row')}" if rows else "No rows"
+        return "No problems" if rows is None else f"No problems in {show_count(rows, 'row')}" if rows else "No rows"
     bad = len({(problem.file, problem.row) for problem in report.problems})
-    where = _count(bad, "row") if rows is None else f"{bad:,} of {_count(rows, 'row')}"
-    return f"{_count(len(report.problems), 'problem')} in {where}"
+    where = show_count(bad, "row") if rows is None else f"{bad:,} of {show_count(rows, 'row')}"
+    return f"{show_count(len(report.problems), 'problem')} in {where}"
 
 
 def _render_summary(report: Report) -> str:
-    totals = "".join(
-        f"<div><dt>{_name(key)}</dt><dd>{_format_value(value)}</dd></div>" for key, value in report.totals.items()
-    )
-    parts = [f'<dl class="totals">{totals}</dl>' if totals else ""]
-    if report.warnings:
-        items = "".join(f"<li>{_escape(warning)}</li>" for warning in report.warnings)
-        parts.append(f'<div class="warnings"><h3>Worth a look</h3><ul>{items}</ul></div>')
-    if report.settings:
-        entries = "".join(_render_setting(key, value) for key, value in report.settings.items())
-        parts.append(f'<h3>Settings</h3><dl class="settings">{entries}</dl>')
-    return "".join(parts)
-
-
-def _render_setting(key: str, value: str) -> str:
-    style = ' class="lines" tabindex="0" role="group"' if "\n" in value else ""
-    label = f' aria-label="{_name(key)}"' if style else ""
-    return f"<dt>{_name(key)}</dt><dd{style}{label}>{_escape(value)}</dd>"
+    figures = render_figures({key: format_value(value) for key, value in report.totals.items()})
+    settings = f"<h3>Settings</h3>{render_settings(report.settings)}" if report.settings else ""
+    return figures + render_warnings(report.warnings) + settings
 
 
 def _render_problems(report: Report) -> str:
@@ -130,15 +81,15 @@ def _render_kind(kind: str, problems: Sequence[Problem]) -> str:
     items = "".join(_render_problem(problem) for problem in problems[:EXAMPLES])
     more = len(problems) - EXAMPLES
     rest = f'<p class="small">and {more:,} more in <code>check.json</code></p>' if more > 0 else ""
-    heading = f'<span class="kind">{_name(kind)}</span> <span class="badge">{len(problems):,}</span>'
+    heading = f'<span class="kind">{show_name(kind)}</span> <span class="badge">{len(problems):,}</span>'
     return f"<details open><summary>{heading}</summary><ul>{items}</ul>{rest}</details>"
 
 
 def _render_problem(problem: Problem) -> str:
-    field = f" <code>{_escape(problem.field)}</code>" if problem.field else ""
+    field = f" <code>{escape(problem.field)}</code>" if problem.field else ""
     return (
-        f"<li><p><b>row {problem.row}</b>{field} <span class=small>{_escape(problem.file)}</span></p>"
-        f"<p class=message>{_escape(problem.message)}</p></li>"
+        f"<li><p><b>row {problem.row}</b>{field} <span class=small>{escape(problem.file)}</span></p>"
+        f"<p class=message>{escape(problem.message)}</p></li>"
     )
 
 
@@ -147,9 +98,9 @@ def _render_lengths(lengths: Mapping[str, np.ndarray]) -> str:
     if not measured:
         return "<p>There are no good rows to measure.</p>"
     charts = "".join(
-        _render_chart(f"{_name(name)} tokens", values, ("token", "row"))
+        _render_chart(f"{show_name(name)} tokens", values, ("token", "row"))
         if values.max() > 0
-        else f"<figure><figcaption><h3>{_name(name)} tokens</h3><p>none in any row</p></figcaption></figure>"
+        else f"<figure><figcaption><h3>{show_name(name)} tokens</h3><p>none in any row</p></figcaption></figure>"
         for name, values in measured.items()
     )
     note = '<p class="small">“text” counts every token that is not an image token, supervised ones included.</p>'
@@ -167,7 +118,7 @@ def _render_image_sizes(sizes: Counter[tuple[int, int]]) -> str:
         for (width, height), count in sizes.most_common(FREQUENT_SIZES)
     )
     rest = len(sizes) - FREQUENT_SIZES
-    more = f'<p class="small">and {_count(rest, "more size")}</p>' if rest > 0 else ""
+    more = f'<p class="small">and {show_count(rest, "more size")}</p>' if rest > 0 else ""
     return (
         f'<div class="charts">{_render_chart("longer side", longer, ("pixel", "image"))}'
         "<div><h3>most frequent sizes</h3><table><thead><tr><th>pixels</th><th>megapixels</th><th>images</th>"
@@ -178,32 +129,24 @@ def _render_image_sizes(sizes: Counter[tuple[int, int]]) -> str:
 def _render_cost(report: Report) -> str:
     parts = []
     if report.padding:
-        bars = "".join(_render_share(name, share) for name, share in report.padding.items())
+        bars = "".join(render_share(name, share) for name, share in report.padding.items())
         parts.append(f'<h3>Share of a batch that is padding</h3><ul class="shares">{bars}</ul>')
     if report.estimates:
         entries = "".join(
-            f"<dt>{_name(name)}</dt><dd><b>{_format_value(value)}</b> <span class=small>{_escape(how)}</span></dd>"
+            f"<dt>{show_name(name)}</dt><dd><b>{format_value(value)}</b> <span class=small>{escape(how)}</span></dd>"
             for name, (value, how) in report.estimates.items()
         )
         parts.append(f'<h3>Estimates</h3><dl class="settings">{entries}</dl>')
     return "".join(parts) or "<p>Nothing could be estimated.</p>"
 
 
-def _render_share(name: str, share: float) -> str:
-    width = min(max(share, 0), 1) * 100
-    return (
-        f"<li><span>{_name(name)}</span><span class=track aria-hidden=true>"
-        f'<span style="width:{width:.1f}%"></span></span><b>{share:.1%}</b></li>'
-    )
-
-
 def _render_chart(title: str, values: np.ndarray, nouns: tuple[str, str]) -> str:
     """A histogram of whole numbers with its figures below the title; `nouns`: of a value, and of what has it."""
     median, most = float(np.median(values)), int(values.max())
-    facts = f"median {_format_value(median)} · mean {_format_value(float(values.mean()))} · max {most:,}"
-    label = f"Histogram of {title} of {_count(len(values), nouns[1])}: {facts.replace(' ·', ',')}"
+    facts = f"median {format_value(median)} · mean {format_value(float(values.mean()))} · max {most:,}"
+    label = f"Histogram of {title} of {show_count(len(values), nouns[1])}: {facts.replace(' ·', ',')}"
     counts, edges = _bin(values)
-    step = _round_up(int(counts.max()) / 4)
+    step = int(round_up(max(int(counts.max()) / 4, 1)))
     top = math.ceil(int(counts.max()) / step) * step
     parts = [
         *_draw_counts(top, step, nouns[1]),
@@ -216,16 +159,10 @@ def _render_chart(title: str, values: np.ndarray, nouns: tuple[str, str]) -> str
     )
 
 
-def _round_up(number: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, …"""
-    power = 10 ** max(0, math.floor(math.log10(max(number, 1))))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= number)
-
-
 def _bin(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Counts in bars of a round width, and their edges; few bars get empty ones beside them."""
     low, high = int(values.min()), int(values.max())
-    width = _round_up((high - low + 1) / MAX_BARS)
+    width = int(round_up(max((high - low + 1) / MAX_BARS, 1)))
     first, last = low // width, high // width
     missing = max(0, MIN_BARS - (last - first + 1))
     first = max(0, first - missing // 2)
@@ -248,7 +185,7 @@ def _draw_counts(top: int, step: int, noun: str) -> Iterator[str]:
     for count in range(0, top + 1, step):
         y = _place_y(count, top)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{_shorten(count)}</text>'
+        yield f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{shorten(count)}</text>'
 
 
 def _draw_bars(counts: np.ndarray, edges: np.ndarray, top: int, nouns: tuple[str, str]) -> Iterator[str]:
@@ -257,9 +194,9 @@ def _draw_bars(counts: np.ndarray, edges: np.ndarray, top: int, nouns: tuple[str
             continue
         x, right = _place_x(start, edges), _place_x(end, edges)
         height = max(1.5, _place_y(0, top) - _place_y(count, top))
-        values = _count(start, nouns[0]) if end - start == 1 else f"{start:,}–{end - 1:,} {nouns[0]}s"
+        values = show_count(start, nouns[0]) if end - start == 1 else f"{start:,}–{end - 1:,} {nouns[0]}s"
         yield (
-            f"<g><title>{values}: {_count(count, nouns[1])}</title>"
+            f"<g><title>{values}: {show_count(count, nouns[1])}</title>"
             f'<rect class="hover" x="{x:.1f}" y="{TOP}" width="{right - x:.1f}" height="{HEIGHT - TOP - BOTTOM}"/>'
             f'<rect class="bar" x="{x + 0.5:.1f}" y="{_place_y(0, top) - height:.1f}" width="{right - x - 1:.1f}"'
             f' height="{height:.1f}"/></g>'
@@ -268,22 +205,15 @@ def _draw_bars(counts: np.ndarray, edges: np.ndarray, top: int, nouns: tuple[str
 
 def _draw_values(edges: np.ndarray, median: float, noun: str) -> Iterator[str]:
     """The axis below the bars, and a line at the median. Half is added as a bar of width 1 starts at its number."""
-    step = _round_up((edges[-1] - edges[0]) / 5)
+    step = int(round_up(max((edges[-1] - edges[0]) / 5, 1)))
     for tick in range(-(-int(edges[0]) // step) * step, int(edges[-1]), step):
         x = _place_x(tick + 0.5, edges)
-        yield f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{_shorten(tick)}</text>'
+        yield f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{shorten(tick)}</text>'
     yield f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{noun}s</text>'
     x = _place_x(median + 0.5, edges)
     anchor = "start" if x < WIDTH / 2 else "end"
     yield f'<line class="median" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 22}" y2="{HEIGHT - BOTTOM}"/>'
     yield f'<text x="{x + (4 if anchor == "start" else -4):.1f}" y="12" text-anchor="{anchor}">median</text>'
-
-
-def _shorten(number: int) -> str:
-    for size, letter in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
-        if number >= size:
-            return f"{number / (1000 if letter == 'k' else size):g}{letter}"
-    return f"{number:,}"
 
 
 def _render_samples(samples: Sequence[SampleRow]) -> str:
@@ -302,17 +232,17 @@ def _render_samples(samples: Sequence[SampleRow]) -> str:
 def _render_sample(number: int, sample: SampleRow) -> str:
     name = f"sample-{number}"
     pictures = "".join(
-        f'<img src="{_escape(uri)}" alt="picture {n} of {len(sample.pictures)} of row {sample.row}" loading="lazy">'
+        f'<img src="{escape(uri)}" alt="picture {n} of {len(sample.pictures)} of row {sample.row}" loading="lazy">'
         for n, uri in enumerate(sample.pictures, 1)
     )
     counts = [
-        _count(len(sample.tokens), "token"),
+        show_count(len(sample.tokens), "token"),
         f"{sample.count(IMAGE):,} image",
         f"{sample.count(SUPERVISED):,} supervised",
     ]
     return (
         f'<article id="{name}" aria-labelledby="{name}-title"><h3 id="{name}-title">Row {sample.row} '
-        f"<span class=small>{_escape(sample.file)}</span></h3>"
+        f"<span class=small>{escape(sample.file)}</span></h3>"
         f"{f'<div class=pictures>{pictures}</div>' if pictures else ''}<p class=small>{' · '.join(counts)}</p>"
         f'<div class="tokens" tabindex="0" role="group" aria-label="tokens of row {sample.row}"'
         f' aria-describedby="{name}-status">{_render_tokens(sample.tokens)}</div>'
@@ -329,7 +259,7 @@ def _render_tokens(tokens: Sequence[Token]) -> str:
             continue
         for token in run:
             tag = "u" if token.role == SUPERVISED else "i"
-            text = _escape(token.text).replace("\n", "<s></s>\n")
+            text = escape(token.text).replace("\n", "<s></s>\n")
             parts.append(f"<{tag} title={token.id}>{text}</{tag}>")
     return "".join(parts)
 
@@ -337,4 +267,4 @@ def _render_tokens(tokens: Sequence[Token]) -> str:
 def _render_image_run(run: Sequence[Token]) -> str:
     ids = list(dict.fromkeys(token.id for token in run))
     shown = ", ".join(map(str, ids[:4])) + (", …" if len(ids) > 4 else "")
-    return f'<b title="{shown}" data-n={len(run)}>{_count(len(run), "image token")}</b>'
+    return f'<b title="{shown}" data-n={len(run)}>{show_count(len(run), "image token")}</b>'

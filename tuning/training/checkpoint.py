@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tuning.config.arguments import RunConfig
 from tuning.errors import UserError
+from tuning.files import read_json
 
 IDENTITY_FILE = "run_identity.json"
 COMPLETE_FILE = ".complete"
@@ -233,32 +234,11 @@ def _only_the_model(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name in NOT_OF_A_MODEL or Path(folder, name).is_dir()]
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None where there is no whole one."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
 def remove_earlier_run(output_dir: Path) -> None:
     """Delete the checkpoints and marks of an earlier run; the models it saved are overwritten at the end."""
     for folder in [*find_leftovers(output_dir), *list_checkpoints(output_dir)]:
         shutil.rmtree(folder)
     (output_dir / COMPLETE_FILE).unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write as JSON, in one piece like `write_text`."""
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write so that a reader sees the old or the new file, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def move_into_place(saved: Path, target: Path) -> list[str]:

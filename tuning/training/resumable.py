@@ -26,6 +26,7 @@ from transformers.trainer_callback import ExportableState
 
 from tuning.console import say
 from tuning.errors import UserError
+from tuning.files import write_json
 from tuning.training.checkpoint import (
     IDENTITY_FILE,
     OPTIMIZER_FILE,
@@ -42,7 +43,6 @@ from tuning.training.checkpoint import (
     read_shards,
     remove_oldest,
     staging_of,
-    write_json,
 )
 from tuning.training.hub import HubRepo
 from tuning.training.master_weights import MASTER, holds_master_weights
