@@ -1,16 +1,20 @@
-"""Small files that are read while they are written: always whole, the old one or the new."""
+"""The files in output_dir that several rooms know, and how to write one so that its readers always see it whole."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+LOG_FILE, SKIPPED_FILE, COMPLETE_FILE = "training_logs.jsonl", "skipped_rows.jsonl", ".complete"
+CONFIG_FILE, FACTS_FILE, PROGRESS_FILE = "resolved_config.json", "run_facts.json", "run_progress.json"
+PREDICTIONS_FILE, REPORT_FILE = "sample_predictions.jsonl", "report.html"
+
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None where there is no whole one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):  # of what is no JSON, or no text
         return None
 
 

@@ -30,7 +30,7 @@ from tuning.data.encode import Encoder
 from tuning.data.sources import Mixture, Source, Stream
 from tuning.data_paths import make_encoder, open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
-from tuning.files import write_json
+from tuning.files import CONFIG_FILE, SKIPPED_FILE, write_json
 from tuning.launch import launch, wanted_launch
 from tuning.model import load
 from tuning.model.fsdp import give_up_fsdp_on_cpu
@@ -41,9 +41,10 @@ from tuning.model.parts import (
 )
 from tuning.model_card import put_card, write_card
 from tuning.model_plan import make_model, pick_attention, plan_model
+from tuning.run_facts import write_facts
 from tuning.scoring import check_metrics
 from tuning.training.answering import Examiner
-from tuning.training.callbacks import SKIPPED_FILE, EarlyStopping
+from tuning.training.callbacks import EarlyStopping
 from tuning.training.checkpoint import (
     COMPLETE_FILE,
     Progress,
@@ -144,7 +145,9 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         ],
     )
     trainer.hub = hub
-    return run(trainer, config, progress)
+    write_facts(config, trainer, encoder, source.parts, goes_on=progress.folder is not None)
+    with trainer.report:
+        return run(trainer, config, progress)
 
 
 def _as_run_config(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> RunConfig:
@@ -252,7 +255,7 @@ def prepare_output(config: RunConfig, progress: Progress) -> None:
             shutil.rmtree(leftover)
         if progress.folder is None:
             (output_dir / SKIPPED_FILE).unlink(missing_ok=True)
-        write_json(output_dir / "resolved_config.json", config.to_dict())
+        write_json(output_dir / CONFIG_FILE, config.to_dict())
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {output_dir}") from error
 

@@ -2,10 +2,7 @@
 
 import html
 import json
-import os
 import re
-import shutil
-import subprocess
 from collections import Counter
 from dataclasses import replace
 
@@ -57,28 +54,6 @@ addEventListener("load", () => {
 FRAME = """<!doctype html><body><script>
 addEventListener("message", (event) => { document.body.dataset.seen = JSON.stringify(event.data); });
 </script><iframe src="page.html" width="360" height="800" style="border: 0"></iframe></body>"""
-
-
-@pytest.fixture(scope="session")
-def browser():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None and "CI" in os.environ:
-        pytest.fail("These tests look at the page in Chromium: install chromium or google-chrome.")
-    return found or pytest.skip("Neither chromium nor google-chrome is installed.")
-
-
-@pytest.fixture(scope="session")
-def open_page(browser, tmp_path_factory):
-    """Open a file; return its DOM after its scripts ran, and what was written to the console."""
-    profile = tmp_path_factory.mktemp("browser")
-
-    def open_page(path) -> tuple[str, list[str]]:
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-        command += ["--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom"]
-        done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return open_page
 
 
 def make_sample(row: int, *, num_image_tokens: int = 729) -> SampleRow:

@@ -10,10 +10,8 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tuning.data.encode import Skipped
+from tuning.files import LOG_FILE, SKIPPED_FILE
 from tuning.training.epochs import begin_epoch
-
-LOG_FILE = "training_logs.jsonl"
-SKIPPED_FILE = "skipped_rows.jsonl"
 
 
 class JsonLinesLog(TrainerCallback):

@@ -16,10 +16,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tuning.config.arguments import RunConfig
 from tuning.errors import UserError
-from tuning.files import read_json
+from tuning.files import COMPLETE_FILE, read_json
 
 IDENTITY_FILE = "run_identity.json"
-COMPLETE_FILE = ".complete"
 CARD_FILE = "README.md"
 STATE_FILE = "trainer_state.json"  # without it a checkpoint is not complete
 OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "random_states.pt"

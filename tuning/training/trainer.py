@@ -35,6 +35,7 @@ from tuning.training.meter import Meter
 from tuning.training.padding_free import find_obstacle, find_structural_obstacle
 from tuning.training.processes import Processes
 from tuning.training.resumable import ResumableTrainer
+from tuning.training.run_report import RunReport
 from tuning.training.self_check import SelfCheck
 
 FEW_STREAMED_ROWS = 1000  # a share of fewer streamed rows says little
@@ -92,6 +93,8 @@ class SupervisedTrainer(ResumableTrainer):
         self.add_callback(LoopCallback(self))
         self.add_callback(SelfCheck(self))
         self.add_callback(JsonLinesLog(self.args.output_dir))
+        self.report = RunReport(self.args.output_dir, writes=self.args.process_index == 0)
+        self.add_callback(self.report)
         self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         self.steps_in_backward = "lomo" in str(self.args.optim).lower()  # weights, as their gradients arrive
         self.keep_master_weights = keep_master_weights and not self.steps_in_backward and not self.is_deepspeed_enabled
@@ -130,7 +133,8 @@ class SupervisedTrainer(ResumableTrainer):
         self.identity[PADDED] = self.order_is_padded
         if not obstacle:
             set_decoder_attention(model, self.attention.packed)
-        say(f"Batches are padded to their longest row: {obstacle}." if obstacle else "Batches are padding-free.")
+        self.report.progress["batches"] = f"padded to their longest row: {obstacle}" if obstacle else "padding-free"
+        say(f"Batches are {self.report.progress['batches']}.")
         if self.args.torch_compile:
             backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
             layers = compile_layers(model, self.wrap_classes, backend=backend, mode=mode)
