@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from PIL import Image
 from transformers.trainer_utils import has_length
 
@@ -37,11 +38,12 @@ def write_facts(
         return
     path = Path(config.training.output_dir, FACTS_FILE)
     before = read_json(path) if goes_on else None
+    model = trainer.accelerator.unwrap_model(trainer.model)
     facts = {
         "model": config.model.model_name_or_path,
         "training_data": _name_data(config),
         "begun": (before or {}).get("begun") or datetime.now().astimezone().isoformat(timespec="seconds"),
-        "architecture": type(trainer.accelerator.unwrap_model(trainer.model)).__name__,
+        "architecture": type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
         "parts": [asdict(size) for size in count_parameters(trainer.model, trainer.parts)],
         "dtype": ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in trainer.dtypes.values()})),
         "attention": trainer.attention.reason.removeprefix("Attention: "),

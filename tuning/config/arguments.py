@@ -202,4 +202,6 @@ def default_options() -> dict[str, Any]:
     values = {}
     for entry in (*fields(TrainingArguments), *own.values()):
         values[entry.name] = entry.default_factory() if callable(entry.default_factory) else entry.default
-    return values | TRAINING_DEFAULTS | {"accelerator_config": AcceleratorConfig().to_dict()}
+    accelerator = AcceleratorConfig().to_dict()
+    del accelerator["use_configured_state"]  # TrainingArguments takes it out
+    return values | TRAINING_DEFAULTS | {"accelerator_config": accelerator}

@@ -14,7 +14,7 @@ SMALL, WIDE = (360, 190), (760, 290)
 RIGHT, TOP, BOTTOM = 12, 24, 32
 BUCKETS = 160  # a curve shows the lowest and the highest value of each
 BANDS = 48  # parts of a chart that tell their values
-FEW = 64  # more values are also shown as means
+VERY_FEW, FEW = 24, 64  # so many values are also shown as points; more than FEW also as means
 MEANS = 32
 LOG_RANGE = 20  # largest ÷ smallest value from which on a logarithmic axis shows more
 MAX_TICKS = 7
@@ -39,17 +39,28 @@ class Axis:
         return np.asarray(self.start + (numbers - low) / (high - low) * (self.end - self.start))
 
 
-def render_curves(title: str, lines: Mapping[str, Series], *, wide: bool = False, may_be_log: bool = False) -> str:
+def render_curves(
+    title: str,
+    lines: Mapping[str, Series],
+    *,
+    wide: bool = False,
+    may_be_log: bool = False,
+    from_zero: bool = False,
+    tells_highest: bool = False,
+) -> str:
     """A chart of one or two lines by name; the second is drawn as dots. `title` and names are plain text.
 
     Nothing where there is no number to show. `wide`: across the page, where that is wide enough. `may_be_log`: numbers
-    of very different sizes get a logarithmic axis.
+    of very different sizes get a logarithmic axis. `from_zero`: another axis begins there. `tells_highest`: the words
+    above the curve name its highest value, else its lowest.
     """
     finite = {name: series.finite() for name, series in lines.items()}
     finite = {name: series for name, series in finite.items() if len(series)}
     if not finite:
         return ""
-    facts = "; ".join(_summarize(name if len(lines) > 1 else "", series) for name, series in finite.items())
+    facts = "; ".join(
+        _summarize(name if len(lines) > 1 else "", series, tells_highest) for name, series in finite.items()
+    )
     strange = sum(len(series) - len(series.finite()) for series in lines.values())
     note = f" {show_count(strange, 'value')} of no finite size, marked ×." if strange else ""
     is_log = may_be_log and _spreads(list(finite.values()))
@@ -57,7 +68,7 @@ def render_curves(title: str, lines: Mapping[str, Series], *, wide: bool = False
     label = escape(f"{title} by step: {facts}")
     drawn = "".join(
         f'<svg class="{name}" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
-        f"{''.join(_draw(lines, finite, (width, height), is_log))}</svg>"
+        f"{''.join(_draw(lines, finite, (width, height), is_log, from_zero))}</svg>"
         for name, (width, height) in sizes.items()
     )
     scale = " <span class=small>logarithmic</span>" if is_log else ""
@@ -67,13 +78,13 @@ def render_curves(title: str, lines: Mapping[str, Series], *, wide: bool = False
     )
 
 
-def _summarize(name: str, series: Series) -> str:
-    values, latest = series.values, show_number(float(series.values[-1]))
+def _summarize(name: str, series: Series, tells_highest: bool) -> str:
+    values, latest = series.values, show_number(series.values[-1])
     if len(values) == 1:
         return f"{name} {latest} at step {series.steps[0]:,}".strip()
-    lowest = int(values.argmin())
-    low = f"lowest {show_number(float(values[lowest]))} at step {series.steps[lowest]:,}"
-    return f"{name} first {show_number(float(values[0]))}, latest {latest}, {low}".strip()
+    at = int(values.argmax() if tells_highest else values.argmin())
+    extreme = f"{'highest' if tells_highest else 'lowest'} {show_number(values[at])} at step {series.steps[at]:,}"
+    return f"{name} first {show_number(values[0])}, latest {latest}, {extreme}".strip()
 
 
 def _render_legend(lines: Mapping[str, Series]) -> str:
@@ -91,10 +102,13 @@ def _spreads(lines: Sequence[Series]) -> bool:
     return low > 0 and high / low >= LOG_RANGE
 
 
-def _draw(lines: Mapping[str, Series], finite: Mapping[str, Series], size: tuple[int, int], is_log: bool):
+def _draw(
+    lines: Mapping[str, Series], finite: Mapping[str, Series], size: tuple[int, int], is_log: bool, from_zero: bool
+) -> Iterator[str]:
     width, height = size
     values = np.concatenate([series.values for series in finite.values()])
-    y = _make_axis(float(values.min()), float(values.max()), height - BOTTOM, TOP, is_log)
+    low = min(0.0, float(values.min())) if from_zero and not is_log else float(values.min())
+    y = _make_axis(low, float(values.max()), height - BOTTOM, TOP, is_log)
     left = 12 + 6.5 * max(len(shorten(tick)) for tick in y.ticks)
     steps = np.concatenate([series.steps for series in lines.values()])
     x = _make_step_axis(int(steps.min()), int(steps.max()), left, width - RIGHT)
@@ -145,8 +159,9 @@ def _draw_axes(x: Axis, y: Axis) -> Iterator[str]:
 
 def _draw_line(x: Axis, y: Axis, series: Series) -> Iterator[str]:
     """The values, and of many their means on top."""
-    if len(series) == 1:
+    if len(series) <= VERY_FEW:
         yield from _draw_points(x, y, series, "point")
+    if len(series) == 1:
         return
     faint = " faint" if len(series) > FEW else ""
     yield f'<path class="curve{faint}" d="{_path(x, y, thin_out(series))}"/>'

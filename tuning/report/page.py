@@ -64,7 +64,7 @@ def state_verdict(record: RunRecord) -> str:
 def format_duration(seconds: float) -> str:
     """Two units at most: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
     if round(seconds) < 100:
-        return f"{round(seconds)} s"
+        return f"{max(round(seconds), 1)} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     if not hours:
         return f"{minutes} min"

@@ -1,7 +1,7 @@
 """What the files in output_dir say of a run: pure data, from which its page is made."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tuning.files import (
 )
 
 RUNNING, ENDED, FINISHED = "running", "ended", "finished"
+TRAINING = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb", "data_wait_share")
 EVALUATION = "eval_"  # how the names of an evaluation's figures begin
 NO_SCORES = tuple(EVALUATION + name for name in ("loss", "tokens", "runtime", "samples_per_second", "steps_per_second"))
 
@@ -112,18 +113,19 @@ def read_record(output_dir: Path) -> RunRecord:
         step = line.get("step")
         if not isinstance(step, int):
             continue
-        if any(name.startswith(EVALUATION) for name in line):
-            validation.setdefault(step, {}).update(line)
-        else:
+        if "loss" in line:
             training.append(line)
+        elif any(name.startswith(EVALUATION) for name in line):
+            validation.setdefault(step, {}).update(line)
     evaluations = [line for _, line in sorted(validation.items())]
+    measured = dict.fromkeys(name for line in evaluations for name in line if name.startswith(EVALUATION))
     return RunRecord(
         output_dir=str(output_dir),
         progress=_read_progress(output_dir),
         facts=_read_object(output_dir / FACTS_FILE),
         options=_read_object(output_dir / CONFIG_FILE),
-        training=_collect(training, lambda name: name),
-        validation=_collect(evaluations, lambda name: name.removeprefix(EVALUATION) if EVALUATION in name else ""),
+        training=_collect(training, TRAINING),
+        validation={name.removeprefix(EVALUATION): series for name, series in _collect(evaluations, measured).items()},
         predictions=_read_predictions(output_dir / PREDICTIONS_FILE),
         left_out=sum(1 for _ in _read_lines(output_dir / SKIPPED_FILE)),
     )
@@ -156,20 +158,15 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield line
 
 
-def _collect(lines: list[dict[str, Any]], rename: Callable[[str], str]) -> dict[str, Series]:
-    """Lines → series of every number in them; `rename` gives "" for what to leave out."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for line in lines:
-        for name, value in line.items():
-            if name != "step" and isinstance(value, (int, float)):
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(line["step"])
-                values.append(value)
-    return {
-        rename(name): Series(np.array(steps), np.array(values, float))
-        for name, (steps, values) in found.items()
-        if rename(name)
-    }
+def _collect(lines: list[dict[str, Any]], names: Iterable[str]) -> dict[str, Series]:
+    """The numbers called `names` by step."""
+    found = {}
+    for name in names:
+        numbers = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+        if numbers:
+            steps, values = zip(*numbers, strict=True)
+            found[name] = Series(np.array(steps), np.array(values, float))
+    return found
 
 
 def _read_predictions(path: Path) -> list[Prediction]:

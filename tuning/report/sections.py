@@ -49,10 +49,14 @@ def render_summary(record: RunRecord) -> str:
 
 def find_best(name: str, series: Series) -> int | None:
     """Where the best value of a score is, the first of equal ones; None where none is a number."""
-    sign = 1 if name.split("_")[-1] in LESS_IS_BETTER else -1
+    sign = 1 if is_less_better(name) else -1
     values = [sign * value if math.isfinite(value) else math.inf for value in series.values.tolist()]
     best = min(range(len(values)), key=values.__getitem__, default=None)
     return None if best is None or math.isinf(values[best]) else best
+
+
+def is_less_better(name: str) -> bool:
+    return name.split("_")[-1] in LESS_IS_BETTER
 
 
 def find_warnings(record: RunRecord) -> list[str]:
@@ -84,12 +88,17 @@ def render_training_curves(record: RunRecord) -> str:
     charts.append(render_curves("loss", drawn, wide=True, may_be_log=True))
     for name, title in FIGURES.items():
         if name in training:
-            charts.append(render_curves(title, {title: training[name]}, may_be_log=name in MAY_BE_LOG))
+            charts.append(_render_figure(name, title, training[name]))
     charts = [chart for chart in charts if chart]
     if not charts:
         return ""
     hint = '<p class="small">Point at a curve to see its values.</p>'
     return f'<div class="charts">{"".join(charts)}</div>{hint}{_render_values(training)}'
+
+
+def _render_figure(name: str, title: str, series: Series) -> str:
+    may_be_log = name in MAY_BE_LOG
+    return render_curves(title, {title: series}, may_be_log=may_be_log, from_zero=True, tells_highest=True)
 
 
 def _render_values(training: Mapping[str, Series]) -> str:
@@ -108,8 +117,11 @@ def render_validation(record: RunRecord) -> str:
     shown = {name: record.validation[name] for name in (LOSS, *scores) if name in record.validation}
     if not shown:
         return ""
-    charts = "".join(render_curves(_words(name), {_words(name): series}) for name, series in scores.items())
-    charts = f'<div class="charts">{charts}</div>' if charts else ""
+    charts = "".join(
+        render_curves(_words(name), {_words(name): series}, tells_highest=not is_less_better(name))
+        for name, series in scores.items()
+    )
+    charts = f'<div class="charts few">{charts}</div>' if charts else ""
     steps = sorted({step for series in shown.values() for step in series.steps.tolist()})
     older = max(len(steps) - MAX_ROWS, 0)
     more = f'<p class="small">and {show_count(older, "earlier evaluation")}</p>' if older else ""
@@ -161,7 +173,11 @@ def render_facts(record: RunRecord) -> str:
     known = dict(record.facts.get("data") or {})
     known["batches"] = record.progress.get("batches")
     known |= record.facts.get("machine") or {}
-    settings = {name: _show_option(value) for name, value in known.items() if not _is_unset(value)}
+    settings = {
+        name: f"{value:,}" if isinstance(value, int) else _show_option(value)
+        for name, value in known.items()
+        if not _is_unset(value)
+    }
     return render_settings(settings) if settings else ""
 
 

@@ -41,7 +41,7 @@ class RunReport(TrainerCallback):
     def _note(self, state: Any) -> None:
         done, seconds = state.global_step - self._first_step, time.monotonic() - self._began
         left = seconds / done * (state.max_steps - state.global_step) if done else 0
-        self.progress |= {"state": RUNNING, "step": state.global_step, "seconds_left": round(left)}
+        self.progress |= {"state": RUNNING, "step": state.global_step, "seconds_left": round(left, 2)}
         if time.monotonic() >= self._next:
             self.refresh()
 

@@ -1,0 +1,118 @@
+"""The page of real runs: while they train, when they end, when they go on, and when it cannot be written."""
+
+import json
+import re
+
+import pytest
+
+from tuning.errors import UserError
+from tuning.report.curves import show_number
+from tuning.report.record import read_record
+from tuning.sft_trainer import train
+from tuning.training.run_report import RunReport
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """The first line of every page that runs of this test write."""
+    seen, refresh = [], RunReport.refresh
+
+    def note(self):
+        refresh(self)
+        seen.append(re.search(r"<h1>(.*?)</h1>", (self.output_dir / "report.html").read_text())[1])
+
+    monkeypatch.setattr(RunReport, "refresh", note)
+    monkeypatch.setattr("tuning.training.run_report.REST", 0)
+    return seen
+
+
+def test_the_page_of_a_real_run_grows_and_opens_in_a_browser(make_options, rows, pages, open_page, tmp_path):
+    options = make_options("granite_vision", validation_data_path=str(rows), eval_strategy="steps", eval_steps=2)
+    train({**options, "peft_method": "lora", "target_modules": "q_proj", "max_steps": 4, "weight_decay": 0.01})
+    assert pages[0] == "Running: step 0 of 4"
+    assert pages[1].startswith("Running: step 1 of 4, about ")
+    assert pages[-1] == "Finished after 4 steps"
+    dom, console = open_page(tmp_path / "out" / "report.html")
+    assert console == []
+    assert "//" not in re.sub(r"file://|http://www.w3.org", "", dom.split("<script>")[0])
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", dom.split("<main>")[1]))
+    logged = [json.loads(line) for line in (tmp_path / "out" / "training_logs.jsonl").read_text().splitlines()]
+    validation = [line["eval_loss"] for line in logged if "eval_loss" in line]
+    losses = [line["loss"] for line in logged if "loss" in line]
+    assert (len(validation), len(losses)) == (2, 4)
+    for shown in (
+        f"; validation loss first {show_number(validation[0])}, latest {show_number(validation[1])}",
+        f"loss first {show_number(losses[0])}, latest {show_number(losses[3])}",
+        "weight_decay 0.01",
+        "training rows 16",
+        "validation rows 16",
+        "rows per step 4",
+        "LlavaNextForConditionalGeneration",
+        '"r": 8',
+        "batches padding-free",
+    ):
+        assert shown in text, shown
+    facts = read_record(tmp_path / "out").facts
+    assert sum(part["trained"] for part in facts["parts"]) < sum(part["parameters"] for part in facts["parts"])
+    assert facts["machine"]["processes"] == 1
+    changed = re.search(r"Not the defaults(.*?)The other \d+ options", text)[1]
+    assert "max_steps 4" in changed
+    for untouched in ("lora_alpha", "accelerator_config", "seed", "gradient_checkpointing", "bias"):
+        assert untouched not in changed
+
+
+def test_a_run_that_goes_on_continues_its_page(make_options, pages, tmp_path):
+    options = make_options("llava15", save_strategy="steps", save_steps=1)
+    train({**options, "max_steps": 2})
+    begun = read_record(tmp_path / "out").facts["begun"]
+    del pages[:]
+    train({**options, "max_steps": 4})
+    assert pages[0] == "Running: step 2 of 4"
+    assert pages[-1] == "Finished after 4 steps"
+    record = read_record(tmp_path / "out")
+    assert record.training["loss"].steps.tolist() == [1, 2, 3, 4]
+    assert record.facts["begun"] == begun
+
+
+def test_a_run_that_fails_says_so_on_its_page(make_options, rows, pages, monkeypatch, tmp_path):
+    fail = UserError("the loss became nan.", "row 3", "Look at it.")
+
+    def meet_error(self, *rest):
+        if self.state.global_step == 2:
+            raise fail
+        return step(self, *rest)
+
+    from tuning.training.trainer import SupervisedTrainer
+
+    step = SupervisedTrainer.training_step
+    monkeypatch.setattr(SupervisedTrainer, "training_step", meet_error)
+    with pytest.raises(UserError):
+        train(make_options("llava15", max_steps=4))
+    assert pages[-1] == "Ended early: step 2 of 4"
+    assert "row 3: the loss became nan. Look at it." in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_ends_no_training(make_options, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tuning.training.run_report.REST", 0)
+    (tmp_path / "out" / "report.html" / "in_the_way").mkdir(parents=True)
+    assert train(make_options("llava15", max_steps=3)).global_step == 3
+    assert capsys.readouterr().out.count("report.html cannot be written") == 1
+
+
+def test_a_page_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("tuning.training.run_report.time.monotonic", lambda: clock[0])
+    written = []
+
+    def write(folder):
+        clock[0] += 0.1
+        written.append(clock[0])
+
+    monkeypatch.setattr("tuning.training.run_report.write_report", write)
+    report = RunReport(tmp_path, writes=True)
+    state = type("State", (), {"global_step": 0, "max_steps": 1000})
+    report.on_train_begin(None, state, None)
+    for state.global_step in range(1, 1001):
+        clock[0] += 0.05
+        report.on_log(None, state, None)
+    assert 5 < len(written) < 14
