@@ -8,8 +8,8 @@ from typing import Any
 
 from tuning.console import say
 from tuning.errors import UserError
+from tuning.files import read_json, write_json, write_text
 from tuning.scoring import mean_scores, score_rows
-from tuning.training.checkpoint import read_json, write_json, write_text
 
 Line = dict[str, Any]
 """`index`, `file`, `row`, and `prompt`, `question`, `reference`, `references` and `prediction`, or `error`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 LOG_FILE, SKIPPED_FILE, COMPLETE_FILE = "training_logs.jsonl", "skipped_rows.jsonl", ".complete"
 CONFIG_FILE, FACTS_FILE, PROGRESS_FILE = "resolved_config.json", "run_facts.json", "run_progress.json"
-PREDICTIONS_FILE, REPORT_FILE = "sample_predictions.jsonl", "report.html"
+SAMPLES_FILE, REPORT_FILE = "sample_predictions.jsonl", "report.html"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -50,9 +50,10 @@ def render_report(record: RunRecord) -> str:
 
 def state_verdict(record: RunRecord) -> str:
     """How the run is, in a few words."""
-    if record.state == FINISHED:
-        return f"Finished after {show_count(record.step, 'step')}"
     of_all = f"{record.step:,} of {record.max_steps:,}" if record.max_steps else f"{record.step:,}"
+    if record.state == FINISHED:
+        stopped = 0 < record.step < record.max_steps  # by early stopping
+        return f"Finished after {of_all} steps" if stopped else f"Finished after {show_count(record.step, 'step')}"
     if record.state == ENDED:
         return f"Ended early: step {of_all}"
     if record.state != RUNNING:

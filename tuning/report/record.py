@@ -13,8 +13,8 @@ from tuning.files import (
     CONFIG_FILE,
     FACTS_FILE,
     LOG_FILE,
-    PREDICTIONS_FILE,
     PROGRESS_FILE,
+    SAMPLES_FILE,
     SKIPPED_FILE,
     read_json,
 )
@@ -126,7 +126,7 @@ def read_record(output_dir: Path) -> RunRecord:
         options=_read_object(output_dir / CONFIG_FILE),
         training=_collect(training, TRAINING),
         validation={name.removeprefix(EVALUATION): series for name, series in _collect(evaluations, measured).items()},
-        predictions=_read_predictions(output_dir / PREDICTIONS_FILE),
+        predictions=_read_predictions(output_dir / SAMPLES_FILE),
         left_out=sum(1 for _ in _read_lines(output_dir / SKIPPED_FILE)),
     )
 

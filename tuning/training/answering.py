@@ -20,12 +20,11 @@ from tuning.data.images import thumbnail
 from tuning.data.questions import Question, ask, join_on_the_right
 from tuning.data.sources import Row
 from tuning.errors import UserError
+from tuning.files import SAMPLES_FILE, write_text
 from tuning.model.generate import generate_texts
 from tuning.scoring import mean_scores, score_rows
-from tuning.training.checkpoint import write_text
 from tuning.training.processes import Processes
 
-SAMPLES_FILE = "sample_predictions.jsonl"
 CANNOT_GENERATE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
 
 
