@@ -11,6 +11,8 @@ from tuning.report.record import read_record
 from tuning.sft_trainer import train
 from tuning.training.run_report import RunReport
 
+ANSWERS = {"report_samples": 2, "eval_generate_rows": 4, "eval_max_new_tokens": 4, "eval_metrics": "anls"}
+
 
 @pytest.fixture
 def pages(monkeypatch):
@@ -28,13 +30,15 @@ def pages(monkeypatch):
 
 def test_the_page_of_a_real_run_grows_and_opens_in_a_browser(make_options, rows, pages, open_page, tmp_path):
     options = make_options("granite_vision", validation_data_path=str(rows), eval_strategy="steps", eval_steps=2)
-    train({**options, "peft_method": "lora", "target_modules": "q_proj", "max_steps": 4, "weight_decay": 0.01})
+    train(
+        {**options, "peft_method": "lora", "target_modules": "q_proj", **ANSWERS, "max_steps": 4, "weight_decay": 0.01}
+    )
     assert pages[0] == "Running: step 0 of 4"
     assert pages[1].startswith("Running: step 1 of 4, about ")
     assert pages[-1] == "Finished after 4 steps"
     dom, console = open_page(tmp_path / "out" / "report.html")
     assert console == []
-    assert "//" not in re.sub(r"file://|http://www.w3.org", "", dom.split("<script>")[0])
+    assert "//" not in re.sub(r'base64,[^"]*', "", dom.split("<script>")[0])
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", dom.split("<main>")[1]))
     logged = [json.loads(line) for line in (tmp_path / "out" / "training_logs.jsonl").read_text().splitlines()]
     validation = [line["eval_loss"] for line in logged if "eval_loss" in line]
@@ -49,9 +53,15 @@ def test_the_page_of_a_real_run_grows_and_opens_in_a_browser(make_options, rows,
         "rows per step 4",
         "LlavaNextForConditionalGeneration",
         '"r": 8',
+        "best anls 0",
+        "0 of 2 latest answers say exactly what the reference says.",
+        "Before training",
+        "Question Which colour is it?",
+        "Reference It is green. Very much so.",
         "batches padding-free",
     ):
         assert shown in text, shown
+    assert dom.count('<img src="data:image/') == 2
     facts = read_record(tmp_path / "out").facts
     assert sum(part["trained"] for part in facts["parts"]) < sum(part["parameters"] for part in facts["parts"])
     assert facts["machine"]["processes"] == 1

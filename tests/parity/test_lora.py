@@ -281,7 +281,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_rows(method, make_o
     assert error.count("rows.jsonl, row ") == 4
     assert "the loss became nan at step 1" in error
     left = {file.name for file in Path(options["output_dir"]).iterdir()}
-    assert left <= {"resolved_config.json", "training_logs.jsonl"}
+    logs = {"training_logs.jsonl", "sample_predictions.jsonl", "run_progress.json", "report.html"}
+    assert left <= {"resolved_config.json", "run_facts.json", *logs}
 
 
 def test_the_base_model_itself_is_left_alone(make_options, models):

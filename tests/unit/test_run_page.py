@@ -147,7 +147,7 @@ def test_it_fits_a_phone_and_a_screen_reader(open_page, out):
 
 def test_only_a_running_page_loads_itself_again(out):
     assert '<meta http-equiv="refresh"' in read_page(out)
-    endings = {"finished": "Finished after 100 steps", "ended": "Ended early: step 100 of 900"}
+    endings = {"finished": "Finished after 100 of 900 steps", "ended": "Ended early: step 100 of 900"}
     for state, verdict in endings.items():
         progress = {"state": state, "step": 100, "max_steps": 900, "reason": f"a fire {NASTY}"}
         (out / "run_progress.json").write_text(json.dumps(progress))
