@@ -38,6 +38,21 @@ addEventListener("load", () => {
     reload: document.querySelector("#reload")?.checked }, "*");
 });
 </script>"""
+# Runs in the page: reads on, and after the page was loaded again tells where it is.
+READER = """<script>
+addEventListener("load", () => setTimeout(() => {
+  if (!sessionStorage.getItem("loaded")) {
+    sessionStorage.setItem("loaded", "yes");
+    document.querySelector("#curves details").open = true;
+    document.querySelector("#reload").focus();
+    scrollTo({ top: 700, behavior: "instant" });
+  } else {
+    const open = [...document.querySelectorAll("details")].filter((fold) => fold.open);
+    parent.postMessage({ top: scrollY, open: open.map((fold) => fold.querySelector("summary").textContent),
+      focus: document.activeElement.id }, "*");
+  }
+}, 100));
+</script>"""
 FRAME = """<!doctype html><body><script>
 addEventListener("message", (event) => { document.body.dataset.seen = JSON.stringify(event.data); });
 </script><iframe src="framed.html" width="360" height="800" style="border: 0"></iframe></body>"""
@@ -143,6 +158,15 @@ def test_it_fits_a_phone_and_a_screen_reader(open_page, out):
     assert all(after - before <= 1 for before, after in zip(seen["headings"], seen["headings"][1:], strict=False))
     assert all('aria-label="' in svg for svg in re.findall(r"<svg[^>]*>", page))
     assert all("alt=" in image for image in re.findall(r"<img[^>]*>", page))
+
+
+def test_a_page_that_loads_again_stays_where_its_reader_was(open_page, out):
+    page = read_page(out).replace('data-reload="30"', 'data-reload="1"')
+    (out / "framed.html").write_text(page.replace("<title>", READER + "<title>", 1), encoding="utf-8")
+    (out / "frame.html").write_text(FRAME)
+    dom, _ = open_page(out / "frame.html")
+    seen = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom)[1]))
+    assert seen == {"top": 700, "open": ["The same as a table"], "focus": "reload"}
 
 
 def test_only_a_running_page_loads_itself_again(out):

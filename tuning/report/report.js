@@ -15,16 +15,16 @@ const nameOf = (fold) => `${fold.closest("[id]").id} ${fold.querySelector("summa
 
 function reload() {
   const focused = document.activeElement?.id;
-  keep({ top: scrollY, open: folds().filter((fold) => fold.open).map(nameOf), focused });
+  keep({ open: folds().filter((fold) => fold.open).map(nameOf), focused });
   location.reload();
 }
 
+// The browser itself goes back to where the page was scrolled to.
 function restore() {
-  const { top, open = [], focused } = recall();
+  const { open = [], focused } = recall();
   folds().forEach((fold) => { fold.open = open.includes(nameOf(fold)); });
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
-  if (top) scrollTo({ top, behavior: "instant" });
-  keep({ top: 0, open: [], focused: "" });
+  keep({ open: [], focused: "" });
 }
 
 function offerReload() {
