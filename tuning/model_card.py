@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
-from tuning.training.checkpoint import CARD_FILE, write_text
+from tuning.files import write_text
+from tuning.training.checkpoint import CARD_FILE
 
 MARK = "<!-- Written by vlm-tuning, and anew by every run into this folder as long as this line is here. -->"
 PIPELINE = "image-text-to-text"

@@ -1,11 +1,8 @@
 """What is known of a run before its first step, written beside its logs: `run_facts.json`."""
 
 import platform
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers.trainer_utils import has_length
 
+from tuning.card_facts import find_versions
 from tuning.config.arguments import LoraArguments, RunConfig
 from tuning.data.encode import Encoder
 from tuning.data.formats import describe_format
@@ -21,10 +19,8 @@ from tuning.data.sources import Part
 from tuning.data_paths import TYPICAL_IMAGE
 from tuning.errors import UserError
 from tuning.files import FACTS_FILE, read_json, write_json
-from tuning.model.parts import count_parameters
+from tuning.model.parts import PARTS, count_parameters
 from tuning.training.trainer import SupervisedTrainer
-
-PACKAGES = ("vlm-tuning", "torch", "transformers", "peft", "accelerate")
 
 
 def write_facts(
@@ -44,7 +40,7 @@ def write_facts(
         "training_data": _name_data(config),
         "begun": (before or {}).get("begun") or datetime.now().astimezone().isoformat(timespec="seconds"),
         "architecture": type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
-        "parts": [asdict(size) for size in count_parameters(trainer.model, trainer.parts)],
+        "parts": _count_parts(trainer),
         "dtype": ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in trainer.dtypes.values()})),
         "attention": trainer.attention.reason.removeprefix("Attention: "),
         "adapter": _describe_adapter(config.lora) if config.lora.peft_method else None,
@@ -55,6 +51,11 @@ def write_facts(
         write_json(path, facts)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {path.parent}") from error
+
+
+def _count_parts(trainer: SupervisedTrainer) -> list[dict[str, Any]]:
+    sizes = count_parameters(trainer.model, trainer.parts)
+    return [{"part": part, "parameters": sizes[part][0], "trained": sizes[part][1]} for part in PARTS]
 
 
 def _name_data(config: RunConfig) -> str:
@@ -86,19 +87,11 @@ def _describe_data(config: RunConfig, trainer: SupervisedTrainer, encoder: Encod
 
 def _describe_machine(trainer: SupervisedTrainer) -> dict[str, Any]:
     args = trainer.args
+    versions = {"Python": platform.python_version(), **find_versions()}
     gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     return {
         "device": gpu,
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
-        "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
-        ),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
-
-
-def _name_versions() -> Iterator[str]:
-    yield f"Python {platform.python_version()}"
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):  # this one, where it runs by path
-            yield f"{name} {version(name)}"

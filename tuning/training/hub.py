@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from tuning.config.validate import hide_paths
 from tuning.console import say
 from tuning.errors import UserError
-from tuning.training.callbacks import LOG_FILE
+from tuning.files import LOG_FILE
 from tuning.training.checkpoint import CARD_FILE, IDENTITY_FILE, NOT_OF_A_MODEL, SHARDED_MODEL, STATE_FILE
 
 KEPT_HERE = (TRAINING_ARGS_NAME, IDENTITY_FILE)  # they tell of this machine's folders

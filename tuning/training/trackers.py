@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from tuning.config.arguments import RunConfig
 from tuning.config.trackers import AIM
 from tuning.errors import UserError
-from tuning.training.checkpoint import read_json, write_json
+from tuning.files import read_json, write_json
 
 RUNS_FILE = "tracker_runs.json"  # tracker → the id of this run there
 
