@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tuning.console import say
 from tuning.errors import UserError
 from tuning.files import read_json, write_json, write_text
+from tuning.report.answers import render_answers
 from tuning.scoring import mean_scores, score_rows
 
 Line = dict[str, Any]
@@ -93,10 +94,16 @@ def describe_weights(name: str) -> list[list]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def finish(output: Path, answered: Sequence[tuple[str, Answers]], metrics: Sequence[str]) -> dict[str, Any]:
+def finish(
+    output: Path,
+    answered: Sequence[tuple[str, Answers]],
+    metrics: Sequence[str],
+    show_pictures: Callable[[int], list[str]],
+) -> dict[str, Any]:
     """Write the lines of one model, or of two side by side, with their scores; say how they did. Returns the summary.
 
-    `answered`: the names of the models and their answers; those of the second stand under `compared`.
+    `answered`: the names of the models and their answers; those of the second stand under `compared`. `show_pictures`:
+    see `render_answers`.
     """
     fields = ["prediction", "compared"][: len(answered)]
     lines = [answered[0][1].by_row[index] for index in sorted(answered[0][1].by_row)]
@@ -122,6 +129,7 @@ def finish(output: Path, answered: Sequence[tuple[str, Answers]], metrics: Seque
     try:
         write_text(output, to_text(lines))
         write_json(scores_file(output), summary)
+        write_text(output.with_suffix(".html"), render_answers(lines, summary, show_pictures))
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}.", str(output)) from error
     for _, answers in answered:
@@ -145,4 +153,5 @@ def in_words(summary: dict[str, Any], output: Path) -> str:
         text.append(f"Scores of {summary['rows_scored']} rows with a right answer.")
     if summary["rows_left_out"]:
         text.append(f"{summary['rows_left_out']} rows were left out; their lines say why.")
-    return "\n".join([*text, f"Done: {output} holds the answers to {summary['rows']} rows."])
+    page = output.with_suffix(".html")
+    return "\n".join([*text, f"Done: {output} holds the answers to {summary['rows']} rows. Look at {page}."])

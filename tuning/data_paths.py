@@ -67,6 +67,17 @@ def say_forms(parts: Iterable[Part], data: RowArguments) -> None:
         say(f"Rows: {sentence}")
 
 
+def image_rules(data: RowArguments) -> ImageRules:
+    """What images may be, and where they may lie."""
+    return ImageRules(
+        folder=data.image_folder,
+        allow_outside=data.allow_outside_paths,
+        allow_remote=data.allow_remote_images,
+        max_pixels=data.max_image_pixels,
+        max_bytes=round(data.max_image_megabytes * 1e6),
+    )
+
+
 def make_encoder(
     data: RowArguments, processor: Any, model_config: PreTrainedConfig, date_string: str | None
 ) -> Encoder:
@@ -81,13 +92,7 @@ def make_encoder(
         max_seq_length=data.max_seq_length or context or processor.tokenizer.model_max_length,
         max_images=data.max_images_per_sample or find_family(model_config).max_images,
         max_messages=data.max_messages_per_row,
-        image_rules=ImageRules(
-            folder=data.image_folder,
-            allow_outside=data.allow_outside_paths,
-            allow_remote=data.allow_remote_images,
-            max_pixels=data.max_image_pixels,
-            max_bytes=round(data.max_image_megabytes * 1e6),
-        ),
+        image_rules=image_rules(data),
     )
     if isinstance(data, DataArguments):
         encoder = replace(encoder, assistant_only_loss=data.assistant_only_loss, overlong_rows=data.overlong_rows)

@@ -20,9 +20,10 @@ from tuning.config.parse import describe_command, read_command
 from tuning.config.validate import default_workers
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder
+from tuning.data.images import load_image, thumbnail
 from tuning.data.questions import Question, ask_or_error
-from tuning.data.sources import Source
-from tuning.data_paths import make_encoder, open_path, say_forms
+from tuning.data.sources import Row, Source
+from tuning.data_paths import image_rules, make_encoder, open_path, say_forms
 from tuning.errors import UserError, exit_code_of
 from tuning.launch import WHOLE_COPIES, launch, wanted_launch
 from tuning.model.adapters import load_answering
@@ -75,7 +76,9 @@ def predict(source: ModelSource, rows: RowArguments, options: PredictArguments) 
         if open_rows:
             answer_rows(model, rows, options, data, open_rows, answers, state)
         answered.append((model.model_name_or_path, answers))
-    return finish(output, answered, options.metric_names) if state.is_main_process else {}
+    if not state.is_main_process:
+        return {}
+    return finish(output, answered, options.metric_names, lambda index: show_pictures(data[index], rows))
 
 
 def identify(source: ModelSource, rows: RowArguments, options: PredictArguments, data: Source) -> dict[str, Any]:
@@ -138,6 +141,12 @@ def describe(index: int, question: Question | UserError, texts: Iterator[str], d
         "references": question.references,
         "prediction": next(texts),
     }
+
+
+def show_pictures(row: Row, rows: RowArguments) -> list[str]:
+    """Small versions of a row's images as data URIs."""
+    images = row.form.read(row.columns, row.where, needs_answer=False).images
+    return [thumbnail(load_image(image, row.folder, row.where, image_rules(rows))) for image in images]
 
 
 class Questions(Dataset):

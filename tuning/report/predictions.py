@@ -32,20 +32,33 @@ def is_right(row: Prediction, answer: str) -> bool:
 
 
 def _render_card(number: int, row: Prediction) -> str:
+    steps = sorted(row.answers)
+    named = {step: f"Step {step:,}" if step else "Before training" for step in steps}
+    ends = [steps[0], steps[-1]] if len(steps) > 1 else steps
+    between = steps[1:-1]
+    return render_card(
+        number,
+        row,
+        [(named[step], row.answers[step]) for step in ends],
+        folded=[(named[step], row.answers[step]) for step in between],
+    )
+
+
+def render_card(
+    number: int, row: Prediction, answers: Sequence[tuple[str, str]], folded: Sequence[tuple[str, str]] = ()
+) -> str:
+    """A row with its pictures and `answers`, each with who or when it is from; those that are `folded` open below."""
     name = f"answer-{number}"
     pictures = "".join(
         f'<img src="{escape(uri)}" alt="picture {n} of {len(row.images)} of row {escape(row.row)}" loading="lazy">'
         for n, uri in enumerate(row.images, 1)
         if uri.startswith("data:image/")
     )
-    steps = sorted(row.answers)
-    ends = [steps[0], steps[-1]] if len(steps) > 1 else steps
-    answers = "".join(_render_answer(row, step) for step in ends)
-    between = steps[1:-1]
-    folded = (
-        f"<details><summary>{show_count(len(between), 'answer')} in between</summary>"
-        f'<dl class="answers">{"".join(_render_answer(row, step) for step in between)}</dl></details>'
-        if between
+    shown = "".join(_render_answer(row, *answer) for answer in answers)
+    more = (
+        f"<details><summary>{show_count(len(folded), 'answer')} in between</summary>"
+        f'<dl class="answers">{"".join(_render_answer(row, *answer) for answer in folded)}</dl></details>'
+        if folded
         else ""
     )
     return (
@@ -53,14 +66,13 @@ def _render_card(number: int, row: Prediction) -> str:
         f"<span class=small>{escape(row.file)}</span></h3>"
         f'<div class="row">{f"<div class=pictures>{pictures}</div>" if pictures else ""}<div>'
         f'<dl class="answers"><div class="asked"><dt>Question</dt><dd>{escape(row.question)}</dd></div>'
-        f'<div class="asked"><dt>Reference</dt><dd>{escape(row.reference)}</dd></div>{answers}</dl>{folded}</div></div>'
+        f'<div class="asked"><dt>Reference</dt><dd>{escape(row.reference)}</dd></div>{shown}</dl>{more}</div></div>'
         "</article>"
     )
 
 
-def _render_answer(row: Prediction, step: int) -> str:
-    answer, right = row.answers[step], is_right(row, row.answers[step])
-    when = f"Step {step:,}" if step else "Before training"
+def _render_answer(row: Prediction, source: str, answer: str) -> str:
+    right = is_right(row, answer)
     mark = ' <span class="right">= reference</span>' if right else ""
     shown = escape(answer) if answer else "<i>(nothing)</i>"
-    return f"<div{' class=same' if right else ''}><dt>{when}{mark}</dt><dd>{shown}</dd></div>"
+    return f"<div{' class=same' if right else ''}><dt>{escape(source)}{mark}</dt><dd>{shown}</dd></div>"
