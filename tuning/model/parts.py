@@ -58,11 +58,17 @@ def freeze_parameters(model: nn.Module, names: set[str]) -> None:
             parameter.requires_grad_(False)
 
 
+def count_numbers(parameter: torch.Tensor) -> int:
+    """Numbers that a parameter stands for: 4-bit ones are packed, and DeepSpeed leaves nothing in what it shards."""
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes'
+    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
+
+
 def count_parameters(model: nn.Module, parts: Parts) -> dict[str, tuple[int, int]]:
     """Part → its parameters, all and trainable; `all` comes last. Shared parameters count once."""
     total, trainable = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed leaves nothing in what it shards
+        size = count_numbers(parameter)
         total[parts.of(name)] += size
         trainable[parts.of(name)] += size if parameter.requires_grad else 0
     counts = {part: (total[part], trainable[part]) for part in PARTS}

@@ -20,6 +20,7 @@ from tuning.config.names import CHECKPOINTING, CHECKPOINTING_KWARGS
 from tuning.data.encode import IGNORED
 from tuning.model.dry_run import CANNOT_SIMULATE, META, DryRun
 from tuning.model.fsdp import raise_trained
+from tuning.model.quantize import scales_of
 
 CANNOT_BUILD = (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -34,7 +35,7 @@ _FULL = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.soft
 class MemoryEstimate:
     """Bytes of tensors on one device; what the allocator wastes and the CUDA context itself are not in them.
 
-    `weights`: parameters and buffers, under FSDP also those of the blocks that are gathered. `gradients` and
+    `weights`: parameters, buffers and scales, under FSDP also those of the blocks that are gathered. `gradients` and
     `optimizer`: all of them, as at the step. `activations`: what the peak has beyond these three: saved for the
     backward, temporary, and the batch itself; `None` where the model cannot be simulated, for the reason in `unknown`:
     `peak` lacks it then.
@@ -84,7 +85,7 @@ def estimate_memory(
             parameter.grad = torch.empty_like(parameter)
     if processes > 1 and hold_masters:
         _raise_with_gradients(trained)
-    weights = _bytes_of([*model.parameters(), *model.buffers()])
+    weights = _bytes_of(_tensors_of(model))
     gradients = _bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
     optimizer, in_step = _optimizer_bytes(trained, training, hold_masters)
     held = weights // processes + gathered, gradients // processes, optimizer // processes
@@ -127,6 +128,10 @@ def _checkpoint(model: nn.Module, settings: dict[str, Any], arithmetic: "_Device
     getattr(model, f"{CHECKPOINTING}_enable")(**{CHECKPOINTING_KWARGS: own}, **beside)
 
 
+def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers(), *scales_of(model)]
+
+
 def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind `tensors`; shared ones count once."""
     storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
@@ -141,7 +146,7 @@ class _Meter(DryRun):
         self.processes = processes
         self.activations, self.gradients, self.peak = 0, 0, 0
         self.known: dict[int, str | None] = {}  # storage → what it counts as, if anything
-        for tensor in [*model.parameters(), *model.buffers()]:
+        for tensor in _tensors_of(model):
             self.known[tensor.untyped_storage()._cdata] = None
         for parameter in model.parameters():
             if parameter.requires_grad:
