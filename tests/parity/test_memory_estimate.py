@@ -17,6 +17,7 @@ import tuning
 from tuning import model_plan
 from tuning.config.parse import build_config
 from tuning.model import dry_run, load
+from tuning.model.quantize import quantise_skeleton
 from tuning.preview.memory import MemoryEstimate, estimate_memory
 from tuning.training.master_weights import hold_master_weights
 from tuning.training.trainer import SupervisedTrainer
@@ -74,8 +75,11 @@ def estimate(monkeypatch):
     def run(options: dict, batch: dict, **kwargs) -> MemoryEstimate:
         config = build_config(options)
 
-        def skeleton(model, model_config, *, dtype, attention):
-            return load.build_skeleton(model_config).to(dtype)
+        def skeleton(model, model_config, *, dtype, attention, quantization):
+            built = load.build_skeleton(model_config).to(dtype)
+            if quantization:
+                quantise_skeleton(built, quantization)
+            return built
 
         with monkeypatch.context() as patch:
             patch.setattr(load, "load_model", skeleton)
@@ -110,6 +114,8 @@ CASES = {
     "bfloat16": ("llava16_mistral", {"dtype": "bfloat16"}),
     "plain bfloat16": ("llava16_mistral", {"dtype": "bfloat16", "keep_master_weights": False}),
     "autocast": ("llava15", {"bf16": True}),
+    "4bit": ("llava15", {**LORA, "quantization": "4bit"}),
+    "8bit": ("llava15", {**LORA, "quantization": "8bit"}),
     "autocast lora on bfloat16": ("mllama", {"bf16": True, "dtype": "bfloat16", **LORA}),
 }
 

@@ -93,7 +93,8 @@ def try_quantised_layer(kind: str, compute: torch.dtype, device: torch.device) -
     if not is_bitsandbytes_available():
         raise UserError("needs bitsandbytes 0.46.1 or newer.", where, "pip install -U bitsandbytes")
     try:
-        layer = _make_layer(kind, compute).to(device)
+        with torch.random.fork_rng(devices=[]):  # the adapters of this run begin as those of any other
+            layer = _make_layer(kind, compute).to(device)
         inputs = torch.ones(2, SIZE_TRIED, dtype=compute, device=device, requires_grad=True)
         layer(inputs).sum().backward()
         assert inputs.grad is not None
@@ -132,10 +133,10 @@ def settle_quantised(model: nn.Module) -> None:
 def scales_of(model: nn.Module) -> Iterator[torch.Tensor]:
     """What quantised layers hold beside their weights, neither parameters nor buffers: scales and code books."""
     for module in model.modules():
-        for state in (getattr(getattr(module, "weight", None), "quant_state", None), getattr(module, "state", None)):
-            for holder in (state, getattr(state, "state2", None)):
-                if holder is not None:
-                    yield from (value for value in vars(holder).values() if isinstance(value, torch.Tensor))
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        for holder in (weight, state, getattr(state, "state2", None), getattr(module, "state", None)):
+            yield from (value for value in getattr(holder, "__dict__", {}).values() if isinstance(value, torch.Tensor))
 
 
 def quantise_skeleton(model: PreTrainedModel, plan: Quantization) -> None:
