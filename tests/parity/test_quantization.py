@@ -198,7 +198,7 @@ def test_a_machine_that_does_not_run_it_is_told_what_happened(unread, make_optio
 
     monkeypatch.setattr(bnb, "matmul_4bit", fail)
     options = make_options("llava15", **LORA, model_name_or_path=unread, quantization="4bit")
-    with pytest.raises(UserError, match="does not run on cpu .*: RuntimeError: CUDA error: no kernel image\\."):
+    with pytest.raises(UserError, match=r"does not run on cpu .*: RuntimeError: CUDA error: no kernel image\."):
         tuning.train(options)
 
 
@@ -214,5 +214,5 @@ def test_8bit_weights_cannot_be_divided(make_options, monkeypatch):
     config = build_config(make_options("llava15", **LORA, quantization="8bit"))
     model_config = load.load_config(config.model)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP and ZeRO-3 cannot divide 8-bit weights.* Use quantization 4bit"):
+    with pytest.raises(UserError, match=r"FSDP and ZeRO-3 cannot divide 8-bit weights.* Use quantization 4bit"):
         model_plan.find_quantization(config, model_config, load.build_skeleton(model_config))
