@@ -16,7 +16,7 @@ from tuning.model.attention import Attention, choose_attention
 from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.dry_run import CANNOT_SIMULATE, find_idle_parameters
 from tuning.model.fsdp import choose_wrap_classes, is_fsdp_asked_for, is_sharded
-from tuning.model.lora import add_lora, check_modules_to_save, load_adapter, resolve_targets
+from tuning.model.lora import add_lora, check_dora, check_modules_to_save, load_adapter, resolve_targets
 from tuning.model.parts import (
     LANGUAGE_MODEL,
     PROJECTOR,
@@ -54,6 +54,8 @@ def plan_model(config: RunConfig, model_config: PreTrainedConfig, encoder: Encod
     skeleton = load.build_skeleton(model_config)
     wrap_classes = choose_wrap_classes(skeleton, wanted_wrap_classes(config))
     targets = find_lora_targets(config, skeleton) if config.lora.peft_method else []
+    if config.lora.use_dora and not (config.training.bf16 or config.training.fp16):
+        check_dora(skeleton, targets, load.choose_dtype(config.model, model_config))
     quantization = find_quantization(config, model_config, skeleton) if config.model.quantization else None
     prepared = prepare_model(skeleton, config, targets)
     tower_output = None
@@ -159,6 +161,12 @@ def find_quantization(config: RunConfig, model_config: PreTrainedConfig, skeleto
             "FSDP and ZeRO-3 cannot divide 8-bit weights between processes.",
             "quantization 8bit",
             "Use quantization 4bit, or let every process have the whole model (DDP).",
+        )
+    if kind == "8bit" and config.lora.use_dora and config.training.device.type == "cpu":
+        raise UserError(
+            "PEFT loses the scales of 8-bit weights when it trains DoRA on a CPU.",
+            "quantization 8bit, use_dora",
+            "Use quantization 4bit, or LoRA without use_dora.",
         )
     return plan_quantization(
         skeleton,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from preparation import make_model
+from preparation import HAS_BITSANDBYTES, make_model
 from tiny_models import LAYOUTS
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.hooks import RemovableHandle
@@ -114,10 +114,12 @@ CASES = {
     "bfloat16": ("llava16_mistral", {"dtype": "bfloat16"}),
     "plain bfloat16": ("llava16_mistral", {"dtype": "bfloat16", "keep_master_weights": False}),
     "autocast": ("llava15", {"bf16": True}),
-    "4bit": ("llava15", {**LORA, "quantization": "4bit"}),
-    "8bit": ("llava15", {**LORA, "quantization": "8bit"}),
     "autocast lora on bfloat16": ("mllama", {"bf16": True, "dtype": "bfloat16", **LORA}),
 }
+
+
+if HAS_BITSANDBYTES:
+    CASES |= {kind: ("llava15", LORA | {"quantization": kind}) for kind in ("4bit", "8bit")}
 
 
 def assert_close(estimated: MemoryEstimate, measured: int) -> None:

@@ -1,17 +1,16 @@
 """QLoRA against LoRA on the same weights, dequantised: real bitsandbytes layers, on the CPU."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from preparation import make_model
+from preparation import HAS_BITSANDBYTES, make_model
 from safetensors.torch import load_file, save_file
 from tiny_models import LAYOUTS
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LlavaConfig
 
 import tuning
 from tuning import model_plan
@@ -22,8 +21,8 @@ from tuning.model import load, quantize
 from tuning.model.parts import find_parts, parameter_table
 from tuning.preview import memory
 
-if "CI" not in os.environ:
-    pytest.importorskip("bitsandbytes")
+if not HAS_BITSANDBYTES:
+    pytest.skip("bitsandbytes is not installed", allow_module_level=True)
 import bitsandbytes as bnb
 
 LORA = {"peft_method": "lora", "target_modules": "all-linear", "r": 4, "lora_dropout": 0.0, "learning_rate": 1e-2}
@@ -156,6 +155,22 @@ def test_a_skeleton_takes_the_bytes_of_the_loaded_model(kind, make_options):
     assert linear == numbers * int(kind[0]) // 8
 
 
+def test_what_the_weights_of_llava_7b_take():
+    taken = {}
+    for kind in (None, *QUANTISED):
+        skeleton = load.build_skeleton(LlavaConfig()).to(torch.bfloat16)
+        if kind:
+            settings = {"modules_to_save": None, "compute": torch.bfloat16, "device": torch.device("cpu")}
+            plan = quantize.plan_quantization(skeleton, find_parts(skeleton), kind, **settings)
+            quantize.quantise_skeleton(skeleton, plan)
+        taken[kind] = memory.bytes_of(memory.tensors_of(skeleton)) / 1e9
+        print(f"\nLLaVA-1.5 7B, {kind or 'bfloat16'}: {taken[kind]:.2f} GB")
+    layers = [skeleton.get_submodule(name) for name in plan.layers]
+    numbers = sum(layer.in_features * layer.out_features for layer in layers) / 1e9
+    assert taken[None] - taken["8bit"] == pytest.approx(numbers, rel=0.01)
+    assert taken[None] - taken["4bit"] == pytest.approx(numbers * (16 - 4 - 8 / 64) / 8, rel=0.01)  # and scales
+
+
 def test_check_counts_quantised_weights(make_options, tmp_path):
     options = make_options("granite_vision", **LORA)
     peaks = {}
@@ -188,7 +203,7 @@ def test_what_cannot_work_is_said_before_weights_are_read(unread, make_options, 
         with pytest.raises(UserError, match=words):
             tuning.train({**options, "quantization": "4bit", **changes})
     monkeypatch.setattr(quantize, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(UserError, match=r"quantization 8bit: needs bitsandbytes .*pip install -U bitsandbytes"):
+    with pytest.raises(UserError, match=r"quantization 8bit: needs bitsandbytes, .*pip install -U bitsandbytes"):
         tuning.train({**options, "quantization": "8bit"})
 
 
@@ -216,3 +231,11 @@ def test_8bit_weights_cannot_be_divided(make_options, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=r"FSDP and ZeRO-3 cannot divide 8-bit weights.* Use quantization 4bit"):
         model_plan.find_quantization(config, model_config, load.build_skeleton(model_config))
+
+
+def test_dora_trains_on_4bit_weights_and_is_refused_on_8bit_ones_here(make_options):
+    options = make_options("llava15", **LORA, use_dora=True, max_steps=1, save_strategy="no", quantization="4bit")
+    saved = load_file(tuning.train(options).model_dir / "adapter_model.safetensors")
+    assert any("lora_magnitude_vector" in name for name in saved)
+    with pytest.raises(UserError, match=r"quantization 8bit, use_dora: PEFT loses the scales"):
+        tuning.train({**options, "quantization": "8bit", "overwrite_output_dir": True})

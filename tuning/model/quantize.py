@@ -91,7 +91,7 @@ def try_quantised_layer(kind: str, compute: torch.dtype, device: torch.device) -
     """Run a small quantised layer forward and backward. Raises `UserError` where this machine cannot."""
     where = f"quantization {kind}"
     if not is_bitsandbytes_available():
-        raise UserError("needs bitsandbytes 0.46.1 or newer.", where, "pip install -U bitsandbytes")
+        raise UserError("needs bitsandbytes, which is not there or too old.", where, "Run pip install -U bitsandbytes.")
     try:
         with torch.random.fork_rng(devices=[]):  # the adapters of this run begin as those of any other
             layer = _make_layer(kind, compute).to(device)
