@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -65,16 +66,12 @@ def plan_quantization(
     """
     if getattr(model.config, "quantization_config", None):
         raise UserError("the checkpoint is quantised already.", f"quantization {kind}", "Give the original weights.")
-    linear = [
-        name for name, module in model.named_modules() if type(module) is nn.Linear
-    ]  # transformers takes no other
-    head, saved = model.get_output_embeddings(), modules_to_save or []
+    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    head, saved = model.get_output_embeddings(), tuple(modules_to_save or ())
     layers = [
         name
-        for name in linear
-        if parts.of(name) == LANGUAGE_MODEL
-        and model.get_submodule(name) is not head
-        and not any(f".{end}." in f".{name}." for end in saved)
+        for name, module in linear.items()
+        if parts.of(name) == LANGUAGE_MODEL and module is not head and not _is_inside(name, saved)
     ]
     if not layers:
         raise UserError(
@@ -85,6 +82,11 @@ def plan_quantization(
     try_quantised_layer(kind, compute, device)
     chosen = set(layers)
     return Quantization(kind, layers, [name for name in linear if name not in chosen], compute, device)
+
+
+def _is_inside(name: str, saved: tuple[str, ...]) -> bool:
+    """Whether a module or one that holds it ends with one of the names `saved`, which is PEFT's rule."""
+    return any(holder.endswith(saved) for holder in accumulate(name.split("."), "{}.{}".format))
 
 
 def try_quantised_layer(kind: str, compute: torch.dtype, device: torch.device) -> None:
