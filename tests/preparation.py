@@ -1,8 +1,13 @@
 """The steps of a run, up to its training."""
 
+import os
+from importlib.util import find_spec
+
 from tuning import data_paths, model_plan
 from tuning.model import load
 from tuning.training.checkpoint import Progress
+
+HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None or "CI" in os.environ  # there it must not be missing
 
 
 def make_model(config):

@@ -29,6 +29,7 @@ from tuning.model import load
 from tuning.model.attention import set_decoder_attention
 from tuning.model.packed_attention import PACKED
 from tuning.model.parts import find_parts, freeze_parameters, parameter_table
+from tuning.model.quantize import quantise_skeleton
 from tuning.model_plan import pick_attention, plan_model, prepare_model
 from tuning.preview.estimates import Lengths, count_processes, estimate_run, rows_of_a_step
 from tuning.preview.memory import MemoryEstimate, estimate_memory
@@ -214,6 +215,8 @@ def describe_model(
     model_config._attn_implementation = attention.loaded if attention.loaded in ("sdpa", "eager") else "sdpa"
     skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
     parts, classes = find_parts(skeleton), plan.wrap_classes
+    if plan.quantization:
+        quantise_skeleton(skeleton, plan.quantization)
     model = prepare_model(skeleton, config, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
     settings = {

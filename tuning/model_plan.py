@@ -10,12 +10,13 @@ from tuning.config.arguments import RunConfig
 from tuning.console import say
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder
+from tuning.errors import UserError
 from tuning.model import load
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.dry_run import CANNOT_SIMULATE, find_idle_parameters
 from tuning.model.fsdp import choose_wrap_classes, is_fsdp_asked_for, is_sharded
-from tuning.model.lora import add_lora, check_modules_to_save, load_adapter, resolve_targets
+from tuning.model.lora import add_lora, check_dora, check_modules_to_save, load_adapter, resolve_targets
 from tuning.model.parts import (
     LANGUAGE_MODEL,
     PROJECTOR,
@@ -25,6 +26,7 @@ from tuning.model.parts import (
     freeze_parts,
     parameter_table,
 )
+from tuning.model.quantize import Quantization, plan_quantization
 from tuning.model.vision import TowerOutput, keep_features, probe_tower, spare_frozen_tower
 from tuning.training.checkpoint import SHARDED_MODEL, Progress
 from tuning.training.loss import install_supervised_loss
@@ -36,13 +38,15 @@ class ModelPlan:
 
     `lora_targets`: full names of the modules to adapt. `idle`: names of the vision tower's parameters that receive no
     gradient, those past the last feature layer that is used; None where that cannot be told. `wrap_classes`: of the
-    layers that FSDP wraps. `tower_output`: of the vision tower, where its features are cached.
+    layers that FSDP wraps. `tower_output`: of the vision tower, where its features are cached. `quantization`: how the
+    language model's weights are quantised, if they are.
     """
 
     lora_targets: list[str]
     idle: set[str] | None
     wrap_classes: list[str]
     tower_output: TowerOutput | None = None
+    quantization: Quantization | None = None
 
 
 def plan_model(config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder) -> ModelPlan:
@@ -50,11 +54,14 @@ def plan_model(config: RunConfig, model_config: PreTrainedConfig, encoder: Encod
     skeleton = load.build_skeleton(model_config)
     wrap_classes = choose_wrap_classes(skeleton, wanted_wrap_classes(config))
     targets = find_lora_targets(config, skeleton) if config.lora.peft_method else []
+    if config.lora.use_dora and not (config.training.bf16 or config.training.fp16):
+        check_dora(skeleton, targets, load.choose_dtype(config.model, model_config))
+    quantization = find_quantization(config, model_config, skeleton) if config.model.quantization else None
     prepared = prepare_model(skeleton, config, targets)
     tower_output = None
     if config.model.cache_vision_features:
         tower_output = probe_tower(prepared, blank_batch(encoder, 2), sharded=is_sharded(config.training))
-    return ModelPlan(targets, find_idle_vision(prepared, encoder), wrap_classes, tower_output)
+    return ModelPlan(targets, find_idle_vision(prepared, encoder), wrap_classes, tower_output, quantization)
 
 
 def blank_batch(encoder: Encoder, rows: int) -> dict[str, torch.Tensor]:
@@ -91,7 +98,9 @@ def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPla
         adapter = progress.folder
     elif progress.folder and not (progress.folder / SHARDED_MODEL).is_dir():
         settings = replace(settings, model_name_or_path=str(progress.folder))
-    model = load.load_model(settings, model_config, dtype=dtype, attention=attention.loaded)
+    model = load.load_model(
+        settings, model_config, dtype=dtype, attention=attention.loaded, quantization=plan.quantization
+    )
     parts = find_parts(model)
     model = prepare_model(model, config, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
@@ -105,12 +114,11 @@ def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPla
 
 def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attention:
     """The attention for this run, and why."""
-    half = torch.bfloat16 if config.training.bf16 else torch.float16 if config.training.fp16 else None
     return choose_attention(
         load.model_class(model_config),
         use_flash_attn=config.model.use_flash_attn,
         attn_implementation=config.model.attn_implementation,
-        dtype=half or load.choose_dtype(config.model, model_config),
+        dtype=load.choose_compute_dtype(config.model, model_config, config.training),
         device_type=config.training.device.type,
     )
 
@@ -141,3 +149,30 @@ def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel) -> list[str]
     open_parts |= {PROJECTOR} if config.model.freeze_multi_modal_projector is False else set()
     check_modules_to_save(skeleton, config.lora.modules_to_save)
     return resolve_targets(skeleton, parts, config.lora, open_parts)
+
+
+def find_quantization(config: RunConfig, model_config: PreTrainedConfig, skeleton: PreTrainedModel) -> Quantization:
+    """Which weights are quantised, and how. Raises `UserError` where that cannot work."""
+    kind, zero = config.model.quantization, config.training.deepspeed_plugin
+    assert kind is not None
+    is_divided = is_fsdp_asked_for() or bool(config.training.fsdp) or (zero is not None and zero.zero_stage == 3)
+    if kind == "8bit" and is_divided:
+        raise UserError(
+            "FSDP and ZeRO-3 cannot divide 8-bit weights between processes.",
+            "quantization 8bit",
+            "Use quantization 4bit, or let every process have the whole model (DDP).",
+        )
+    if kind == "8bit" and config.lora.use_dora and config.training.device.type == "cpu":
+        raise UserError(
+            "PEFT loses the scales of 8-bit weights when it trains DoRA on a CPU.",
+            "quantization 8bit, use_dora",
+            "Use quantization 4bit, or LoRA without use_dora.",
+        )
+    return plan_quantization(
+        skeleton,
+        find_parts(skeleton),
+        kind,
+        modules_to_save=config.lora.modules_to_save,
+        compute=load.choose_compute_dtype(config.model, model_config, config.training),
+        device=config.training.device,
+    )

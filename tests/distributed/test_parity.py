@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from launches import outcomes, run_jobs
+from preparation import HAS_BITSANDBYTES
 from safetensors.torch import load_file
 from tiny_models import LAYOUTS
 
@@ -46,6 +47,8 @@ CASES |= {
 }
 for case in EXAMINED_CASES:
     CASES[case] = (CASES[case][0], CASES[case][1] | EXAMINED)
+if HAS_BITSANDBYTES:
+    CASES["4bit"] = ("llava15", LORA | {"quantization": "4bit"})
 SPLITS = {"2x4": (4, 1), "2x2x2": (2, 2)}
 # SGD: Adam's first steps have the size of the learning rate whatever the gradient, and would hide its scale.
 COMMON = {"optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "num_train_epochs": 2, "save_strategy": "no"}

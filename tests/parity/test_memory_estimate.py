@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from preparation import make_model
+from preparation import HAS_BITSANDBYTES, make_model
 from tiny_models import LAYOUTS
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.hooks import RemovableHandle
@@ -17,6 +17,7 @@ import tuning
 from tuning import model_plan
 from tuning.config.parse import build_config
 from tuning.model import dry_run, load
+from tuning.model.quantize import quantise_skeleton
 from tuning.preview.memory import MemoryEstimate, estimate_memory
 from tuning.training.master_weights import hold_master_weights
 from tuning.training.trainer import SupervisedTrainer
@@ -74,8 +75,11 @@ def estimate(monkeypatch):
     def run(options: dict, batch: dict, **kwargs) -> MemoryEstimate:
         config = build_config(options)
 
-        def skeleton(model, model_config, *, dtype, attention):
-            return load.build_skeleton(model_config).to(dtype)
+        def skeleton(model, model_config, *, dtype, attention, quantization):
+            built = load.build_skeleton(model_config).to(dtype)
+            if quantization:
+                quantise_skeleton(built, quantization)
+            return built
 
         with monkeypatch.context() as patch:
             patch.setattr(load, "load_model", skeleton)
@@ -112,6 +116,10 @@ CASES = {
     "autocast": ("llava15", {"bf16": True}),
     "autocast lora on bfloat16": ("mllama", {"bf16": True, "dtype": "bfloat16", **LORA}),
 }
+
+
+if HAS_BITSANDBYTES:
+    CASES |= {kind: ("llava15", LORA | {"quantization": kind}) for kind in ("4bit", "8bit")}
 
 
 def assert_close(estimated: MemoryEstimate, measured: int) -> None:

@@ -31,6 +31,9 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelArguments(ModelSource):
+    quantization: str | None = option(
+        None, "4bit or 8bit: keep the frozen language model's weights quantised through bitsandbytes (QLoRA)."
+    )
     keep_master_weights: bool = option(
         True,
         "Train 16-bit weights by float32 copies; false: half the memory, and updates too small for 16 bits are lost.",

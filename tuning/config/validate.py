@@ -17,6 +17,7 @@ AT_LEAST_ONE = (
     *("max_tokens_per_batch", "eval_max_new_tokens", "early_stopping_patience", "max_new_tokens", "batch_size"),
 )
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+QUANTIZATIONS = ("4bit", "8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -192,6 +193,11 @@ def _tuning_problems(values: Mapping[str, Any]):
     keeps_tower = values.get("freeze_vision_tower")
     if values.get("cache_vision_features") and not (method == "lora" if keeps_tower is None else keeps_tower):
         yield "cache_vision_features: features of a vision tower that trains change; set freeze_vision_tower true"
+    quantization = values.get("quantization")
+    if quantization not in (None, *QUANTIZATIONS):
+        yield f"quantization: {quantization!r} is unknown; use {' or '.join(QUANTIZATIONS)}, or remove it"
+    elif quantization and method != "lora":
+        yield f"quantization: {quantization} weights cannot be trained; add peft_method lora, or remove it"
     if values.get("fp16") and values.get("dtype") == "float16":
         yield "fp16: needs weights in float32 to scale gradients; use dtype float32, or bf16 with dtype bfloat16"
 

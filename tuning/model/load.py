@@ -8,13 +8,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
 from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tuning.config.arguments import ModelSource
 from tuning.errors import UserError
 from tuning.model.fsdp import receives_weights
+from tuning.model.quantize import Quantization, settle_quantised
 
 
 def load_config(model: ModelSource) -> PreTrainedConfig:
@@ -113,6 +121,12 @@ def choose_dtype(model: ModelSource, config: PreTrainedConfig) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
+def choose_compute_dtype(model: ModelSource, config: PreTrainedConfig, training: TrainingArguments) -> torch.dtype:
+    """What the model computes in: the precision of `bf16` or `fp16`, else the weights'."""
+    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    return half or choose_dtype(model, config)
+
+
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights: structure can be read before anything is loaded."""
     with without_zero3(), torch.device("meta"):
@@ -128,17 +142,28 @@ def without_zero3() -> Iterator[None]:
     deepspeed._hf_deepspeed_config_weak_ref = zero3
 
 
-def load_model(model: ModelSource, config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def load_model(
+    model: ModelSource,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
     """Load all weights from safetensors. Raises `UserError` when the checkpoint lacks some or they do not fit.
 
     transformers would fill those with random numbers and go on. A process that is sent its weights gets the model
-    with parameters on the meta device; transformers has every process read all of them.
+    with parameters on the meta device; transformers has every process read all of them. Quantised weights cannot be
+    sent, and are on their device already.
     """
     name = model.model_name_or_path
-    if receives_weights() and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if receives_weights() and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not quantization:
         settings = {"dtype": dtype, "attn_implementation": attention}
         with silent_transformers():  # it would list every weight as missing
             return model_class(config).from_pretrained(None, config=config, state_dict={}, **settings)
+    quantised: dict[str, Any] = {}
+    if quantization:
+        quantised = {"quantization_config": quantization.settings(), "device_map": {"": quantization.device}}
     try:
         loaded, report = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -149,6 +174,7 @@ def load_model(model: ModelSource, config: PreTrainedConfig, *, dtype: torch.dty
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
+            **quantised,
         )
     except OSError as error:
         raise UserError(
@@ -165,6 +191,7 @@ def load_model(model: ModelSource, config: PreTrainedConfig, *, dtype: torch.dty
                 f"model_name_or_path {name}",
                 "They would be random. Use a complete checkpoint.",
             )
+    settle_quantised(loaded)
     try:
         loaded.generation_config.validate(strict=True)
     except ValueError:  # sampling settings without sampling, in some published checkpoints: they could not be saved

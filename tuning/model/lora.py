@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import torch
 from peft import (
     LoraConfig,
     PeftModel,
@@ -84,6 +85,18 @@ def check_modules_to_save(model: PreTrainedModel, names: list[str] | None) -> No
     if missing:
         tops = sorted({name for name in modules if name and name.count(".") < 2})
         raise UserError(f"{', '.join(missing)} matches no module; there are {', '.join(tops)}.", "modules_to_save")
+
+
+def check_dora(model: PreTrainedModel, targets: list[str], dtype: torch.dtype) -> None:
+    """Raises `UserError` for a convolution with 16-bit weights: PEFT 0.21 hands it float32 inputs without autocast."""
+    convolutions = [name for name in targets if isinstance(model.get_submodule(name), nn.Conv2d)]
+    if convolutions and dtype.itemsize == 2:
+        half = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"DoRA cannot adapt a convolution ({convolutions[0]}) whose weights are {half}.",
+            "use_dora",
+            "Leave it out of target_modules, or set dtype float32 or bf16 true.",
+        )
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

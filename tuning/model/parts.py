@@ -58,6 +58,12 @@ def freeze_parameters(model: nn.Module, names: set[str]) -> None:
             parameter.requires_grad_(False)
 
 
+def count_numbers(parameter: torch.Tensor) -> int:
+    """Numbers that a parameter stands for: 4-bit ones are packed, and DeepSpeed leaves nothing in what it shards."""
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes'
+    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
+
+
 @dataclass(frozen=True)
 class PartSize:
     """Parameters of a part, and how many of them are trained."""
@@ -71,7 +77,7 @@ def count_parameters(model: nn.Module, parts: Parts) -> list[PartSize]:
     """The size of every part, in the order of `PARTS`. Shared parameters count once."""
     total, trained = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed leaves nothing in what it shards
+        size = count_numbers(parameter)
         total[parts.of(name)] += size
         trained[parts.of(name)] += size if parameter.requires_grad else 0
     return [PartSize(part, total[part], trained[part]) for part in PARTS]

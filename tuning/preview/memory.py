@@ -20,6 +20,7 @@ from tuning.config.names import CHECKPOINTING, CHECKPOINTING_KWARGS
 from tuning.data.encode import IGNORED
 from tuning.model.dry_run import CANNOT_SIMULATE, META, DryRun
 from tuning.model.fsdp import raise_trained
+from tuning.model.quantize import scales_of
 
 CANNOT_BUILD = (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -34,7 +35,7 @@ _FULL = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.soft
 class MemoryEstimate:
     """Bytes of tensors on one device; what the allocator wastes and the CUDA context itself are not in them.
 
-    `weights`: parameters and buffers, under FSDP also those of the blocks that are gathered. `gradients` and
+    `weights`: parameters, buffers and scales, under FSDP also those of the blocks that are gathered. `gradients` and
     `optimizer`: all of them, as at the step. `activations`: what the peak has beyond these three: saved for the
     backward, temporary, and the batch itself; `None` where the model cannot be simulated, for the reason in `unknown`:
     `peak` lacks it then.
@@ -84,8 +85,8 @@ def estimate_memory(
             parameter.grad = torch.empty_like(parameter)
     if processes > 1 and hold_masters:
         _raise_with_gradients(trained)
-    weights = _bytes_of([*model.parameters(), *model.buffers()])
-    gradients = _bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
+    weights = bytes_of(tensors_of(model))
+    gradients = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
     optimizer, in_step = _optimizer_bytes(trained, training, hold_masters)
     held = weights // processes + gathered, gradients // processes, optimizer // processes
     if unknown:
@@ -127,7 +128,11 @@ def _checkpoint(model: nn.Module, settings: dict[str, Any], arithmetic: "_Device
     getattr(model, f"{CHECKPOINTING}_enable")(**{CHECKPOINTING_KWARGS: own}, **beside)
 
 
-def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+def tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers(), *scales_of(model)]
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind `tensors`; shared ones count once."""
     storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storages.values())
@@ -141,7 +146,7 @@ class _Meter(DryRun):
         self.processes = processes
         self.activations, self.gradients, self.peak = 0, 0, 0
         self.known: dict[int, str | None] = {}  # storage → what it counts as, if anything
-        for tensor in [*model.parameters(), *model.buffers()]:
+        for tensor in tensors_of(model):
             self.known[tensor.untyped_storage()._cdata] = None
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -150,7 +155,7 @@ class _Meter(DryRun):
     def hold(self, tensors: Iterable[torch.Tensor], times: int) -> None:
         """Count `tensors` as there all the time, `times` over."""
         tensors = list(tensors)
-        self._count("activations", times * _bytes_of(tensors))
+        self._count("activations", times * bytes_of(tensors))
         self.known.update({tensor.untyped_storage()._cdata: None for tensor in tensors})
 
     def disown(self, tensor: torch.Tensor) -> None:
@@ -317,5 +322,5 @@ def _optimizer_bytes(
             size += sum(parameter.numel() * (4 if each else 8) for parameter in low)
         return size, 0
     states = tree_leaves([list(state.values()) for state in optimizer.state.values()])
-    size = _bytes_of(value for value in states if isinstance(value, torch.Tensor))
+    size = bytes_of(value for value in states if isinstance(value, torch.Tensor))
     return size, max(0, meter.peak - size)

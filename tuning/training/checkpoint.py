@@ -30,7 +30,7 @@ SAME_DATA = (
     *("streaming", "on_bad_row", "image_folder"),
 )
 SAME_ENCODING = ("max_seq_length", "overlong_rows", "max_images_per_sample", "assistant_only_loss", "chat_template")
-SAME_MODEL = ("model_name_or_path", "dtype", "processor_kwargs")
+SAME_MODEL = ("model_name_or_path", "dtype", "quantization", "processor_kwargs")
 SAME_FREEZING = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
 SAME_LORA = ("peft_method", "r", "lora_alpha", "target_modules", "bias", "modules_to_save", "use_rslora", "use_dora")
 ROWS_OF_A_STEP = "per_device_train_batch_size × processes × gradient_accumulation_steps"
