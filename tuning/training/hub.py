@@ -14,10 +14,19 @@ from transformers.trainer_utils import HubStrategy
 from tuning.config.validate import hide_paths
 from tuning.console import say
 from tuning.errors import UserError
-from tuning.files import CARD_FILE, CONFIG_FILE, FACTS_FILE, LOG_FILE, PROGRESS_FILE, REPORT_FILE, SAMPLES_FILE
+from tuning.files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FACTS_FILE,
+    LOG_FILE,
+    PROGRESS_FILE,
+    REPORT_FILE,
+    SAMPLES_FILE,
+    SKIPPED_FILE,
+)
 from tuning.training.checkpoint import IDENTITY_FILE, NOT_OF_A_MODEL, SHARDED_MODEL, STATE_FILE
 
-OF_THE_RUN = (CONFIG_FILE, FACTS_FILE, PROGRESS_FILE, REPORT_FILE, SAMPLES_FILE, "checkpoint-*", ".*")
+OF_THE_RUN = (CONFIG_FILE, FACTS_FILE, PROGRESS_FILE, REPORT_FILE, SAMPLES_FILE, SKIPPED_FILE, "checkpoint-*", ".*")
 KEPT_HERE = (TRAINING_ARGS_NAME, IDENTITY_FILE)  # they tell of this machine's folders
 PATHS = {"adapter_config.json": "base_model_name_or_path", STATE_FILE: "best_model_checkpoint"}  # file → its field
 CANNOT_UPLOAD = (OSError, ValueError, RuntimeError, HTTPError)  # of the network, the Hub, and hf_xet
