@@ -103,11 +103,20 @@ def load_answering(source: ModelSource, *, device: torch.device | str) -> Loaded
 
 def add_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """Put a saved adapter on its base. Raises `UserError` where its weights do not fit; PEFT would only warn."""
+    adapted = wrap(model, adapter)
+    load_adapter(adapted, adapter.folder)
+    return adapted
+
+
+def wrap(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """Give a model layers for a saved adapter, whose weights are still to be loaded."""
     config = PeftConfig.from_pretrained(str(adapter.folder))
     targets = config.target_modules
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks under the old name
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:  # a target that is not there
+            raise UserError(f"does not fit the model: {str(error).splitlines()[0]}", str(adapter.folder)) from error
     adapted.peft_config["default"].target_modules = targets
-    load_adapter(adapted, adapter.folder)
     return adapted
