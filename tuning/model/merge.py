@@ -18,7 +18,16 @@ from tuning.errors import UserError
 from tuning.model import load
 from tuning.model.adapters import ADAPTER_WEIGHTS, Adapter, wrap
 from tuning.model.lora import load_adapter
-from tuning.model.published import DTYPES, Checkpoint, Place, Stored, find_places, publish_name, read_header, read_tensor
+from tuning.model.published import (
+    DTYPES,
+    Checkpoint,
+    Place,
+    Stored,
+    find_places,
+    publish_name,
+    read_header,
+    read_tensor,
+)
 
 NAME = "default"
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -82,7 +91,9 @@ def plan_merge(base: Checkpoint, config: PreTrainedConfig, adapter: Adapter) -> 
     stored = {entry.name for shard in shards.values() for entry in shard.values()}
     tied_names = {name for group in tied for name in group}
     if lost := sorted(changes.keys() - stored - tied_names):
-        raise UserError(f"the checkpoint has no weights for what the adapter changes: {', '.join(lost[:3])}.", str(base.folder))
+        raise UserError(
+            f"the checkpoint has no weights for what the adapter changes: {', '.join(lost[:3])}.", str(base.folder)
+        )
     return Merge(base, adapted, shards, untied=[name for group in broken for name in sorted(group)])
 
 
@@ -91,7 +102,8 @@ def adapt_skeleton(skeleton: PreTrainedModel, adapter: Adapter) -> PeftModel:
     check_mergeable(adapter)
     own = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
     adapted = wrap(skeleton, adapter)
-    saved, made = read_header(adapter.folder / ADAPTER_WEIGHTS), {}
+    saved = read_header(adapter.folder / ADAPTER_WEIGHTS)
+    made: dict[int, nn.Parameter] = {}
     for name, parameter in list(adapted.named_parameters(remove_duplicate=False)):
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
         if plain not in own or name in saved:
@@ -147,7 +159,7 @@ def check_mergeable(adapter: Adapter) -> None:
         raise UserError(
             f"init_lora_weights {config.init_lora_weights} changed the base model when training began.",
             where,
-            "Turn it into a plain adapter first: save_pretrained(…, path_initial_model_for_weight_conversion=…) of PEFT.",
+            "Turn it into a plain adapter first: PEFT's save_pretrained, path_initial_model_for_weight_conversion.",
         )
     if config.layer_replication or getattr(config, "alora_invocation_tokens", None):
         raise UserError("layer_replication and activated LoRA cannot be merged.", where)
@@ -191,7 +203,9 @@ def find_changes(adapted: PeftModel) -> dict[str, LoraLayer | torch.Tensor]:
             continue
         if isinstance(module, ModulesToSaveWrapper):
             changes |= {f"{name}.{end}": value for end, value in module.modules_to_save[NAME].state_dict().items()}
-        elif isinstance(module, LoraLayer) and isinstance(getattr(module.get_base_layer(), "weight", None), nn.Parameter):
+        elif isinstance(module, LoraLayer) and isinstance(
+            getattr(module.get_base_layer(), "weight", None), nn.Parameter
+        ):
             base = dict(module.get_base_layer().named_parameters(recurse=False))
             changes[f"{name}.weight"] = module
             if module.lora_bias[NAME]:

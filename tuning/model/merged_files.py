@@ -76,7 +76,9 @@ def copy_files(merge: Merge, folder: Path, config: PreTrainedConfig, dtype: torc
     if dtype:
         _set_dtype(raw, str(dtype).removeprefix("torch."))
     if merge.untied:
-        text = next((raw[name] for name in config.sub_configs if getattr(config, name) is config.get_text_config()), raw)
+        text = next(
+            (raw[name] for name in config.sub_configs if getattr(config, name) is config.get_text_config()), raw
+        )
         raw["tie_word_embeddings"] = text["tie_word_embeddings"] = False
     if "image_grid_pinpoints" in raw:  # the processor's, which may be the adapter's own
         raw["image_grid_pinpoints"] = config.image_grid_pinpoints

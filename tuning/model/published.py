@@ -55,14 +55,16 @@ class Place:
 
 
 def find_folder(name: str) -> Path:
-    """The local folder of a checkpoint; one of the hub is downloaded to the cache. Raises `UserError` if there is none."""
+    """The local folder of a checkpoint, downloaded where it is of the hub. Raises `UserError` if there is none."""
     local = Path(name).expanduser()
     if local.is_dir():
         return local
     try:
         return Path(snapshot_download(name, ignore_patterns=["*/*", "*.bin", "*.pth", "*.gguf"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise UserError(f"cannot be loaded: {str(error).splitlines()[0]}", name, "Give a folder or a hub id.") from error
+        raise UserError(
+            f"cannot be loaded: {str(error).splitlines()[0]}", name, "Give a folder or a hub id."
+        ) from error
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -1,0 +1,166 @@
+"""Would an engine load an adapter itself, and under which names? Told from the adapter and a model without weights.
+
+The rules of vLLM are those of its source, version 0.33.0: vllm/lora/peft_helper.py (`PEFTHelper.validate_legal`),
+lora/utils.py (`parse_fine_tuned_lora_name`), lora/lora_model.py, lora/model_manager.py, config/lora.py, and
+model_executor/models/{llava,llava_next,registry}.py.
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from tuning.model.adapters import ADAPTER_WEIGHTS, Adapter
+from tuning.model.merge import NAME, changes_base
+from tuning.model.parts import LANGUAGE_MODEL, find_parts
+from tuning.model.published import Place
+
+PREFIX = "base_model.model."
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT_RANK = 16
+VLLM_PREFIXES = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+}
+VLLM_READ = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
+VLLM_REMOVED = {"MllamaForConditionalGeneration": "0.10.2"}
+"""Models whose prefixes these are, which take LoRA in tower and projector; and the last versions of what is gone."""
+
+
+@dataclass
+class Serving:
+    """What an engine makes of an adapter. `obstacles`: what it would refuse or leave out; `options`: what to start it
+    with. `renamed`: module of the model → the name it has to have in the adapter, where that is another."""
+
+    obstacles: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+def plan_vllm(adapted: PeftModel, places: dict[str, Place]) -> Serving:
+    """How vLLM 0.33 takes `adapted`, a skeleton with its adapter. `places`: of the base checkpoint's tensors."""
+    config, base = adapted.peft_config[NAME], adapted.get_base_model()
+    serving, architecture = Serving(), type(base).__name__
+    serving.obstacles += find_vllm_refusals(config)
+    if architecture in VLLM_REMOVED:
+        serving.obstacles.append(f"vLLM has no {architecture} after {VLLM_REMOVED[architecture]}.")
+    known = architecture in VLLM_READ
+    if not known:
+        serving.notes.append(
+            f"vLLM's code for {architecture} was not read for this check; the names are the base checkpoint's."
+        )
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    parts, published = find_parts(base), {place.name: key for key, place in places.items()}
+    fused = {place.name for place in places.values() if place.converted}
+    outside = []
+    for name, layer in layers.items():
+        if isinstance(layer.get_base_layer(), nn.Embedding) or layer.get_base_layer() is _head(base):
+            serving.obstacles.append(f"{name}: vLLM adapts embeddings and heads for some language models only.")
+        elif not isinstance(layer.get_base_layer(), nn.Linear):
+            serving.obstacles.append(f"{name}: vLLM adapts linear layers only.")
+        elif f"{name}.weight" in fused:
+            serving.obstacles.append(f"{name}: the base checkpoint stores it in another layout.")
+        if parts.of(name) != LANGUAGE_MODEL:
+            outside.append(name)
+        wanted = published.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+        if wanted != name and not (known and _vllm_name(wanted) == _vllm_name(name)):
+            serving.renamed[name] = wanted
+    rank = max(layer.r[NAME] for layer in layers.values())
+    if rank > VLLM_RANKS[-1]:
+        serving.obstacles.append(f"rank {rank} is more than vLLM's largest, {VLLM_RANKS[-1]}.")
+    elif rank > VLLM_DEFAULT_RANK:
+        serving.options.append(f"--max-lora-rank {next(r for r in VLLM_RANKS if r >= rank)}")
+    if outside:
+        serving.options.append("--enable-tower-connector-lora")
+        serving.notes.append(
+            f"{len(outside)} adapted layers are in the vision tower or projector: without"
+            " --enable-tower-connector-lora, which vLLM calls experimental, it leaves them out and does not say so."
+        )
+    return serving
+
+
+def _head(base: PreTrainedModel) -> nn.Module | None:
+    head = base.get_output_embeddings()
+    return head.get_base_layer() if isinstance(head, LoraLayer) else head
+
+
+def find_vllm_refusals(config: LoraConfig) -> list[str]:
+    """What of an adapter's settings `PEFTHelper.validate_legal` raises for. rsLoRA and rank patterns are taken."""
+    reasons = {
+        "modules_to_save": f"modules_to_save {', '.join(config.modules_to_save or [])}: vLLM takes no full modules.",
+        "use_dora": "use_dora: vLLM has no DoRA.",
+        "lora_bias": "lora_bias: vLLM takes no biases.",
+        "alora_invocation_tokens": "alora_invocation_tokens: vLLM has no activated LoRA.",
+        "layer_replication": "layer_replication: vLLM does not replicate layers.",
+        "use_bdlora": "use_bdlora: vLLM has no block-diagonal LoRA.",
+        "use_qalora": "use_qalora: vLLM has no QALoRA.",
+    }
+    found = [reason for name, reason in reasons.items() if getattr(config, name, None)]
+    if config.bias != "none":
+        found.append(f"bias {config.bias}: vLLM takes no biases.")
+    if changes_base(config.init_lora_weights):
+        found.append(f"init_lora_weights {config.init_lora_weights}: it changed the base model.")
+    return found
+
+
+def _vllm_name(name: str) -> str:
+    """Where `hf_to_vllm_mapper` of the LLaVA models looks for a module."""
+    for prefix, new in VLLM_PREFIXES.items():
+        if f"{name}.".startswith(prefix):
+            return (new + f"{name}."[len(prefix) :]).removesuffix(".")
+    return name
+
+
+def plan_transformers(skeleton: PreTrainedModel, adapter: Adapter, adapted: PeftModel) -> Serving:
+    """Whether `PeftModel.from_pretrained` and `load_adapter` of a model find a place for every tensor.
+
+    `adapted`: another skeleton with the adapter on it, which is what the first of them does.
+    """
+    serving = Serving()
+    info = skeleton.load_adapter(str(adapter.folder))
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        serving.obstacles += [
+            f"{key} ({problem.removesuffix('_keys')})" for key in sorted(map(str, getattr(info, problem)))
+        ]
+    if changes_base(adapted.peft_config[NAME].init_lora_weights):
+        serving.notes.append("init_lora_weights changes the base model as the adapter is loaded.")
+    return serving
+
+
+def write_renamed(adapted: PeftModel, serving: Serving, adapter: Adapter, folder: Path) -> None:
+    """Write the adapter under the names that `serving` found; what is beside its weights is copied."""
+    layers = {name: m for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    new_names = {name: serving.renamed.get(name, name) for name in layers}
+    tensors = {}
+    for key, tensor in get_peft_model_state_dict(adapted).items():
+        if tensor.is_meta:
+            continue
+        module = next((name for name in layers if key.startswith(f"{PREFIX}{name}.")), "")
+        end = key.removeprefix(f"{PREFIX}{module}")
+        tensors[f"{PREFIX}{new_names.get(module, module)}{end}"] = tensor.contiguous()
+    for file in adapter.folder.iterdir():
+        if file.is_file() and file.name not in (ADAPTER_WEIGHTS, "README.md"):
+            shutil.copyfile(file, folder / file.name)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    if serving.renamed:
+        renamed_config(adapted.peft_config[NAME], layers, new_names).save_pretrained(folder)
+
+
+def renamed_config(config: LoraConfig, layers: dict[str, Any], new_names: dict[str, str]) -> LoraConfig:
+    """An adapter's settings for new names: each layer's rank and scaling stand under its full name."""
+    changed = LoraConfig(**{**config.to_dict(), "runtime_config": config.runtime_config})
+    changed.target_modules = sorted(new_names.values())
+    changed.rank_pattern = {new_names[n]: m.r[NAME] for n, m in layers.items() if m.r[NAME] != config.r}
+    changed.alpha_pattern = {
+        new_names[n]: m.lora_alpha[NAME] for n, m in layers.items() if m.lora_alpha[NAME] != config.lora_alpha
+    }
+    return changed
