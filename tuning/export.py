@@ -55,7 +55,7 @@ class ExportArguments:
 
 
 def export(options: ExportArguments, rows: RowArguments) -> None:
-    """Merge, or check for an engine. Raises `UserError`, or `RunEnded` where the merged model is not as it should be."""
+    """Merge, or check for an engine. Raises `UserError`, or `RunEnded` where the merged model is not right."""
     adapter = find_adapter(options.adapter)
     if adapter is None:
         raise UserError("is no adapter: it has no adapter_config.json.", f"adapter {options.adapter}")

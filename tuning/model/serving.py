@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tuning.model.adapters import ADAPTER_WEIGHTS, Adapter
 from tuning.model.merge import NAME, changes_base
@@ -31,8 +31,10 @@ VLLM_PREFIXES = {
     "lm_head.": "language_model.lm_head.",
 }
 VLLM_READ = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
+"""Models whose prefixes these are, and which take LoRA in tower and projector."""
+VLLM_TOWERS = ("clip_vision_model", "siglip_vision_model")
 VLLM_REMOVED = {"MllamaForConditionalGeneration": "0.10.2"}
-"""Models whose prefixes these are, which take LoRA in tower and projector; and the last versions of what is gone."""
+"""Models that vLLM no longer has, and the last version that had them."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ def plan_vllm(adapted: PeftModel, places: dict[str, Place]) -> Serving:
     known = architecture in VLLM_READ
     if not known:
         serving.notes.append(
-            f"vLLM's code for {architecture} was not read for this check; the names are the base checkpoint's."
+            f"vLLM's code for {architecture} was not read for this check; names are as in the base checkpoint."
         )
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     parts, published = find_parts(base), {place.name: key for key, place in places.items()}
@@ -71,8 +73,13 @@ def plan_vllm(adapted: PeftModel, places: dict[str, Place]) -> Serving:
             serving.obstacles.append(f"{name}: the base checkpoint stores it in another layout.")
         if parts.of(name) != LANGUAGE_MODEL:
             outside.append(name)
-        wanted = published.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
-        if wanted != name and not (known and _vllm_name(wanted) == _vllm_name(name)):
+        if known:
+            wanted = vllm_module(name, base.config)
+            found = _map_prefix(name) == wanted
+        else:
+            wanted = published.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+            found = wanted == name
+        if not found:
             serving.renamed[name] = wanted
     rank = max(layer.r[NAME] for layer in layers.values())
     if rank > VLLM_RANKS[-1]:
@@ -112,7 +119,14 @@ def find_vllm_refusals(config: LoraConfig) -> list[str]:
     return found
 
 
-def _vllm_name(name: str) -> str:
+def vllm_module(name: str, config: PreTrainedConfig) -> str:
+    """What vLLM's LLaVA models call a module. Their towers have a level that transformers 5 has no longer."""
+    mapped, tower = _map_prefix(name), "vision_tower."
+    has_level = config.vision_config.model_type in VLLM_TOWERS and not mapped.startswith(f"{tower}vision_model.")
+    return mapped.replace(tower, f"{tower}vision_model.", 1) if has_level and mapped.startswith(tower) else mapped
+
+
+def _map_prefix(name: str) -> str:
     """Where `hf_to_vllm_mapper` of the LLaVA models looks for a module."""
     for prefix, new in VLLM_PREFIXES.items():
         if f"{name}.".startswith(prefix):
