@@ -52,10 +52,10 @@ def prove_weights(merge: Merge, written: Checkpoint, dtype: torch.dtype | None) 
     proof, tensors = WeightProof(), written.tensors
     entries = [(key, entry) for shard in merge.shards.values() for key, entry in shard.items()]
     for key, entry in tqdm(entries, desc="checking weights", unit="tensor"):
-        if _joined(written_bytes(merge, entry, dtype)) != _joined(read_bytes(tensors[key])):
+        if isinstance(entry.change, LoraLayer):
+            prove_layer(merge, key, entry, tensors[key], proof)
+        elif _joined(written_bytes(merge, entry, dtype)) != _joined(read_bytes(tensors[key])):
             proof.faults.append((_difference(entry, tensors[key]), f"{key} is not what base and adapter make of it"))
-        if isinstance(entry.change, LoraLayer) and entry.name.endswith(".weight"):
-            prove_layer(merge, entry, tensors[key], proof)
     return proof
 
 
@@ -71,25 +71,29 @@ def _difference(entry: Entry, found: Stored) -> float:
     return difference if difference == difference else float("inf")
 
 
-def prove_layer(merge: Merge, entry: Entry, written: Stored, proof: WeightProof) -> None:
+def prove_layer(merge: Merge, key: str, entry: Entry, written: Stored, proof: WeightProof) -> None:
     """Hold a merged layer, before and after rounding, against PEFT's forward of the layer it was made from."""
     layer, weights = entry.change, read_layer(merge, entry)
     assert isinstance(layer, LoraLayer)
     name, _, end = entry.name.rpartition(".")
-    inputs = probe_inputs(layer.get_base_layer(), weights[end])
+    inputs = probe_inputs(layer.get_base_layer(), weights["weight"])
     with torch.no_grad():
         with holding(layer, weights) as base:
             adapted, plain = layer(inputs), base(inputs)
         exact = merge_layer(layer, weights, name)
         with holding(layer, exact) as base:
             error = torch.linalg.vector_norm(base(inputs) - adapted).item()
-        with holding(layer, {**exact, end: read_tensor(written)}) as base:
+        found = read_tensor(written)
+        with holding(layer, {**exact, end: found}) as base:
             rounding = base(inputs) - adapted
+    if not torch.equal(found, exact[end].to(found.dtype)):
+        far = torch.linalg.vector_norm(rounding).item()
+        proof.faults.append((far, f"{key} is not what base and adapter make of it"))
     effect = adapted - plain
     allowed = 1e-3 * torch.linalg.vector_norm(effect).item() + 1e-5 * torch.linalg.vector_norm(adapted).item()
     if not error <= allowed:
         proof.faults.append((error, f"{name}: merged, the layer does not give what base and adapter give"))
-    proof.layers += 1
+    proof.layers += end == "weight"
     proof.lost -= (rounding * effect).sum().item()
     proof.effect += effect.square().sum().item()
 
