@@ -103,7 +103,7 @@ def written_beside(output: Path) -> Iterator[Path]:
 def check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed + SPARE_DISK:
-        what = f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free."
+        what = f"{(needed + SPARE_DISK) / 1e6:,.0f} MB are needed, and {free / 1e6:,.0f} MB are free."
         raise UserError(what, f"output {output}", "Make room, or give another folder.")
 
 

@@ -1,6 +1,6 @@
 """Proof that a merged checkpoint is base and adapter: tensor by tensor, layer by layer, and by the model's answers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,15 +52,23 @@ def prove_weights(merge: Merge, written: Checkpoint, dtype: torch.dtype | None) 
     proof, tensors = WeightProof(), written.tensors
     entries = [(key, entry) for shard in merge.shards.values() for key, entry in shard.items()]
     for key, entry in tqdm(entries, desc="checking weights", unit="tensor"):
+        found = tensors[key]
         if isinstance(entry.change, LoraLayer):
-            prove_layer(merge, key, entry, tensors[key], proof)
-        elif _joined(written_bytes(merge, entry, dtype)) != _joined(read_bytes(tensors[key])):
-            proof.faults.append((_difference(entry, tensors[key]), f"{key} is not what base and adapter make of it"))
+            prove_layer(merge, key, entry, found, proof)
+            continue
+        stays = entry.change is None and found.dtype == entry.source.dtype
+        pieces = read_bytes(entry.source) if stays else written_bytes(merge, entry, dtype)
+        if not _are_equal(pieces, found):
+            proof.faults.append((_difference(entry, found), f"{key} is not what base and adapter make of it"))
     return proof
 
 
-def _joined(pieces: Iterable[Any]) -> bytes:
-    return b"".join(pieces)
+def _are_equal(wanted: Iterator[Any], found: Stored) -> bool:
+    """Whether these pieces are the bytes of a stored tensor."""
+    with found.file.open("rb") as opened:
+        opened.seek(found.start)
+        same = all(opened.read(len(piece)) == piece for piece in wanted)
+        return same and opened.tell() == found.end
 
 
 def _difference(entry: Entry, found: Stored) -> float:

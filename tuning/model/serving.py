@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tuning.model import load
 from tuning.model.adapters import ADAPTER_WEIGHTS, Adapter
 from tuning.model.merge import NAME, changes_base
 from tuning.model.parts import LANGUAGE_MODEL, find_parts
@@ -140,11 +141,13 @@ def plan_transformers(skeleton: PreTrainedModel, adapter: Adapter, adapted: Peft
     `adapted`: another skeleton with the adapter on it, which is what the first of them does.
     """
     serving = Serving()
-    info = skeleton.load_adapter(str(adapter.folder))
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        serving.obstacles += [
-            f"{key} ({problem.removesuffix('_keys')})" for key in sorted(map(str, getattr(info, problem)))
-        ]
+    with load.silent_transformers():
+        info = skeleton.load_adapter(str(adapter.folder))
+    if lost := sorted(map(str, info.missing_keys | info.unexpected_keys | info.mismatched_keys)):
+        serving.obstacles.append(
+            f"model.load_adapter finds no place for {len(lost)} tensors, such as {lost[0]};"
+            " PeftModel.from_pretrained loads all of it."
+        )
     if changes_base(adapted.peft_config[NAME].init_lora_weights):
         serving.notes.append("init_lora_weights changes the base model as the adapter is loaded.")
     return serving
