@@ -56,10 +56,9 @@ class ExportArguments:
 
 def export(options: ExportArguments, rows: RowArguments) -> None:
     """Merge, or check for an engine. Raises `UserError`, or `RunEnded` where the merged model is not right."""
-    adapter = find_adapter(options.adapter)
+    adapter = find_adapter(options.adapter, options.base)
     if adapter is None:
         raise UserError("is no adapter: it has no adapter_config.json.", f"adapter {options.adapter}")
-    adapter = replace(adapter, base=options.base or adapter.base)
     source = ModelSource(adapter.base, trust_remote_code=options.trust_remote_code, use_flash_attn=False)
     base, config, processor = load_base_config(source, adapter)
     if options.target:

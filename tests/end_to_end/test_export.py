@@ -193,7 +193,12 @@ def test_what_cannot_be_merged_is_refused(adapter, make_adapter, models, run, tm
         r"does not fit the model: size mismatch .*\[16, 4\]": ["--adapter", spoilt(lora_alpha=8, r=2)],
         gone: ["--adapter", lacking],
         "does not fit the model: Target modules": ["--adapter", spoilt(target_modules=["query"])],
-        "another model or other modules than this one: .*cross_attn": ["--adapter", make_adapter("mllama"), "--base", models["llava15"]],
+        "another model or other modules than this one: .*cross_attn": [
+            "--adapter",
+            make_adapter("mllama"),
+            "--base",
+            models["llava15"],
+        ],
         "init_lora_weights pissa changed the base": ["--adapter", spoilt(init_lora_weights="pissa")],
         "base_model_name_or_path .*cannot be loaded": ["--adapter", spoilt(base_model_name_or_path=str(tmp_path))],
         "adapter: is required": [],

@@ -40,8 +40,8 @@ class LoadedModel:
     adapter: Adapter | None
 
 
-def find_adapter(name: str) -> Adapter | None:
-    """The adapter in `name`, a folder or hub id; None where that is a model.
+def find_adapter(name: str, base: str | None = None) -> Adapter | None:
+    """The adapter in `name`, a folder or hub id; None where that is a model. `base`: instead of the one that it names.
 
     Raises `UserError` where it is an adapter without weights in safetensors, or one that names no base model.
     """
@@ -53,7 +53,7 @@ def find_adapter(name: str) -> Adapter | None:
     weights = folder / ADAPTER_WEIGHTS if local.exists() else cached_file(name, ADAPTER_WEIGHTS, **OPTIONAL)
     if weights is None or not Path(weights).is_file():
         raise UserError(f"is an adapter without {ADAPTER_WEIGHTS}.", name)
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise UserError("names no base model.", f"{folder}/adapter_config.json", "Set base_model_name_or_path in it.")
     return Adapter(folder, base)
