@@ -32,6 +32,7 @@ from tuning.model.published import (
 NAME = "default"
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """Ways to begin an adapter that leave the base model as it is; PiSSA, OLoRA, CorDA and LoftQ change it (PEFT 0.21)."""
+IN_MEMORY = "Load base and adapter with PEFT, merge_and_unload() them and save_pretrained() the result."
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def check_storage(key: str, entry: Entry, *, converted: bool) -> None:
         raise UserError(
             f"the adapter changes {entry.name}, which this checkpoint stores in another layout.",
             key,
-            "Load base and adapter with PEFT, merge_and_unload() them and save_pretrained() the result.",
+            IN_MEMORY,
         )
     if entry.source.dtype not in DTYPES:
         raise UserError(
@@ -213,7 +214,7 @@ def find_changes(adapted: PeftModel) -> dict[str, LoraLayer | torch.Tensor]:
             elif "bias" in base and not base["bias"].is_meta:
                 changes[f"{name}.bias"] = base["bias"].detach()
         elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise UserError(f"an adapter of the kind {type(module).__name__} cannot be merged here.", name)
+            raise UserError(f"an adapter of the kind {type(module).__name__} cannot be merged here.", name, IN_MEMORY)
         else:
             own = module.named_parameters(prefix=name, recurse=False)
             changes |= {end: value.detach() for end, value in own if not value.is_meta}
@@ -224,11 +225,17 @@ def find_changes(adapted: PeftModel) -> dict[str, LoraLayer | torch.Tensor]:
 
 @contextlib.contextmanager
 def holding(layer: LoraLayer, weights: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
-    """The base layer with copies of `weights` in float32. Afterwards it is as before."""
+    """The base layer with `weights` in float32. Afterwards it is as before.
+
+    A skeleton does not know its buffers, such as the factor of Gemma's embedding: they become 1 for base and adapter.
+    """
     base = layer.get_base_layer()
     kept = dict(base.named_parameters(recurse=False))
     for name in kept:
-        setattr(base, name, nn.Parameter(weights[name].to(torch.float32, copy=True), requires_grad=False))
+        setattr(base, name, nn.Parameter(weights[name].float(), requires_grad=False))
+    for name, buffer in base.named_buffers(recurse=False):
+        if buffer.is_meta:
+            setattr(base, name, torch.ones_like(buffer, dtype=torch.float32, device="cpu"))
     try:
         yield base
     finally:
@@ -241,7 +248,7 @@ def merge_layer(layer: LoraLayer, weights: dict[str, torch.Tensor], name: str) -
     """Merge `layer` into its base weights, in float32. Raises `UserError` where the result is no number."""
     with holding(layer, weights) as base:
         try:
-            layer.merge(safe_merge=True, adapter_names=[NAME])
+            layer.merge(safe_merge=True, adapter_names=[NAME])  # in a copy: `weights` stay as they are
         except (ValueError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"cannot be merged: {error}", name) from error
         return {end: parameter.detach() for end, parameter in base.named_parameters(recurse=False)}
