@@ -12,6 +12,7 @@ usage: vlm-tuning COMMAND …
   check config.json | --flag value …   what will the model see, and is anything wrong? Trains nothing
   predict config.json | --flag value … answer the questions of a dataset, and score the answers
   convert IN OUT                       put data of any form that is recognised into the documented one
+  export --adapter DIR --output DIR    merge an adapter into a model that engines load, and prove it
   demo [--output_dir DIR]              see it work: a tiny model learns to read handwritten digits
 
 vlm-tuning train --help lists every option."""
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tuning.convert import main as convert
 
         return convert(arguments)
+    if command == "export":
+        from tuning.export import main as export
+
+        return export(arguments)
     if command == "demo":
         from tuning.demo.digits import main as demo
 

@@ -40,8 +40,8 @@ class LoadedModel:
     adapter: Adapter | None
 
 
-def find_adapter(name: str) -> Adapter | None:
-    """The adapter in `name`, a folder or hub id; None where that is a model.
+def find_adapter(name: str, base: str | None = None) -> Adapter | None:
+    """The adapter in `name`, a folder or hub id; None where that is a model. `base`: instead of the one that it names.
 
     Raises `UserError` where it is an adapter without weights in safetensors, or one that names no base model.
     """
@@ -53,7 +53,7 @@ def find_adapter(name: str) -> Adapter | None:
     weights = folder / ADAPTER_WEIGHTS if local.exists() else cached_file(name, ADAPTER_WEIGHTS, **OPTIONAL)
     if weights is None or not Path(weights).is_file():
         raise UserError(f"is an adapter without {ADAPTER_WEIGHTS}.", name)
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise UserError("names no base model.", f"{folder}/adapter_config.json", "Set base_model_name_or_path in it.")
     return Adapter(folder, base)
@@ -103,11 +103,20 @@ def load_answering(source: ModelSource, *, device: torch.device | str) -> Loaded
 
 def add_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """Put a saved adapter on its base. Raises `UserError` where its weights do not fit; PEFT would only warn."""
+    adapted = wrap(model, adapter)
+    load_adapter(adapted, adapter.folder)
+    return adapted
+
+
+def wrap(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """Give a model layers for a saved adapter, whose weights are still to be loaded."""
     config = PeftConfig.from_pretrained(str(adapter.folder))
     targets = config.target_modules
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks under the old name
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:  # a target that is not there
+            raise UserError(f"does not fit the model: {str(error).splitlines()[0]}", str(adapter.folder)) from error
     adapted.peft_config["default"].target_modules = targets
-    load_adapter(adapted, adapter.folder)
     return adapted

@@ -102,10 +102,16 @@ def check_dora(model: PreTrainedModel, targets: list[str], dtype: torch.dtype) -
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Give an adapted model the adapter weights saved in `folder`. Raises `UserError` where they do not fit."""
     saved = load_file(folder / "adapter_model.safetensors")
-    outcome = set_peft_model_state_dict(model, saved)
+    try:
+        outcome = set_peft_model_state_dict(model, saved)
+    except (KeyError, RuntimeError) as error:  # PEFT looks modules_to_save up; PyTorch compares shapes
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UserError(f"does not fit the model: {lines[-1]}", str(folder)) from error
     mine = get_peft_model_state_dict(model)
-    if outcome.unexpected_keys or mine.keys() - saved.keys():
-        raise UserError("holds another adapter than the one that is to be trained.", str(folder))
+    wrong = sorted([*outcome.unexpected_keys, *(mine.keys() - saved.keys())])
+    if wrong:
+        listed = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
+        raise UserError(f"holds an adapter for another model or other modules than this one: {listed}.", str(folder))
 
 
 def add_lora(model: PreTrainedModel, lora: LoraArguments, targets: list[str]) -> PeftModel:

@@ -1,0 +1,326 @@
+"""`vlm-tuning export`: what it refuses, what its proof finds, that nothing half-written stays; adapters for engines."""
+
+import errno
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import psutil
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import load_file, save_file
+from tiny_models import build_model, build_processor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tuning import cli, export
+from tuning.model import merged_files
+
+QV = ["q_proj", "v_proj"]
+
+
+@pytest.fixture(scope="module")
+def make_adapter(models, tmp_path_factory):
+    """A folder with a random adapter of the llava15 model, or of another layout."""
+
+    def make(layout: str = "llava15", **lora) -> Path:
+        torch.manual_seed(3)
+        folder = tmp_path_factory.mktemp("adapter") / "adapter"
+        model = AutoModelForImageTextToText.from_pretrained(models[layout])
+        config = LoraConfig(**{"r": 4, "target_modules": QV, "init_lora_weights": False, **lora})
+        get_peft_model(model, config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def adapter(make_adapter):
+    return make_adapter()
+
+
+@pytest.fixture
+def run(tmp_path, capfd):
+    """Run the command with an output folder: its exit code and all that it printed."""
+
+    def command(*words: object, output: str = "out") -> tuple[int, str]:
+        code = export.main([*(str(word) for word in words), *(["--output", str(tmp_path / output)] if output else [])])
+        printed = capfd.readouterr()
+        return code, printed.out + printed.err
+
+    return command
+
+
+def test_the_command_merges_from_a_config_file_and_compares_on_rows(adapter, rows, tmp_path):
+    options = {"adapter": str(adapter), "output": str(tmp_path / "out"), "data_path": str(rows)}
+    (tmp_path / "export.json").write_text(json.dumps(options))
+    command = [sys.executable, "-m", "tuning.cli", "export", str(tmp_path / "export.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Logits on 4 rows" in done.stdout
+    assert f"Done: {tmp_path / 'out'}" in done.stdout
+    assert {file.name for file in tmp_path.iterdir()} == {"export.json", "out"}
+
+
+def test_the_adapters_own_processor_and_template_win(make_adapter, run, tmp_path):
+    adapter = make_adapter()
+    processor = build_processor("llava15")
+    processor.chat_template += "{# ours #}"
+    processor.save_pretrained(adapter)
+    assert run("--adapter", adapter)[0] == 0
+    assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template.endswith("{# ours #}")
+
+
+def test_a_folder_that_is_there_is_left_alone(adapter, run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    code, said = run("--adapter", adapter)
+    assert code == 1
+    assert "is there already" in said
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def halve(value):
+    return lambda *arguments: value(*arguments) / 2
+
+
+def leave_first(write):
+    """The first layer is written as it was."""
+    seen = []
+
+    def written(plan, entry, dtype):
+        if entry.change is not None and not seen:
+            seen.append(entry)
+            return merged_files.read_bytes(entry.source)
+        return write(plan, entry, dtype)
+
+    return written
+
+
+def drop_a_key(write):
+    def written(file, layout, data):
+        write(file, layout, data)
+        tensors = load_file(file)
+        tensors.pop("language_model.model.norm.weight")
+        save_file(tensors, file)
+
+    return written
+
+
+def blank(read):
+    def pieces(stored):
+        return [b"\0" * (stored.end - stored.start)] if stored.start > 10_000 else read(stored)
+
+    return pieces
+
+
+def merge_nothing(_):
+    return lambda layer, **_: None
+
+
+def lose_setting(copy):
+    def copied(plan, folder, *rest):
+        copy(plan, folder, *rest)
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["rms_norm_eps"] = 0.5
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return copied
+
+
+FAULTS = {
+    "halved": (merged_files, "value_of", halve, r"proj.weight is not what base and adapter make of it \(12 faults\)"),
+    "a layer is not merged": (merged_files, "written_bytes", leave_first, r"q_proj.weight is not .* \(1 faults\)"),
+    "a key is dropped": (merged_files, "write_shard", drop_a_key, "language_model.model.norm.weight is missing"),
+    "a tensor of the base is changed": (merged_files, "read_bytes", blank, r"is not what base and adapter make of it"),
+    "PEFT merges nothing": (LoraLinear, "merge", merge_nothing, "the layer does not give what base and adapter give"),
+    "a setting is lost": (export, "copy_files", lose_setting, r"its logits differ by [\d.]+% of the largest"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_and_nothing_is_kept(fault, adapter, run, tmp_path, monkeypatch):
+    place, name, spoil, message = FAULTS[fault]
+    monkeypatch.setattr(place, name, spoil(getattr(place, name)))
+    code, said = run("--adapter", adapter)
+    assert code == 203
+    assert re.search(f"The merged model is not base and adapter: .*{message}", said), said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_before_anything_is_written(adapter, run, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    code, said = run("--adapter", adapter)
+    assert code == 1
+    assert "67 MB are needed, and 0 MB are free" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_what_is_interrupted_leaves_nothing(error, adapter, run, tmp_path, monkeypatch):
+    def fail(file, layout, data):
+        file.write_bytes(next(iter(data)))
+        raise error
+
+    monkeypatch.setattr(merged_files, "write_shard", fail)
+    code, said = run("--adapter", adapter)
+    assert (code, "No space left" in said) == ((1, True) if isinstance(error, OSError) else (130, False))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_merged_is_refused(adapter, make_adapter, models, run, tmp_path):
+    def spoilt(**changes) -> Path:
+        folder = tmp_path / "_".join(changes)
+        shutil.copytree(adapter, folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+        return folder
+
+    lacking = spoilt(r=4)
+    tensors = load_file(lacking / "adapter_model.safetensors")
+    gone = sorted(tensors)[0]
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, lacking / "adapter_model.safetensors")
+    cases = {
+        "is no adapter": ["--adapter", models["llava15"]],
+        r"does not fit the model: size mismatch .*\[16, 4\]": ["--adapter", spoilt(lora_alpha=8, r=2)],
+        gone: ["--adapter", lacking],
+        "does not fit the model: Target modules": ["--adapter", spoilt(target_modules=["query"])],
+        "another model or other modules than this one: .*cross_attn": [
+            "--adapter",
+            make_adapter("mllama"),
+            "--base",
+            models["llava15"],
+        ],
+        "init_lora_weights pissa changed the base": ["--adapter", spoilt(init_lora_weights="pissa")],
+        "base_model_name_or_path .*cannot be loaded": ["--adapter", spoilt(base_model_name_or_path=str(tmp_path))],
+        "adapter: is required": [],
+    }
+    there = set(tmp_path.iterdir())
+    for message, words in cases.items():
+        code, said = run(*words)
+        assert code == 1, said
+        assert "Traceback" not in said
+        assert re.search(message, said), (message, said)
+    assert set(tmp_path.iterdir()) == there
+    assert "unknown" in run("--adapter", adapter, "--target", "tgi")[1]
+    assert "output: is required" in run("--adapter", adapter, output="")[1]
+
+
+def test_a_model_that_does_not_fit_in_memory_is_proven_by_layers(adapter, run, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    code, said = run("--adapter", adapter)
+    assert code == 0
+    assert "Logits were not compared" in said
+    assert "12 merged layers are as adapted" in said
+
+
+def test_changes_that_rounding_takes_away_are_told(models, make_adapter, run, tmp_path):
+    adapter = make_adapter(lora_alpha=4)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    smaller = {name: tensor * 0.02 for name, tensor in tensors.items()}
+    save_file(smaller, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    base = tmp_path / "base"
+    build_model("llava15", dtype=torch.bfloat16).save_pretrained(base)
+    build_processor("llava15").save_pretrained(base)
+    code, said = run("--adapter", adapter, "--base", base)
+    assert code == 0
+    assert re.search(r"Rounding takes away \d+% of what the adapter adds", said), said
+    code, said = run("--adapter", adapter, "--base", base, "--dtype", "float32", output="exact")
+    assert (code, "Rounding" in said) == (0, False)
+
+
+REFUSED = {
+    "use_dora: vLLM has no DoRA": {"use_dora": True},
+    "modules_to_save lm_head: vLLM takes no full modules": {"modules_to_save": ["lm_head"]},
+    "bias all: vLLM takes no biases": {"bias": "all"},
+    "embed_tokens: vLLM adapts embeddings and heads for some": {"target_modules": ["embed_tokens"]},
+    "lm_head: vLLM adapts embeddings and heads for some": {"target_modules": ["lm_head"]},
+    "patch_embedding: vLLM adapts linear layers only": {"target_modules": ["patch_embedding"]},
+}
+
+
+def test_what_vllm_would_not_load_is_told_with_the_command_that_merges(make_adapter, run, tmp_path):
+    for reason, lora in REFUSED.items():
+        folder = make_adapter(**lora)
+        code, said = run("--adapter", folder, "--target", "vllm")
+        assert code == 1
+        assert reason in said
+        assert f"Merge it instead: vlm-tuning export --adapter {folder} --output DIR" in said
+    code, said = run("--adapter", make_adapter("mllama"), "--target", "vllm")
+    assert (code, "vLLM has no MllamaForConditionalGeneration after 0.10.2" in said) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_vllm_loads_as_it_is(make_adapter, run):
+    language_model = r".*language_model.*\.(q|v)_proj"
+    folder = make_adapter(target_modules=language_model, r=20, use_rslora=True)
+    code, said = run("--adapter", folder, "--target", "vllm", output="")
+    assert code == 0
+    assert f"--enable-lora --max-lora-rank 32 --lora-modules tuned={folder}" in said
+
+
+def test_layers_of_the_tower_are_renamed_for_vllm(make_adapter, run, tmp_path):
+    folder = make_adapter(target_modules=[*QV, "linear_1"], rank_pattern={"vision_tower.*q_proj": 2})
+    code, said = run("--adapter", folder, "--target", "vllm", output="")
+    assert (code, "8 modules have another name in vllm" in said) == (1, True)
+    code, said = run("--adapter", folder, "--target", "vllm")
+    assert code == 0
+    assert "--enable-tower-connector-lora" in said
+    before, after = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "out"))
+    inner = "base_model.model.model.vision_tower."
+    inserted = {name.replace(inner, "base_model.model.vision_tower.vision_model."): t for name, t in before.items()}
+    assert inserted.keys() == after.keys() != before.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in inserted.items())
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {
+        f"vision_tower.vision_model.encoder.layers.{layer}.self_attn.q_proj": 2 for layer in range(4)
+    }
+
+
+def test_transformers_finds_a_place_for_every_tensor(make_adapter, run, tmp_path):
+    folder = make_adapter(modules_to_save=["multi_modal_projector"], bias="all", use_rslora=True)
+    code, said = run("--adapter", folder, "--target", "transformers", output="")
+    assert (code, "transformers loads it" in said) == (0, True)
+    code, said = run("--adapter", make_adapter(use_dora=True), "--target", "transformers", output="")
+    assert (code, "finds no place for 24 tensors" in said) == (1, True)  # transformers 5.23 loses what DoRA needs
+    assert "PeftModel.from_pretrained loads all of it" in said
+    tensors = load_file(folder / "adapter_model.safetensors")
+    extra = {**tensors, "base_model.model.model.nowhere.lora_A.weight": torch.zeros(4, 4)}
+    save_file(extra, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    code, said = run("--adapter", folder, "--target", "transformers", output="")
+    assert (code, "nowhere.lora_A" in said) == (1, True)
+
+
+def test_the_folder_is_uploaded(adapter, run, tmp_path, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, **_):
+            calls.append(name)
+
+        def upload_folder(self, *, repo_id, folder_path, **_):
+            calls.append((repo_id, folder_path, (folder_path / "model.safetensors").is_file()))
+            return "https://huggingface.co/me/merged"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    code, said = run("--adapter", adapter, "--push_to_hub", "me/merged")
+    assert (code, "Uploaded to https://huggingface.co/me/merged" in said) == (0, True)
+    assert calls == ["me/merged", ("me/merged", tmp_path / "out", True)]
+    monkeypatch.undo()
+    code, said = run("--adapter", adapter, "--push_to_hub", "me/merged", output="again")  # the tests are offline
+    assert code == 1
+    assert re.search(r"push_to_hub me/merged: cannot be uploaded: .* The folder .*again is complete", said), said
+
+
+def test_help_lists_the_options(capsys):
+    assert cli.main(["export", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{name} " in printed for name in ("adapter", "output", "target", "data_path", "dataset_text_field"))

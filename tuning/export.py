@@ -1,0 +1,300 @@
+"""`vlm-tuning export`: an adapter → a model that engines load, or an adapter under the names that they look for."""
+
+import gc
+import itertools
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedConfig
+
+from tuning.config.arguments import ModelSource, RowArguments, option
+from tuning.config.parse import describe_command, read_command
+from tuning.console import say
+from tuning.data.collator import probe_collator
+from tuning.data_paths import make_encoder, open_path
+from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded, UserError, exit_code_of
+from tuning.model import load
+from tuning.model.adapters import Adapter, add_adapter, find_adapter, load_base_config
+from tuning.model.attention import choose_attention
+from tuning.model.cross_attention import keep_rows_apart
+from tuning.model.merge import Merge, adapt_skeleton, plan_merge
+from tuning.model.merged_files import compare_layouts, copy_files, count_bytes, stored_dtype, write_weights
+from tuning.model.proof import TOLERANCES, Comparison, compare_logits, last_logits, prove_weights
+from tuning.model.published import find_folder, find_places, read_checkpoint
+from tuning.model.serving import Serving, plan_transformers, plan_vllm, write_renamed
+from tuning.training.checkpoint import put_in_place
+
+USAGE = "vlm-tuning export --adapter DIR --output DIR | config.json"
+ROWS = 4
+SPARE_DISK = 64 << 20
+NOTICEABLE = 0.05
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    adapter: str = option("", "The adapter: the folder that training wrote, or a hub id.")
+    output: str | None = option(None, "Folder to write; it must not exist yet.")
+    base: str | None = option(None, "The base model, a folder or hub id (default: the one that the adapter names).")
+    dtype: str = option(
+        "auto", "Precision of the written weights: auto (the base's own), float32, bfloat16 or float16."
+    )
+    target: str | None = option(None, "Do not merge: check the adapter itself for vllm or transformers.")
+    data_path: str | None = option(None, "Rows to compare the merged model with base and adapter on (the first four).")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
+    push_to_hub: str | None = option(None, "Upload the written folder to this repository of the Hub, too.")
+
+
+def export(options: ExportArguments, rows: RowArguments) -> None:
+    """Merge, or check for an engine. Raises `UserError`, or `RunEnded` where the merged model is not right."""
+    adapter = find_adapter(options.adapter, options.base)
+    if adapter is None:
+        raise UserError("is no adapter: it has no adapter_config.json.", f"adapter {options.adapter}")
+    source = ModelSource(adapter.base, trust_remote_code=options.trust_remote_code, use_flash_attn=False)
+    base, config, processor = load_base_config(source, adapter)
+    if options.target:
+        serve(options, config, adapter)
+        return
+    assert options.output is not None
+    output, dtype = Path(options.output).expanduser(), None
+    if options.dtype != "auto":
+        dtype = getattr(torch, options.dtype)
+    with written_beside(output) as folder:
+        merge = plan_merge(read_checkpoint(find_folder(adapter.base)), config, adapter)
+        say_merge(merge, adapter)
+        check_space(output, count_bytes(merge, dtype))
+        write_weights(merge, folder, dtype)
+        copy_files(merge, folder, config, dtype)
+        processor.save_pretrained(folder)
+        prove(merge, folder, dtype)
+        compare(Models(base, config, processor, adapter, folder), merge, dtype, options, rows)
+    say(f"Done: {output} is a model of its own.")
+    if options.push_to_hub:
+        push(output, options.push_to_hub)
+
+
+@contextmanager
+def written_beside(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name at the end, and is gone if there is no good end."""
+    if output.exists():
+        raise UserError("is there already.", f"output {output}", "Give a folder that does not exist.")
+    folder = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        put_in_place(folder, output)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror or error}.", f"output {output}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_space(output: Path, needed: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if free < needed + SPARE_DISK:
+        what = f"{(needed + SPARE_DISK) / 1e6:,.0f} MB are needed, and {free / 1e6:,.0f} MB are free."
+        raise UserError(what, f"output {output}", "Make room, or give another folder.")
+
+
+def say_merge(merge: Merge, adapter: Adapter) -> None:
+    entries = [entry for shard in merge.shards.values() for entry in shard.values()]
+    changed = sum(entry.change is not None for entry in entries)
+    say(f"{adapter.folder} changes {changed} of {len(entries)} tensors of {adapter.base}.")
+    if merge.untied:
+        say(
+            f"{' and '.join(merge.untied)} are one in the base model and two in the merged one: the adapter parts them."
+        )
+    if read_run(adapter).get("quantization"):
+        say("The adapter was trained on quantised weights; it is merged into the base model's own, unquantised ones.")
+
+
+def read_run(adapter: Adapter) -> dict[str, Any]:
+    """The options of the run that made an adapter, where they lie beside it."""
+    file = adapter.folder / "resolved_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def prove(merge: Merge, folder: Path, dtype: torch.dtype | None) -> None:
+    """Read back every file and tensor. Raises `RunEnded` naming the worst."""
+    written = read_checkpoint(folder)
+    if problems := compare_layouts(merge, written, dtype):
+        raise failed(f"{problems[0]} ({len(problems)} differences from the base checkpoint).")
+    proof = prove_weights(merge, written, dtype)
+    if proof.faults:
+        raise failed(f"{proof.worst} ({len(proof.faults)} faults).")
+    say(f"Weights: keys, shapes and formats are the base checkpoint's; {proof.layers} merged layers are as adapted.")
+    if proof.lost_share > NOTICEABLE:
+        say(
+            f"Rounding takes away {proof.lost_share:.0%} of what the adapter adds: its changes are smaller than the"
+            " steps of this precision. --dtype float32 keeps them."
+        )
+
+
+def failed(what: str) -> RunEnded:
+    return RunEnded(f"The merged model is not base and adapter: {what} Nothing was kept.", EXIT_INTERNAL_ERROR)
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is compared: the base as it is loaded, its adapter, and the merged folder."""
+
+    base: ModelSource
+    config: PreTrainedConfig
+    processor: Any
+    adapter: Adapter
+    folder: Path
+
+
+def compare(
+    models: Models, merge: Merge, dtype: torch.dtype | None, options: ExportArguments, rows: RowArguments
+) -> None:
+    """Load the merged folder as a user would and hold its logits against those of base and adapter, in float32.
+
+    Where the model does not fit in memory, the proof of every layer must do; that is said.
+    """
+    entries = [entry for shard in merge.shards.values() for entry in shard.values()]
+    needed = int(1.2 * sum(4 * torch.Size(entry.source.shape).numel() for entry in entries))
+    if needed > (free := psutil.virtual_memory().available):
+        say(
+            f"Logits were not compared: the model in float32 needs {needed / 1e9:.0f} GB of memory and"
+            f" {free / 1e9:.0f} GB are free. Each merged layer was compared on its own."
+        )
+        return
+    batches = sample_batches(models, options, rows)
+    wanted = run_model(models, models.base, models.adapter, batches)
+    own = replace(models.base, model_name_or_path=str(models.folder))
+    found = run_model(models, own, None, batches)
+    result = compare_logits(wanted, found)
+    tolerance = max(TOLERANCES[stored_dtype(entry, dtype)] for entry in entries if entry.change is not None)
+    say(describe(result, len(batches)))
+    if not result.difference <= tolerance:
+        raise failed(f"its logits differ by {result.difference:.2%} of the largest.")
+
+
+def sample_batches(models: Models, options: ExportArguments, rows: RowArguments) -> list[dict[str, Any]]:
+    """The user's first rows, or built-in ones with and without an image, a batch each."""
+    encoder = make_encoder(rows, models.processor, models.config, rows.date_string or date.today().strftime("%d %b %Y"))
+    samples = encoder.probes()
+    if options.data_path:
+        source = open_path(rows, options.data_path, rows.dataset_split)
+        samples = [encoder.encode(row) for row in itertools.islice(source, ROWS)]
+    batches = [probe_collator(encoder.processor)([sample]) for sample in samples]
+    return [{name: value for name, value in batch.items() if name not in ("facts", "labels")} for batch in batches]
+
+
+def run_model(
+    models: Models, source: ModelSource, adapter: Adapter | None, batches: list[dict[str, Any]]
+) -> list[torch.Tensor]:
+    """Logits of a model that is loaded for it and gone afterwards."""
+    config = models.config if adapter else load.load_config(source)
+    kind = load.model_class(config)
+    attention = choose_attention(
+        kind, use_flash_attn=False, attn_implementation=None, dtype=torch.float32, device_type="cpu"
+    )
+    model = load.load_model(source, config, dtype=torch.float32, attention=attention.loaded)
+    keep_rows_apart(model)
+    logits = last_logits((add_adapter(model, adapter) if adapter else model).eval(), batches)
+    del model
+    gc.collect()
+    return logits
+
+
+def describe(result: Comparison, rows: int) -> str:
+    agreeing = "all" if result.agreeing == result.positions else f"{result.agreeing} of"
+    return (
+        f"Logits on {rows} rows: the largest difference is {result.difference:.1e} of the largest logit;"
+        f" {agreeing} {result.positions} first choices agree."
+    )
+
+
+def serve(options: ExportArguments, config: PreTrainedConfig, adapter: Adapter) -> None:
+    """Check the adapter itself for an engine, and write it for that engine where `output` is given."""
+    adapted = adapt_skeleton(load.build_skeleton(config), adapter)
+    if options.target == "vllm":
+        keys = read_checkpoint(find_folder(adapter.base)).tensors
+        serving = plan_vllm(adapted, find_places(load.build_skeleton(config), keys))
+    else:
+        serving = plan_transformers(load.build_skeleton(config), adapter, adapted)
+    for note in serving.notes:
+        say(note)
+    if serving.obstacles:
+        raise UserError(
+            "\n  - ".join([f"{options.target} would not load all of this adapter:", *serving.obstacles]) + "\n",
+            str(adapter.folder),
+            f"Merge it instead: vlm-tuning export --adapter {options.adapter} --output DIR",
+        )
+    if options.output:
+        output = Path(options.output).expanduser()
+        with written_beside(output) as folder:
+            write_renamed(adapted, serving, adapter, folder)
+        say(f"Done: {output} is the adapter with {len(serving.renamed)} modules renamed.")
+        if options.push_to_hub:
+            push(output, options.push_to_hub)
+    elif serving.renamed:
+        name, wanted = next(iter(serving.renamed.items()))
+        raise UserError(
+            f"{len(serving.renamed)} modules have another name in {options.target}, such as {wanted} for {name}.",
+            str(adapter.folder),
+            "Add --output DIR to write the adapter under those names.",
+        )
+    say(how_to_serve(options, serving, adapter))
+
+
+def how_to_serve(options: ExportArguments, serving: Serving, adapter: Adapter) -> str:
+    folder = options.output or str(adapter.folder)
+    if options.target == "transformers":
+        return f'transformers loads it: PeftModel.from_pretrained(model, "{folder}")'
+    extra = "".join(f" {one}" for one in serving.options)
+    return f"vLLM loads it: vllm serve {adapter.base} --enable-lora{extra} --lora-modules tuned={folder}"
+
+
+def push(folder: Path, repository: str) -> None:
+    """Upload a folder to the Hub, as a repository of its own. Raises `UserError` where the Hub refuses."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+        link = HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model")
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"cannot be uploaded: {str(error).splitlines()[0]} The folder {folder} is complete.",
+            f"push_to_hub {repository}",
+            "Log in with `hf auth login`, then upload it with `hf upload`.",
+        ) from error
+    say(f"Uploaded to {link}.")
+
+
+def run(argv: Sequence[str]) -> None:
+    options, rows = read_command(argv, ExportArguments, RowArguments, required=["adapter"])
+    if options.target not in (None, "vllm", "transformers"):
+        raise UserError(f"target: {options.target!r} is unknown; use vllm or transformers", "config")
+    if not options.target and not options.output:
+        raise UserError("output: is required", "config")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # said in our own words
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        export(options, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(describe_command(USAGE, ExportArguments, RowArguments))
+        return 0
+    return exit_code_of(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
