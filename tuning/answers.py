@@ -8,7 +8,7 @@ from typing import Any
 
 from tuning.console import say
 from tuning.errors import UserError
-from tuning.files import read_json, write_json, write_text
+from tuning.files import read_json, read_lines, to_lines, write_json, write_text
 from tuning.report.answers import render_answers
 from tuning.scoring import mean_scores, score_rows
 
@@ -33,7 +33,7 @@ class Answers:
 
     def _of_finished_run(self, output: Path) -> list[Line]:
         field = ((read_json(scores_file(output)) or {}).get("keys") or {}).get(self.key)
-        lines = read_lines(output) if field else []
+        lines = list(read_lines(output)) if field else []
         return [line | {"prediction": line[field]} if field in line else line for line in lines]
 
     def add(self, lines: Iterable[Line]) -> None:
@@ -42,10 +42,10 @@ class Answers:
         self.by_row |= new
         try:
             if self._is_new:  # what an interrupted run wrote may end in half a line
-                write_text(self.path, to_text(self.by_row.values()))
+                write_text(self.path, to_lines(self.by_row.values()))
             else:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(to_text(new.values()))
+                    file.write(to_lines(new.values()))
         except OSError as error:
             raise UserError(f"cannot be written: {error.strerror}.", str(self.path)) from error
         self._is_new = False
@@ -60,21 +60,6 @@ def check_output(output: Path, answers: Answers, *, overwrite: bool) -> None:
             str(output),
             "Give another output, or set overwrite true.",
         )
-
-
-def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a file, of which there may be none."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:  # its writing was interrupted
-            continue
-    return lines
-
-
-def to_text(lines: Iterable[Line]) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def scores_file(output: Path) -> Path:
@@ -127,7 +112,7 @@ def finish(
             line.setdefault("scores", {})[field] = {metric: values[number] for metric, values in by_metric.items()}
     summary["rows_scored"] = len(scored) if metrics else 0
     try:
-        write_text(output, to_text(lines))
+        write_text(output, to_lines(lines))
         write_json(scores_file(output), summary)
         write_text(output.with_suffix(".html"), render_answers(lines, summary, show_pictures))
     except OSError as error:

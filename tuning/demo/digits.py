@@ -17,6 +17,7 @@ from typing import Any
 
 from tuning.demo.page import Answered, write_page
 from tuning.errors import UserError, exit_code_of
+from tuning.files import read_lines
 
 HELD_OUT_SHARE = 0.2
 
@@ -155,7 +156,7 @@ def predict(model: Path, before: Path, task: Task, output_dir: Path) -> Predicti
         *("--batch_size", "64", "--max_new_tokens", "16"),
     )
     scores = json.loads((folder / "predictions.scores.json").read_text())["scores"]
-    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    lines = list(read_lines(folder / "predictions.jsonl"))
     return Predictions(scores["compared"]["exact_match"], scores["prediction"]["exact_match"], lines)
 
 

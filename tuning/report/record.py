@@ -1,7 +1,6 @@
 """What the files in output_dir say of a run: pure data, from which its page is made."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tuning.files import (
     SAMPLES_FILE,
     SKIPPED_FILE,
     read_json,
+    read_lines,
 )
 
 RUNNING, ENDED, FINISHED = "running", "ended", "finished"
@@ -109,7 +109,7 @@ def _whole(value: Any) -> int:
 def read_record(output_dir: Path) -> RunRecord:
     """Read a run's files; any of them may be missing, and a last line half-written. Raises `OSError`."""
     training, validation = list[dict](), dict[int, dict]()
-    for line in _read_lines(output_dir / LOG_FILE):
+    for line in read_lines(output_dir / LOG_FILE):
         step = line.get("step")
         if not isinstance(step, int):
             continue
@@ -127,7 +127,7 @@ def read_record(output_dir: Path) -> RunRecord:
         training=_collect(training, TRAINING),
         validation={name.removeprefix(EVALUATION): series for name, series in _collect(evaluations, measured).items()},
         predictions=_read_predictions(output_dir / SAMPLES_FILE),
-        left_out=sum(1 for _ in _read_lines(output_dir / SKIPPED_FILE)),
+        left_out=sum(1 for _ in read_lines(output_dir / SKIPPED_FILE)),
     )
 
 
@@ -145,19 +145,6 @@ def _read_progress(output_dir: Path) -> dict[str, Any]:
     return {"state": FINISHED, "step": finished.get("global_step")}
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # it is being written, or its writer was killed
-                continue
-            if isinstance(line, dict):
-                yield line
-
-
 def _collect(lines: list[dict[str, Any]], names: Iterable[str]) -> dict[str, Series]:
     """The numbers called `names` by step."""
     found = {}
@@ -172,7 +159,7 @@ def _collect(lines: list[dict[str, Any]], names: Iterable[str]) -> dict[str, Ser
 def _read_predictions(path: Path) -> list[Prediction]:
     """One a row, in the order in which rows appear."""
     found: dict[tuple[str, str], Prediction] = {}
-    for line in _read_lines(path):
+    for line in read_lines(path):
         step = line.get("step")
         texts = {name: str(line.get(name, "")) for name in ("file", "row", "question", "reference", "prediction")}
         key = (texts["file"], texts["row"])

@@ -1,6 +1,5 @@
 """Rows → answers of a model by generation: for predictions, and during training for scores and the report."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from tuning.data.images import thumbnail
 from tuning.data.questions import Question, ask, join_on_the_right
 from tuning.data.sources import Row
 from tuning.errors import UserError
-from tuning.files import SAMPLES_FILE, write_text
+from tuning.files import SAMPLES_FILE, read_lines, to_lines, write_text
 from tuning.model.generate import generate_texts
 from tuning.scoring import mean_scores, score_rows
 from tuning.training.processes import Processes
@@ -80,10 +79,9 @@ class Examiner:
         if not first:
             return
         file = self.folder / SAMPLES_FILE
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        kept = [line for line in lines if line["step"] <= step and step]
+        kept = [line for line in read_lines(file) if line["step"] <= step] if step else []
         self._kept = {(line["step"], _place(line)) for line in kept}
-        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        write_text(file, to_lines(kept))
 
     def examine(self, model: nn.Module, processes: Processes, step: int, *, together: bool) -> dict[str, float]:
         """The mean scores of the answers to `rows`, the same on every process; see `answer_rows`."""
@@ -99,7 +97,8 @@ class Examiner:
         try:
             lines = self.answer_rows(self.samples, model, processes, together=together)
         except CANNOT_GENERATE as error:
-            say(f"This model cannot answer by generation, so the report shows no samples: {str(error).splitlines()[0]}")
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            say(f"This model cannot answer by generation, so the report shows no samples: {reason}")
             self.samples = []
         else:
             self._keep(lines, step, processes)
@@ -119,7 +118,7 @@ class Examiner:
                     images = self.encoder.open_images(self.encoder.prepare(rows[place]))
                     written["images"] = [thumbnail(image) for image in images]
                 self._kept.add((step, place))
-                file.write(json.dumps(written, ensure_ascii=False) + "\n")
+                file.write(to_lines([written]))
 
     def answer_rows(
         self, rows: Sequence[Row], model: nn.Module, processes: Processes, *, together: bool

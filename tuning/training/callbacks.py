@@ -10,7 +10,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tuning.data.encode import Skipped
-from tuning.files import LOG_FILE, SKIPPED_FILE
+from tuning.files import LOG_FILE, SKIPPED_FILE, read_lines, to_lines, write_text
 from tuning.training.epochs import begin_epoch
 
 
@@ -26,10 +26,10 @@ class JsonLinesLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        lines = self.path.read_text().splitlines() if self.path.exists() and state.global_step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        kept = (
+            [line for line in read_lines(self.path) if line["step"] <= state.global_step] if state.global_step else []
+        )
+        write_text(self.path, to_lines(kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
