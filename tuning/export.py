@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import json
 import shutil
 import sys
 import warnings
@@ -23,8 +22,9 @@ from tuning.console import say
 from tuning.data.collator import probe_collator
 from tuning.data_paths import make_encoder, open_path
 from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded, UserError, exit_code_of
+from tuning.files import CARD_FILE, CONFIG_FILE, read_json, write_text
 from tuning.model import load
-from tuning.model.adapters import Adapter, add_adapter, find_adapter, load_base_config
+from tuning.model.adapters import Adapter, add_adapter, find_adapter, has_processor, load_base_config
 from tuning.model.attention import choose_attention
 from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.merge import Merge, adapt_skeleton, plan_merge
@@ -32,6 +32,7 @@ from tuning.model.merged_files import compare_layouts, copy_files, count_bytes, 
 from tuning.model.proof import TOLERANCES, Comparison, compare_logits, last_logits, prove_weights
 from tuning.model.published import find_folder, find_places, read_checkpoint
 from tuning.model.serving import Serving, plan_transformers, plan_vllm, write_renamed
+from tuning.model_card import is_ours, merge_card
 from tuning.training.checkpoint import put_in_place
 
 USAGE = "vlm-tuning export --adapter DIR --output DIR | config.json"
@@ -62,7 +63,7 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
     source = ModelSource(adapter.base, trust_remote_code=options.trust_remote_code, use_flash_attn=False)
     base, config, processor = load_base_config(source, adapter)
     if options.target:
-        serve(options, config, adapter)
+        serve(options, config, adapter, processor)
         return
     assert options.output is not None
     output, dtype = Path(options.output).expanduser(), None
@@ -75,6 +76,7 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
         write_weights(merge, folder, dtype)
         copy_files(merge, folder, config, dtype)
         processor.save_pretrained(folder)
+        write_card(adapter, folder, options.push_to_hub or output.name)
         prove(merge, folder, dtype)
         compare(Models(base, config, processor, adapter, folder), merge, dtype, options, rows)
     say(f"Done: {output} is a model of its own.")
@@ -114,14 +116,15 @@ def say_merge(merge: Merge, adapter: Adapter) -> None:
         say(
             f"{' and '.join(merge.untied)} are one in the base model and two in the merged one: the adapter parts them."
         )
-    if read_run(adapter).get("quantization"):
+    if (read_json(adapter.folder / CONFIG_FILE) or {}).get("quantization"):
         say("The adapter was trained on quantised weights; it is merged into the base model's own, unquantised ones.")
 
 
-def read_run(adapter: Adapter) -> dict[str, Any]:
-    """The options of the run that made an adapter, where they lie beside it."""
-    file = adapter.folder / "resolved_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def write_card(adapter: Adapter, folder: Path, name: str) -> None:
+    """Give the merged model the card that training wrote for its adapter, with what is different now."""
+    card = adapter.folder / CARD_FILE
+    if card.is_file() and is_ours(card):
+        write_text(folder / CARD_FILE, merge_card(card.read_text(encoding="utf-8"), name))
 
 
 def prove(merge: Merge, folder: Path, dtype: torch.dtype | None) -> None:
@@ -217,7 +220,7 @@ def describe(result: Comparison, rows: int) -> str:
     )
 
 
-def serve(options: ExportArguments, config: PreTrainedConfig, adapter: Adapter) -> None:
+def serve(options: ExportArguments, config: PreTrainedConfig, adapter: Adapter, processor: Any) -> None:
     """Check the adapter itself for an engine, and write it for that engine where `output` is given."""
     adapted = adapt_skeleton(load.build_skeleton(config), adapter)
     if options.target == "vllm":
@@ -237,6 +240,8 @@ def serve(options: ExportArguments, config: PreTrainedConfig, adapter: Adapter) 
         output = Path(options.output).expanduser()
         with written_beside(output) as folder:
             write_renamed(adapted, serving, adapter, folder)
+            if has_processor(adapter.folder):
+                processor.save_pretrained(folder)
         say(f"Done: {output} is the adapter with {len(serving.renamed)} modules renamed.")
         if options.push_to_hub:
             push(output, options.push_to_hub)

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tuning import cli, export
 from tuning.model import merged_files
+from tuning.model_card import MARK
 
 QV = ["q_proj", "v_proj"]
 
@@ -68,12 +69,18 @@ def test_the_command_merges_from_a_config_file_and_compares_on_rows(adapter, row
     assert {file.name for file in tmp_path.iterdir()} == {"export.json", "out"}
 
 
-def test_the_adapters_own_processor_and_template_win(make_adapter, run, tmp_path):
+def test_the_adapters_own_processor_template_and_card_win(make_adapter, run, tmp_path):
     adapter = make_adapter()
     processor = build_processor("llava15")
     processor.chat_template += "{# ours #}"
     processor.save_pretrained(adapter)
+    card = f"---\nlibrary_name: peft\n---\n{MARK}\nLoRA adapter for x\n\n## Use\n\nPeftModel\n\n## Data\n\nrows\n"
+    (adapter / "README.md").write_text(card)
     assert run("--adapter", adapter)[0] == 0
+    merged_card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: transformers" in merged_card
+    assert "PeftModel" not in merged_card
+    assert "## Data\n\nrows" in merged_card
     assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template.endswith("{# ours #}")
 
 

@@ -154,7 +154,7 @@ def plan_transformers(skeleton: PreTrainedModel, adapter: Adapter, adapted: Peft
 
 
 def write_renamed(adapted: PeftModel, serving: Serving, adapter: Adapter, folder: Path) -> None:
-    """Write the adapter under the names that `serving` found; what is beside its weights is copied."""
+    """Write the adapter and its settings under the names that `serving` found."""
     layers = {name: m for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     new_names = {name: serving.renamed.get(name, name) for name in layers}
     tensors = {}
@@ -164,9 +164,7 @@ def write_renamed(adapted: PeftModel, serving: Serving, adapter: Adapter, folder
         module = next((name for name in layers if key.startswith(f"{PREFIX}{name}.")), "")
         end = key.removeprefix(f"{PREFIX}{module}")
         tensors[f"{PREFIX}{new_names.get(module, module)}{end}"] = tensor.contiguous()
-    for file in adapter.folder.iterdir():
-        if file.is_file() and file.name not in (ADAPTER_WEIGHTS, "README.md"):
-            shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(adapter.folder / "adapter_config.json", folder / "adapter_config.json")
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     if serving.renamed:
         renamed_config(adapted.peft_config[NAME], layers, new_names).save_pretrained(folder)
