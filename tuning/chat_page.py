@@ -166,7 +166,7 @@ def build_page(speakers: Sequence[Speaker]) -> Any:
     import gradio as gr
 
     with gr.Blocks(title=f"{speakers[0].name} – chat", fill_height=True, fill_width=True) as page:
-        talk = gr.State(Talk)
+        talk = gr.State(lambda: Talk())  # gradio takes a dataclass itself for a value
         with gr.Row(scale=1, equal_height=True):
             bots = [_add_column(speaker) for speaker in speakers]
         problem = gr.Markdown(visible=False, elem_classes="problem")
@@ -223,6 +223,9 @@ def _connect(speakers: Sequence[Speaker], talk: Any, bots: list[Any], problem: A
             yield [*show(talk), gr.skip(), gr.skip()]
 
     def settle(talk: Talk) -> list[Any]:
+        for place in talk.turns[-1].answers if talk.turns else []:
+            if not place.text and not place.problem:
+                place.problem = "No answer: an internal error, which is in the terminal."
         return [*show(talk), gr.MultimodalTextbox(submit_btn=True, stop_btn=False)]
 
     def stop(talk: Talk) -> None:
@@ -235,7 +238,9 @@ def _connect(speakers: Sequence[Speaker], talk: Any, bots: list[Any], problem: A
 
     outputs = [*bots, box, problem]
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    box.submit(start, [talk, box], outputs, **hidden).then(settle, talk, [*bots, box], **hidden)  # also after an error
+    asked = box.submit(start, [talk, box], outputs, **hidden)
+    for ended in (asked.success, asked.failure):
+        ended(settle, talk, [*bots, box], **hidden)
     box.stop(stop, talk, None, queue=False, **hidden)
     clear.click(empty, talk, outputs, queue=False, **hidden)
 
