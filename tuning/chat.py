@@ -9,10 +9,10 @@ import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from PIL import Image
 
@@ -105,9 +105,8 @@ class Speaker:
 
 def make_speaker(source: ModelSource, max_new_tokens: int, ending: threading.Event) -> Speaker:
     """Load a model to talk to, on the machine's accelerator, if there is one."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    loaded = load_answering(source, device=device)
-    encoder = make_encoder(RowArguments(), loaded.processor, loaded.config, date.today().strftime("%d %b %Y"))
+    loaded = load_answering(source, device=PartialState().device)
+    encoder = make_encoder(RowArguments(), loaded.processor, loaded.config, None)
     name = Path(source.model_name_or_path).expanduser().resolve().name
     return Speaker(name, loaded, encoder, probe_collator(loaded.processor), max_new_tokens, ending)
 
@@ -149,7 +148,8 @@ def run(argv: Sequence[str]) -> None:
     """The whole command, until it is interrupted."""
     source, options = read_command(argv, ModelSource, ChatArguments, required=["model_name_or_path"])
     check_page(options.port)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also then nothing is left behind
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left behind
+        signal.signal(number, signal.default_int_handler)
     ending = threading.Event()
     with tempfile.TemporaryDirectory(prefix="vlm-tuning-chat-") as folder:
         try:

@@ -123,7 +123,9 @@ def test_a_second_model_and_an_adapter_with_biases_are_loaded_apart(scripted, pa
     copied = tmp_path / "biased"
     copied.mkdir()
     (copied / "adapter_config.json").write_text(json.dumps({**config, "bias": "lora_only"}))
-    (copied / "adapter_model.safetensors").write_bytes((scripted / "adapter" / "adapter_model.safetensors").read_bytes())
+    (copied / "adapter_model.safetensors").write_bytes(
+        (scripted / "adapter" / "adapter_model.safetensors").read_bytes()
+    )
     options = ChatArguments(compare=str(scripted / "base"))
     tuned, base = make_speakers(ModelSource(str(copied)), options, threading.Event())
     assert tuned.loaded.model is not base.loaded.model
