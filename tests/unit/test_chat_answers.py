@@ -10,15 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from scripted import save_scripted
+from tiny_models import LAYOUTS
 
 from tuning import chat, cli
 from tuning.chat import ChatArguments, is_base_of, make_speakers
 from tuning.chat_page import Answer, Talk, Turn, answer
 from tuning.config.arguments import ModelSource
+from tuning.data.questions import ask as read_question
+from tuning.data.sources import Row
 from tuning.errors import UserError
 from tuning.model.adapters import load_answering
 from tuning.model.generate import generate_texts, greedy_settings
 from tuning.model.streaming import stream_text
+from tuning.training.answering import answer as answer_batch
 
 PICTURE = Image.new("RGB", (60, 40), "red")
 
@@ -78,6 +82,20 @@ def test_the_pieces_are_the_answer_that_a_batch_gets(models):
     pieces = list(stream_text(model, tokenizer, batch, settings, during=nullcontext(), ending=threading.Event()))
     assert len(pieces) > 3
     assert "".join(pieces).strip() == generate_texts(model, tokenizer, batch, max_new_tokens=30)[0] != ""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_later_turn_of_every_layout_is_answered_as_a_row_of_data_is(models, layout):
+    options = ChatArguments(max_new_tokens=12)
+    speaker = make_speakers(ModelSource(str(models[layout])), options, threading.Event())[0]
+    pictures = [PICTURE] * (speaker.encoder.max_images or 2)
+    talk = Talk([asked("What is it?", "A dog.", images=pictures), asked("Sure?", "")])
+    messages, images = talk.history(0)
+    question = read_question(Row({"messages": messages, "images": images}, "file", 0), speaker.encoder)
+    expected = answer_batch(
+        speaker.loaded.model, [question.sample], speaker.encoder, speaker.collator, max_new_tokens=12
+    )
+    assert "".join(speaker.reply(messages, images)).strip() == expected[0]
 
 
 @pytest.mark.parametrize("how", ["closed", "ended"])
