@@ -13,6 +13,7 @@ usage: vlm-tuning COMMAND …
   predict config.json | --flag value … answer the questions of a dataset, and score the answers
   convert IN OUT                       put data of any form that is recognised into the documented one
   export --adapter DIR --output DIR    merge an adapter into a model that engines load, and prove it
+  chat --model_name_or_path MODEL      talk to a model about pictures, in the browser
   demo [--output_dir DIR]              see it work: a tiny model learns to read handwritten digits
 
 vlm-tuning train --help lists every option."""
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tuning.export import main as export
 
         return export(arguments)
+    if command == "chat":
+        from tuning.chat import main as chat
+
+        return chat(arguments)
     if command == "demo":
         from tuning.demo.digits import main as demo
 

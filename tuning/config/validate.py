@@ -140,7 +140,7 @@ def _path_problems(values: Mapping[str, Any]):
     entries = training if isinstance(training, list) else [{"path": training}]
     yield from _mixture_problems(training if isinstance(training, list) else None)
     paths = [("training_data_path", entry.get("path")) for entry in entries if isinstance(entry, dict)]
-    names = ("model_name_or_path", "validation_data_path", "data_path", "chat_template", "image_folder")
+    names = ("model_name_or_path", "validation_data_path", "data_path", "compare", "chat_template", "image_folder")
     for name, path in [*((name, values.get(name)) for name in names), *paths]:
         if not isinstance(path, str) or not path or (name == "chat_template" and "{" in path):
             continue
