@@ -76,7 +76,8 @@ def verify_saved(
     first = trainer.args.should_save
     model = trainer.accelerator.unwrap_model(trainer.model)
     together = trainer.is_fsdp_enabled and trainer.processes.number > 1
-    beside = isinstance(model, PeftModel) and not together
+    adapter = isinstance(model, PeftModel)
+    beside = adapter and not together and model.peft_config[model.active_adapter].bias == "none"  # PEFT takes one else
     loads = first and (beside or bool(wanted) or has_room(trainer, model))
     loads = bool(trainer.processes.share([loads]).any())
     expected, logits = None, None
@@ -126,9 +127,11 @@ def trained_weights(trainer: Any, model: torch.nn.Module) -> dict[str, torch.Ten
 
     What FSDP sharded is put together tensor by tensor, by all processes, and kept by the first.
     """
+    adapter = isinstance(model, PeftModel)
+    if adapter and not trainer.is_fsdp_enabled:
+        return get_peft_model_state_dict(model)
     weights: dict[str, torch.Tensor] = {}
     of_parameter: dict[int, torch.Tensor] = {}  # tied ones stay one
-    adapter = isinstance(model, PeftModel)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in model.state_dict(keep_vars=True).items():
         if adapter and name not in trained and f".{model.active_adapter}." not in name:
@@ -249,8 +252,6 @@ def find_loading_fault(
     `beside`: it is an adapter, and goes on the base in memory.
     """
     if beside:
-        if model.peft_config[model.active_adapter].bias != "none":  # of which PEFT has only one on a model
-            return ""
         with saved_adapter(model, folder), decoder_attention(model, trainer.attention.loaded):
             found = read_logits(trainer, model) if expected is not None else None
     elif isinstance(model, PeftModel):
@@ -282,7 +283,7 @@ def find_loading_fault(
 @contextmanager
 def saved_adapter(model: PeftModel, folder: Path) -> Iterator[None]:
     """Let `model` run with the adapter saved in `folder` instead of its own for a while."""
-    own, trains = model.active_adapter, {p: p.requires_grad for p in model.parameters()}
+    own, trains, training = model.active_adapter, {p: p.requires_grad for p in model.parameters()}, model.training
     try:
         model.load_adapter(str(folder), BESIDE, torch_device=str(model.device))
         model.set_adapter(BESIDE)
@@ -293,3 +294,4 @@ def saved_adapter(model: PeftModel, folder: Path) -> Iterator[None]:
             model.delete_adapter(BESIDE)
         for parameter, flag in trains.items():
             parameter.requires_grad_(flag)
+        model.train(training)
