@@ -154,12 +154,13 @@ def checkpoint_weights(checkpoint: Path) -> Mapping[str, torch.Tensor]:
     """What the model of a checkpoint consists of, by the names on the disk."""
     if not (checkpoint / SHARDED_MODEL).is_dir():
         return SavedWeights(checkpoint)
-    model = join_shards(checkpoint)
-    return revert_weight_conversion(model, model.state_dict())
+    model = join_shards(checkpoint).requires_grad_(False)
+    return revert_weight_conversion(model, model.state_dict(keep_vars=True))
 
 
 def find_tensor_fault(saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor] | None) -> str:
-    """How `saved` differs from `expected`, looked at one by one; "" if it does not. Of tied ones, one is enough."""
+    """How `saved` differs from `expected`, looked at one by one; "" if it does not. Of tied ones, one tensor in
+    a `dict`, one is enough."""
     if expected is None:
         return ""
     if surplus := sorted(saved.keys() - expected.keys()):
