@@ -59,6 +59,7 @@ from tuning.training.interruption import Interruption
 from tuning.training.processes import leave
 from tuning.training.trackers import make_trackers
 from tuning.training.trainer import SupervisedTrainer
+from tuning.training.verify import verify_saved
 
 ROWS_CHECKED_FIRST = 4
 
@@ -315,6 +316,7 @@ def save(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> N
     card = write_card(gather_facts(trainer, config))
     checkpoint = progress.folder if progress.trained_to_end else None
     files = trainer.save_final(target, checkpoint, lambda saved: put_card(card, saved, target))
+    verify_saved(trainer, target, trainer.final_source(checkpoint), config.model, wanted=config.run.verify_save)
     if trainer.args.should_save:
         end = {"global_step": trainer.state.global_step, "files": files}
         write_json(output_dir / COMPLETE_FILE, {**trainer.identity, **end})

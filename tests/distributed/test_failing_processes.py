@@ -73,6 +73,7 @@ def ended(request, make_job, bad_rows, many_bad_rows, tmp_path_factory):
         make_job(root / "disk"),
         make_job(root / "few bad", **bad, on_bad_row="skip", max_bad_fraction=0.1),
         make_job(root / "many bad", training_data_path=str(many_bad_rows), on_bad_row="skip", max_bad_fraction=0.5),
+        make_job(root / "save", fault={"rank": 0, "kind": "save"}),
     ]
     run_jobs(request.param, jobs[:5] + jobs[6:7] + jobs[8:], root)
     first = {name: outcomes(root / name) for name in ("nan", "row", "validation", "signal", "disk")}
@@ -124,6 +125,14 @@ def test_bad_rows_are_counted_over_all_processes(ended):
     lines = [json.loads(line) for line in (root / "few bad" / "skipped_rows.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == [10]
     assert all("of 19 rows are bad, more than max_bad_fraction 0.5" in words for words in outcomes(root / "many bad"))
+
+
+def test_a_saved_model_that_is_not_the_trained_one_ends_all(ended):
+    root, _, _ = ended
+    first, second = outcomes(root / "save")
+    assert re.search(r"RunEnded: The model saved in .*save is not the one .*: 1 of \d+ tensors differ, by up to", first)
+    assert second == "RunEnded: "
+    assert not (root / "save" / ".complete").exists()
 
 
 def losses(folder: Path) -> list[float]:

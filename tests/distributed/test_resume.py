@@ -1,6 +1,7 @@
 """A checkpoint can be continued by any number of processes, sharded or not, with the same losses and weights."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,12 +74,12 @@ def runs(tmp_path_factory, models, mixed_rows):
         ]
     mixed = {"bf16": True, "dtype": "bfloat16", "environ": FULL}
     fsdp += [job("granite_vision", name, 4, **mixed) for name in ("bf16", "bf16 to bf16")]
-    run_jobs("fsdp", fsdp, root)
+    (root / "fsdp said").write_text(run_jobs("fsdp", fsdp, root))
     ddp = [half(name, 4) for name in ("one to ddp", "full to ddp")]
     ddp += [half(name, 4, "llava15") for name in ("ddp", "full to ddp")]
     for layout in CASES:
         ddp += [job(layout, name, 4) for name in ("ddp", "one to ddp", "full to ddp", "sharded to ddp")]
-    run_jobs("ddp", ddp, root)
+    (root / "ddp said").write_text(run_jobs("ddp", ddp, root))
     for layout in CASES:
         for first in ("full", "sharded", "ddp"):
             tuning.train(job(layout, f"{first} to one", 8))
@@ -173,3 +174,20 @@ def test_a_checkpoint_of_many_processes_has_what_one_of_one_process_has(layout, 
     assert found == expected
     final = {file.name for file in (runs / layout / name).iterdir()}
     assert final == {file.name for file in (runs / layout / "one").iterdir()}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_was_saved_is_read_back(strategy, runs):
+    said = (runs / f"{strategy} said").read_text()
+    read = re.findall(r"Read (.*) back: its weights and logits are those that were trained\.\n", said)
+    assert len(read) == said.count("Done: ") == len(set(read))
+    assert {folder.split("/")[-2] for folder in read} == set(CASES)
+
+
+def test_a_model_put_together_from_shards_is_compared_with_them(runs, models, mixed_rows, capsys):
+    folder = runs / "granite_vision" / "sharded"
+    expected = read_model(folder)
+    (folder / ".complete").unlink()
+    tuning.train(make_job(models, mixed_rows, folder, "granite_vision", 8))
+    assert f"Read {folder} back: its weights are those of {folder / 'checkpoint-6'}." in capsys.readouterr().out
+    torch.testing.assert_close(read_model(folder), expected, rtol=0, atol=0)

@@ -51,9 +51,10 @@ def cut_back(whole: Path, target: Path, step: int) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_plain_transformers_loads_the_very_model_that_was_trained(layout, method, make_options, trainers, rows):
+def test_plain_transformers_loads_the_very_model_that_was_trained(layout, method, make_options, trainers, rows, capsys):
     options = make_options(layout, **METHODS[method], max_steps=2, learning_rate=1e-2)
     folder = tuning.train(options).model_dir
+    assert f"Read {folder} back: its weights and logits are those that were trained." in capsys.readouterr().out
     if method == "full":
         loaded, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
         assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -141,6 +141,10 @@ class RunArguments:
     save_before_walltime: float | None = option(
         None, "Minutes the queue allows: save, and stop with exit code 143, while a step and a checkpoint still fit."
     )
+    verify_save: bool | None = option(
+        None,
+        "Read the saved model back and compare weights and logits (default: load it if a second one fits into memory).",
+    )
     accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch` (JSON only).")
 
 

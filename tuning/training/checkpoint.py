@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from tuning.config.arguments import RunConfig
 from tuning.errors import UserError
@@ -214,11 +214,16 @@ def copy_model(folder: Path, target: Path) -> None:
     """Copy the model, adapter or processor of a checkpoint; weights that FSDP sharded are put together."""
     shutil.copytree(folder, target, ignore=_only_the_model, dirs_exist_ok=True)
     if (folder / SHARDED_MODEL).is_dir():
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
-        state = {"model": model.state_dict()}
-        read_shards(state, folder / SHARDED_MODEL, alone=True)
-        model.load_state_dict(state["model"])
-        model.save_pretrained(target)
+        join_shards(folder).save_pretrained(target)
+
+
+def join_shards(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint that FSDP sharded, put together by this process alone."""
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    state = {"model": model.state_dict()}
+    read_shards(state, folder / SHARDED_MODEL, alone=True)
+    model.load_state_dict(state["model"])
+    return model
 
 
 def read_shards(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:

@@ -315,6 +315,11 @@ class ResumableTrainer(Trainer):
         """Take the state of a run whose training has come to its end."""
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
+    def final_source(self, checkpoint: Path | None) -> Path | None:
+        """The checkpoint whose model is the final one; None where it is the model as it is now. See `save_final`."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return Path(best) if best else checkpoint
+
     def save_final(
         self, target: Path, checkpoint: Path | None = None, add: Callable[[Path], None] = lambda saved: None
     ) -> list[str]:
@@ -323,8 +328,7 @@ class ResumableTrainer(Trainer):
         It is the best checkpoint's where that was asked for, that of `checkpoint` where one is given, else the model
         as it is now. `add` puts more files beside it, before it is moved.
         """
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        source, staging = Path(best) if best else checkpoint, target / ".saving"
+        source, staging = self.final_source(checkpoint), target / ".saving"
 
         def write() -> None:
             if self.args.should_save:

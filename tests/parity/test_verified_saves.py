@@ -1,0 +1,218 @@
+"""A saved model that is not the one that was trained is told from one that is, and the run is not finished."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tuning
+from tuning import sft_trainer
+from tuning.config.arguments import ModelSource
+from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded, exit_code_of
+from tuning.training import verify
+from tuning.training.trainer import SupervisedTrainer
+
+LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
+METHODS = {"full": {}, "lora": LORA}
+
+
+def change_weights(change):
+    """A fault of the weights' file, by a function that changes the tensors by name."""
+
+    def broken(target: Path, base: Path) -> None:
+        (file,) = target.glob("*.safetensors")
+        weights = load_file(file)
+        change(weights)
+        save_file(weights, file, {"format": "pt"})
+
+    return broken
+
+
+def drop(weights: dict) -> None:
+    del weights[min(weights)]
+
+
+def halve(weights: dict) -> None:
+    weights[max(weights)] /= 2
+
+
+def nudge(weights: dict) -> None:
+    name = min(weights)
+    weights[name].view(-1)[-1].add_(1e-6)
+
+
+def round_off(weights: dict) -> None:
+    weights.update({name: tensor.half() for name, tensor in weights.items()})
+
+
+def add_one(weights: dict) -> None:
+    weights["zz.weight"] = torch.zeros(2)
+
+
+def untrain(weights: dict) -> None:
+    for name, tensor in weights.items():
+        weights[name] = torch.zeros_like(tensor) if "lora_B" in name else tensor
+
+
+def write_base(target: Path, base: Path) -> None:
+    shutil.copy(base / "model.safetensors", target)
+
+
+def lose_template(target: Path, base: Path) -> None:
+    (target / "chat_template.jinja").unlink()
+
+
+def lose_processor(target: Path, base: Path) -> None:
+    for name in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        (target / name).unlink()
+
+
+def cut_off(target: Path, base: Path) -> None:
+    (file,) = target.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def change_json(name: str, *path: str, value):
+    def broken(target: Path, base: Path) -> None:
+        whole = part = json.loads((target / name).read_text())
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = value
+        (target / name).write_text(json.dumps(whole))
+
+    return broken
+
+
+FAULTS = {
+    "full: a tensor is missing": (change_weights(drop), "the file lacks 1 tensors, first"),
+    "full: the base's weights": (write_base, r"\d+ of \d+ tensors differ, by up to [\d.e-]+, first .*weight"),
+    "full: half of one tensor": (change_weights(halve), r"1 of \d+ tensors differ, by up to"),
+    "full: one number": (change_weights(nudge), r"1 of \d+ tensors differ, by up to [\d.]+e-0[67]"),
+    "full: another precision": (change_weights(round_off), r"is float16 \[.*\] instead of float32 \["),
+    "full: one tensor more": (change_weights(add_one), "has 1 tensors too many, first zz.weight"),
+    "full: no chat template": (lose_template, "its chat template is another"),
+    "full: no processor": (lose_processor, "it cannot be read back"),
+    "full: half a file": (cut_off, "it cannot be read back"),
+    "full: another norm": (
+        change_json("config.json", "text_config", "rms_norm_eps", value=0.5),
+        r"its logits are off by [\d.e-]+ of their norm, though its tensors are the same",
+    ),
+    "full: another end": (change_json("generation_config.json", "eos_token_id", value=7), "its generation config is"),
+    "lora: a tensor is missing": (change_weights(drop), "the file lacks 1 tensors, first base_model"),
+    "lora: no training": (change_weights(untrain), r"\d+ of \d+ tensors differ, by up to [\d.e-]+, first .*lora_B"),
+    "lora: half of one tensor": (change_weights(halve), r"1 of \d+ tensors differ"),
+    "lora: no chat template": (lose_template, "its chat template is another"),
+    "lora: another scale": (
+        change_json("adapter_config.json", "lora_alpha", value=16),
+        "its adapter config is another",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, models, rows):
+    """Method → options of a run that has ended with a checkpoint, and its trainer. Copied before use."""
+    root, seen, save = tmp_path_factory.mktemp("verified"), [], sft_trainer.save
+
+    def train(method: str) -> tuple[dict, SupervisedTrainer]:
+        options = {
+            "model_name_or_path": str(models["llava15"]),
+            "training_data_path": str(rows),
+            "output_dir": str(root / method),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "dataloader_num_workers": 0,
+            "report_samples": 0,
+            "max_steps": 1,
+            **METHODS[method],
+        }
+        tuning.train(options)
+        return options, seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft_trainer, "save", lambda trainer, *rest: (seen.append(trainer), save(trainer, *rest)))
+        return {method: train(method) for method in METHODS}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_save_that_went_wrong_is_told(name, finished, tmp_path, models):
+    (fault, told), (options, trainer) = FAULTS[name], finished[name.partition(":")[0]]
+    folder = tmp_path / "saved"
+    shutil.copytree(options["output_dir"], folder)
+    settings = ModelSource(model_name_or_path=str(models["llava15"]))
+    verify.verify_saved(trainer, folder, None, settings, wanted=None)
+    fault(folder, models["llava15"])
+    with pytest.raises(RunEnded, match=re.escape(f"The model saved in {folder} is not the one that was")) as ended:
+        verify.verify_saved(trainer, folder, None, settings, wanted=None)
+    assert re.search(told, ended.value.message)
+    verify.verify_saved(trainer, folder, None, settings, wanted=False)
+
+
+def break_saves(patch: pytest.MonkeyPatch, fault, base: Path) -> None:
+    """Let `fault` befall every final save."""
+    save = SupervisedTrainer.save_final
+
+    def broken(trainer, target, *rest):
+        names = save(trainer, target, *rest)
+        fault(target, base)
+        return names
+
+    patch.setattr(SupervisedTrainer, "save_final", broken)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_whose_save_went_wrong_is_not_finished(method, make_options, monkeypatch, capsys, models):
+    break_saves(monkeypatch, change_weights(halve), models["llava15"])
+    options = make_options("llava15", max_steps=1, **METHODS[method])
+    assert exit_code_of(lambda: tuning.train(options)) == EXIT_INTERNAL_ERROR
+    folder, said = Path(options["output_dir"]), capsys.readouterr()
+    assert f"The model saved in {folder} is not the one that was trained: 1 of " in said.err
+    assert "Traceback" not in said.err
+    assert "Done" not in said.out
+    assert not (folder / ".complete").exists()
+
+
+def test_the_same_command_saves_again_and_compares_with_the_checkpoint(finished, tmp_path, monkeypatch, capsys):
+    for method, (options, _) in finished.items():
+        folder = tmp_path / method
+        shutil.copytree(options["output_dir"], folder)
+        (folder / ".complete").unlink()
+        options = {**options, "output_dir": str(folder)}
+        with monkeypatch.context() as patch:
+            break_saves(patch, change_weights(halve), folder)
+            with pytest.raises(RunEnded, match=r"1 of .* tensors differ"):
+                tuning.train(options)
+        tuning.train(options)
+        assert f"its weights are those of {folder / 'checkpoint-1'}." in capsys.readouterr().out
+        assert (folder / ".complete").exists()
+
+
+def test_the_trained_model_stays_as_it_was(make_options, trainers, capsys):
+    """Also with all that an adapter may have, and beside which PEFT takes no second one."""
+    extras = {"use_dora": True, "modules_to_save": ["multi_modal_projector"]}
+    for changes in (LORA | extras, LORA | {"bias": "all"}):
+        tuning.train(
+            make_options("granite_vision", max_steps=1, overwrite_output_dir=True, verify_save=False, **changes)
+        )
+        assert "back" not in capsys.readouterr().out
+        trainer = trainers[-1]
+        model = trainer.model.train()
+        before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+        verify.verify_saved(trainer, Path(trainer.args.output_dir), None, ModelSource(), wanted=None)
+        assert "its weights and logits are those that were trained." in capsys.readouterr().out
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys()
+        assert all(p.requires_grad == before[n][0] and torch.equal(p, before[n][1]) for n, p in after.items())
+        assert model.training
+        assert model.active_adapter == "default"
+
+
+def test_without_room_for_a_second_model_its_tensors_are_compared(make_options, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "ROOM", 1e12)
+    tuning.train(make_options("granite_vision", max_steps=1))
+    said = capsys.readouterr().out
+    assert "its weights are those that were trained. It was not loaded: there is no room for a second model." in said
