@@ -1,6 +1,10 @@
 """Fine-tune vision-language models: full and LoRA, on image+text chat data."""
 
+import logging
 from typing import Any
+
+# PEFT imports bitsandbytes where it is installed, which then misses an optional package of its own, aloud.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def train(config: Any):
