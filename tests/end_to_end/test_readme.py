@@ -12,6 +12,10 @@ import pytest
 from PIL import Image
 from tiny_models import save_layout
 
+from tuning.chat import ChatArguments
+from tuning.config.arguments import ModelSource
+from tuning.config.parse import read_command
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -92,6 +96,35 @@ def test_the_python_lines_run(workspace, monkeypatch):
     assert names["result"].model_dir == Path("from_python")
 
 
+def test_a_model_is_scored_beside_its_base(workspace):
+    line = next(line for block in blocks("bash") for line in block.splitlines() if "predict" in line)
+    if not (workspace / "my_model").exists():
+        test_flags_train_a_model_that_loads(workspace)
+    result = run([sys.executable, "-m", "tuning.cli", *shlex.split(line)[1:], "--max_new_tokens", "8"], workspace)
+    assert result.returncode == 0, result.stderr
+    scores = json.loads((workspace / "predictions.scores.json").read_text())["scores"]
+    assert list(scores) == ["prediction", "compared"]
+    assert list(scores["compared"]) == ["exact_match", "anls"]
+
+
+def test_an_adapter_becomes_a_model_of_its_own(workspace):
+    config = json.loads((workspace / "config.json").read_text())
+    changes = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "output_dir": "my_adapter"}
+    (workspace / "lora.json").write_text(json.dumps(config | changes))
+    assert run([sys.executable, "-m", "tuning.cli", "train", "lora.json"], workspace).returncode == 0
+    line = next(line for block in blocks("bash") for line in block.splitlines() if "export" in line)
+    result = run([sys.executable, "-m", "tuning.cli", *shlex.split(line)[1:]], workspace)
+    assert result.returncode == 0, result.stderr
+    assert "first choices agree" in result.stdout
+    assert (workspace / "merged" / "model.safetensors").exists()
+
+
+def test_the_chat_is_called_as_written():
+    line = next(line for block in blocks("bash") for line in block.splitlines() if "chat" in line)
+    source, options = read_command(shlex.split(line)[2:], ModelSource, ChatArguments)
+    assert (source.model_name_or_path, options.compare) == ("merged", "ibm-granite/granite-vision-3.2-2b")
+
+
 def test_help_lists_every_option(workspace):
     result = run([sys.executable, "-m", "tuning.cli", "train", "--help"], workspace)
     assert result.returncode == 0
@@ -111,3 +144,6 @@ def test_the_demo_reaches_its_figures(tmp_path):
     page = (tmp_path / "demo_output" / "index.html").read_text()
     assert page.count("data:image/png") == 48
     assert str(tmp_path / "demo_output" / "index.html") in result.stdout
+    links = re.findall(r'href="([^"]*)"', page)
+    assert {"full/report.html", "lora/report.html", "odd_or_even/predictions.html"} <= set(links)
+    assert all((tmp_path / "demo_output" / link).is_file() for link in links)
