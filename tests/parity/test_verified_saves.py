@@ -216,3 +216,10 @@ def test_without_room_for_a_second_model_its_tensors_are_compared(make_options, 
     tuning.train(make_options("granite_vision", max_steps=1))
     said = capsys.readouterr().out
     assert "its weights are those that were trained. It was not loaded: there is no room for a second model." in said
+
+
+def test_a_full_model_takes_the_place_of_an_earlier_adapter(make_options, capsys):
+    """transformers would load the adapter on top of it."""
+    tuning.train(make_options("llava15", max_steps=1, **LORA))
+    tuning.train(make_options("llava15", max_steps=1, overwrite_output_dir=True))
+    assert capsys.readouterr().out.count("its weights and logits are those that were trained.") == 2

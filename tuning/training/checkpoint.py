@@ -23,6 +23,8 @@ STATE_FILE = "trainer_state.json"  # without it a checkpoint is not complete
 OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "random_states.pt"
 SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # folders that accelerate writes
 NOT_OF_A_MODEL = (STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE, "scaler.pt")
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 STAGING, LEAVING = ".incomplete-", ".leaving-"  # before the names of folders that are being written or deleted
 
 SAME_DATA = (
@@ -245,9 +247,17 @@ def remove_earlier_run(output_dir: Path) -> None:
 
 
 def move_into_place(saved: Path, target: Path) -> list[str]:
-    """Move every file of `saved` into `target`, weights last, and remove `saved`. Returns the files' names."""
+    """Move every file of `saved` into `target`, weights last, and remove `saved`. Returns the files' names.
+
+    Weights of an earlier model in `target` go where they would be loaded instead of these, or on top of them.
+    """
     target.mkdir(parents=True, exist_ok=True)
     files = sorted(saved.iterdir(), key=lambda file: file.suffix == ".safetensors")
+    names = {file.name for file in files}
+    if not names & ADAPTER_FILES:  # an adapter may lie beside its base
+        for file in target.iterdir():
+            if file.name not in names and (file.name in ADAPTER_FILES or MODEL_FILE.fullmatch(file.name)):
+                file.unlink()
     for file in files:
         os.replace(file, target / file.name)
     saved.rmdir()
