@@ -44,7 +44,6 @@ from tuning.model_plan import make_model, pick_attention, plan_model
 from tuning.run_facts import write_facts
 from tuning.scoring import check_metrics
 from tuning.training.answering import Examiner
-from tuning.training.callbacks import EarlyStopping
 from tuning.training.checkpoint import (
     COMPLETE_FILE,
     Progress,
@@ -100,11 +99,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     padding = make_collator(encoder, config.training)
     skip = config.data.on_bad_row == "skip"
     check_first_rows(source, encoder, skip)
-    training_rows = (
-        stream_rows(source, config, progress)
-        if isinstance(source, Stream)
-        else EncodedRows(source, encoder, skip_bad_rows=skip)
-    )
+    training_rows = encode_training(source, config, encoder, progress)
     validation_rows = encode_validation(config, encoder, skip) if config.data.validation_data_path else None
 
     plan = plan_model(config, model_config, encoder)
@@ -116,34 +111,21 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     prepare_output(config, progress)
     trainer = SupervisedTrainer(
         model=model,
-        args=arguments_of_trainer(config.training),
         train_dataset=training_rows,
         eval_dataset=validation_rows,
         data_collator=EncodingCollator(encoder, padding, skip) if config.data.streaming else padding,
         collator=padding,
         processing_class=processor,
         parts=find_parts(model),
-        learning_rates={
-            VISION_TOWER: config.run.vision_tower_learning_rate,
-            PROJECTOR: config.run.projector_learning_rate,
-        },
         identity=identity,
         attention=pick_attention(config, model_config),
-        padding_free=config.data.padding_free,
         probes=encoder.probes,
-        interruption=Interruption(config.run.save_before_walltime),
         wrap_classes=plan.wrap_classes,
         image_limit=encoder.max_images,
-        max_bad_fraction=config.data.max_bad_fraction,
-        group_by_length=config.group_by_length,
         padded_before=progress.padded,
-        max_tokens_per_batch=config.data.max_tokens_per_batch,
-        keep_master_weights=config.model.keep_master_weights,
         examiner=make_examiner(config, encoder, padding, validation_rows or training_rows),
-        callbacks=[
-            *trackers,
-            *([EarlyStopping(patience)] if (patience := config.answers.early_stopping_patience) else []),
-        ],
+        callbacks=trackers,
+        **options_of_trainer(config),
     )
     trainer.hub = hub
     write_facts(config, trainer, encoder, source.parts, goes_on=progress.folder is not None)
@@ -186,14 +168,17 @@ def check_launcher(config: RunConfig) -> None:
         )
 
 
-def stream_rows(stream: Stream, config: RunConfig, progress: Progress) -> StreamedRows:
-    """The training rows as they come, from where an earlier run stopped."""
+def encode_training(
+    source: Source | Mixture | Stream, config: RunConfig, encoder: Encoder, progress: Progress
+) -> EncodedRows | StreamedRows:
+    """The training rows; those that are streamed come as they are, from where an earlier run stopped."""
     training = config.training
-    seed = training.seed if training.data_seed is None else training.data_seed
+    if not isinstance(source, Stream):
+        return EncodedRows(source, encoder, skip_bad_rows=config.data.on_bad_row == "skip")
     return StreamedRows(
-        stream,
+        source,
         batch_size=training.train_batch_size,
-        seed=seed,
+        seed=training.seed if training.data_seed is None else training.data_seed,
         rank=training.process_index,
         world=training.world_size,
         start=progress.global_step * training.gradient_accumulation_steps,
@@ -261,11 +246,29 @@ def prepare_output(config: RunConfig, progress: Progress) -> None:
         raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {output_dir}") from error
 
 
-def arguments_of_trainer(training: TrainingArguments) -> TrainingArguments:
-    """Without what is done here instead: the Hub, whose token would be in every checkpoint, and the trackers."""
-    training = copy.copy(training)
-    training.push_to_hub, training.hub_token, training.report_to = False, None, []
-    return training
+def options_of_trainer(config: RunConfig) -> dict[str, Any]:
+    """What the trainer is told of the config.
+
+    Its arguments are without what is done here instead: the Hub, whose token would be in every checkpoint, and the
+    trackers.
+    """
+    training, data, run = config.training, config.data, config.run
+    args = copy.copy(training)
+    args.push_to_hub, args.hub_token, args.report_to = False, None, []
+    return {
+        "args": args,
+        "learning_rates": {
+            VISION_TOWER: run.vision_tower_learning_rate,
+            PROJECTOR: run.projector_learning_rate,
+        },
+        "padding_free": data.padding_free,
+        "interruption": Interruption(run.save_before_walltime),
+        "max_bad_fraction": data.max_bad_fraction,
+        "group_by_length": config.group_by_length,
+        "max_tokens_per_batch": data.max_tokens_per_batch,
+        "keep_master_weights": config.model.keep_master_weights,
+        "early_stopping_patience": config.answers.early_stopping_patience,
+    }
 
 
 def open_hub(config: RunConfig) -> HubRepo | None:

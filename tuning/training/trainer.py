@@ -25,7 +25,7 @@ from tuning.model.compilation import compile_layers
 from tuning.model.fsdp import compute_in_half, give_addresses, raise_trained
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.answering import Examiner
-from tuning.training.callbacks import JsonLinesLog, LoopCallback, SkippedRowsFile
+from tuning.training.callbacks import EarlyStopping, JsonLinesLog, LoopCallback, SkippedRowsFile
 from tuning.training.checkpoint import PADDED
 from tuning.training.epochs import pack_batches, share_batches
 from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
@@ -63,6 +63,7 @@ class SupervisedTrainer(ResumableTrainer):
         max_tokens_per_batch: int | None = None,
         keep_master_weights: bool = True,
         examiner: Examiner | None = None,
+        early_stopping_patience: int | None = None,
         **kwargs,
     ):
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers' name for it
@@ -95,6 +96,8 @@ class SupervisedTrainer(ResumableTrainer):
         self.add_callback(JsonLinesLog(self.args.output_dir))
         self.report = RunReport(self.args.output_dir, writes=self.args.process_index == 0)
         self.add_callback(self.report)
+        if early_stopping_patience:
+            self.add_callback(EarlyStopping(early_stopping_patience))
         self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         self.steps_in_backward = "lomo" in str(self.args.optim).lower()  # weights, as their gradients arrive
         self.keep_master_weights = keep_master_weights and not self.steps_in_backward and not self.is_deepspeed_enabled
