@@ -42,7 +42,7 @@ def gather_facts(trainer: SupervisedTrainer, config: RunConfig) -> CardFacts:
         dtype=str(next(iter(trainer.dtypes.values()))).removeprefix("torch."),
         processes=trainer.args.world_size,
         rows=len(rows) if has_length(rows) else None,
-        rows_left_out=len(trainer.skipped),
+        rows_left_out=len(trainer.rows.skipped),
         steps=state.global_step,
         epochs=state.epoch or 0.0,
         log_history=state.log_history,

@@ -305,7 +305,7 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
             metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
         metrics |= next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
         trainer.end_if_stopped()
-    trainer.report_rows()
+    trainer.rows.report()
     save(trainer, config, progress)
     say(f"Done: {config.save_model_dir} holds the model after {trainer.state.global_step} steps.")
     return TrainingResult(Path(config.save_model_dir), trainer.state.global_step, metrics)

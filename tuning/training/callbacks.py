@@ -1,16 +1,14 @@
-"""What happens beside the steps: a line of JSON a logging step, the rows left out, the trainer's own doings."""
+"""What happens beside the steps: a line of JSON a logging step, early stopping, the trainer's own doings."""
 
 import json
 import os
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from tuning.data.encode import Skipped
-from tuning.files import LOG_FILE, SKIPPED_FILE, read_lines, to_lines, write_text
+from tuning.files import LOG_FILE, read_lines, to_lines, write_text
 from tuning.training.epochs import begin_epoch
 
 
@@ -35,28 +33,6 @@ class JsonLinesLog(TrainerCallback):
         if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-class SkippedRowsFile:
-    """Writes `{"row", "field", "reason"}` lines to `skipped_rows.jsonl`; `row` counts from 0 in its file.
-
-    A line that an interrupted run wrote is not written again.
-    """
-
-    def __init__(self, output_dir: str | os.PathLike):
-        self.path = Path(output_dir, SKIPPED_FILE)
-        self._written: set[str] | None = None
-
-    def append(self, rows: Iterable[Skipped]) -> None:
-        if self._written is None:
-            self._written = set(self.path.read_text(encoding="utf-8").split("\n")) if self.path.exists() else set()
-        with open(self.path, "a", encoding="utf-8") as file:
-            for skipped in rows:
-                entry = {"row": skipped.row, "field": skipped.field, "reason": skipped.reason}
-                line = json.dumps(entry, ensure_ascii=False)
-                if line not in self._written:
-                    self._written.add(line)
-                    file.write(line + "\n")
 
 
 class EarlyStopping(EarlyStoppingCallback):

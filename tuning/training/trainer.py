@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DynamoBackend, gather_object
+from accelerate.utils import DynamoBackend
 from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput
 
 from tuning.console import say
 from tuning.data.batching import RowOrder, SharedBatches
 from tuning.data.collator import BatchFacts, Collator
-from tuning.data.encode import Sample, Skipped
+from tuning.data.encode import Sample
 from tuning.data.lengths import RowLengths
 from tuning.data.token_budget import TokenBatches
 from tuning.errors import EXIT_STOPPED, RunEnded, UserError
@@ -25,7 +25,7 @@ from tuning.model.compilation import compile_layers
 from tuning.model.fsdp import compute_in_half, give_addresses, raise_trained
 from tuning.model.parts import Parts, parameter_groups
 from tuning.training.answering import Examiner
-from tuning.training.callbacks import EarlyStopping, JsonLinesLog, LoopCallback, SkippedRowsFile
+from tuning.training.callbacks import EarlyStopping, JsonLinesLog, LoopCallback
 from tuning.training.checkpoint import PADDED
 from tuning.training.epochs import pack_batches, share_batches
 from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
@@ -35,10 +35,9 @@ from tuning.training.meter import Meter
 from tuning.training.padding_free import find_obstacle, find_structural_obstacle
 from tuning.training.processes import Processes
 from tuning.training.resumable import ResumableTrainer
+from tuning.training.row_ledger import RowLedger
 from tuning.training.run_report import RunReport
 from tuning.training.self_check import SelfCheck
-
-FEW_STREAMED_ROWS = 1000  # a share of fewer streamed rows says little
 
 
 class SupervisedTrainer(ResumableTrainer):
@@ -72,20 +71,13 @@ class SupervisedTrainer(ResumableTrainer):
         self.collator, self.attention, self.padding_free, self.probes = collator, attention, padding_free, probes
         self.group_by_length, self.max_tokens_per_batch = group_by_length, max_tokens_per_batch
         self.padded_before, self.examiner = padded_before, examiner
-        self.image_rule = (
-            "only the first image is used" if image_limit == 1 else f"only the first {image_limit} images are used"
-        )
         self.model_accepts_loss_kwargs = True  # our forward divides by num_items_in_batch
         self.processes, self.interruption = Processes(self.accelerator), interruption
         self.workers = Workers(self.args.dataloader_multiprocessing_context)
         self.meter = Meter()
-        self.dropped_images = 0
-        self.skipped, self._left_out = dict[str, Skipped](), dict[str, Skipped]()  # of all; of this process, not told
-        self.bad_rows, self.bad_validation_rows = list[Skipped](), list[Skipped]()
-        self.saw_supervised_tokens = False
-        self.skipped_file = SkippedRowsFile(self.args.output_dir)
-        self.cut_rows: set[str] = set()
-        self.max_bad_fraction, self.rows_seen = max_bad_fraction, 0
+        self.rows = RowLedger(
+            self.processes, self.args.output_dir, image_limit=image_limit, max_bad_fraction=max_bad_fraction
+        )
         self.batches_of_step = list[BatchFacts]()
         self._losses_of_step = list[torch.Tensor]()
         self.stop_reason = ""
@@ -218,8 +210,8 @@ class SupervisedTrainer(ResumableTrainer):
         except UserError as found:
             error = found
         tokens, supervised = sum(fact.tokens for fact in facts), sum(fact.supervised_tokens for fact in facts)
-        counts = self.processes.fail_together(error, supervised, len(self._left_out), self.rows_seen).sum(dim=0)
-        self._note_left_out(int(counts[1]), self.bad_rows, self.train_dataset, int(counts[2]))
+        counts = self.processes.fail_together(error, supervised, self.rows.untold, self.rows.rows_seen).sum(dim=0)
+        self.rows.tell(int(counts[1]), self.train_dataset, int(counts[2]))
         self.meter.data_arrived(tokens, supervised)
         self.batches_of_step = facts
         return batches, counts[0]
@@ -228,34 +220,8 @@ class SupervisedTrainer(ResumableTrainer):
         facts = batch.pop("facts")
         if facts.error is not None:
             raise facts.error
-        if facts.dropped_images and not self.dropped_images:
-            say(f"A row has more images than this model takes: {self.image_rule}. The count follows at the end.")
-        self.dropped_images += facts.dropped_images
-        self.cut_rows.update(facts.cut)
-        self.rows_seen += len(facts.rows)
-        self.saw_supervised_tokens |= facts.supervised_tokens > 0 and not evaluating
-        self._left_out |= {where: row for where, row in facts.skipped.items() if where not in self.skipped}
+        self.rows.take(facts, evaluating=evaluating)
         return facts
-
-    def _note_left_out(self, number: int, bad: list[Skipped], dataset: Any, rows_seen: int) -> None:
-        """Tell all processes of the `number` rows that they have just left out. Too many bad ones end the run."""
-        if not number:
-            return
-        new = {where: row for where, row in gather_object(list(self._left_out.items())) if where not in self.skipped}
-        self._left_out.clear()
-        self.skipped.update(new)
-        bad += [row for row in new.values() if row.bad]
-        if self.args.should_save:
-            self.skipped_file.append(new.values())
-        known = has_length(dataset)
-        rows = len(dataset) if known else max(rows_seen, FEW_STREAMED_ROWS)
-        if len(bad) > self.max_bad_fraction * rows:
-            raise UserError(
-                f"{len(bad)} of {rows} rows{'' if known else ' so far'} are bad, more than max_bad_fraction"
-                f" {self.max_bad_fraction:g}; the last one: {bad[-1].reason}",
-                str(self.skipped_file.path),
-                "Mend them (vlm-tuning check lists all), or raise max_bad_fraction.",
-            )
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """One forward and backward. The loss is looked at once a step: `end_of_backward`."""
@@ -341,8 +307,8 @@ class SupervisedTrainer(ResumableTrainer):
                 facts = self._take_facts(batch, evaluating=True)
             except UserError as found:
                 error = found
-            left_out = self.processes.fail_together(error, len(self._left_out)).sum()
-            self._note_left_out(int(left_out), self.bad_validation_rows, dataloader.dataset, rows)
+            left_out = self.processes.fail_together(error, self.rows.untold).sum()
+            self.rows.tell(int(left_out), dataloader.dataset, rows, evaluating=True)
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = model(**inputs, num_items_in_batch=1).loss
@@ -402,22 +368,4 @@ class SupervisedTrainer(ResumableTrainer):
                 f" {self.args.output_dir}/checkpoint-{self.state.global_step} is complete. Run the same command again"
                 f"{', without resume_from_checkpoint,' if named else ''} to continue.",
                 EXIT_STOPPED,
-            )
-
-    def report_rows(self) -> None:
-        """Say what all processes left out of the data. Raises `UserError` if that was all of it."""
-        counts = [self.dropped_images, self.rows_seen, self.saw_supervised_tokens]
-        images, seen, supervised = self.processes.share(counts).sum(dim=0).tolist()
-        cut = len(set(gather_object(list(self.cut_rows))))
-        if images:
-            say(f"{self.image_rule}: {images} further images were left out.")
-        if self.skipped:
-            say(f"{len(self.skipped)} rows were left out; {self.skipped_file.path} names them.")
-        if cut:
-            say(f"The answers of {cut} rows were cut to max_seq_length.")
-        if seen and not supervised:
-            raise UserError(
-                "every row was left out, so nothing was trained and nothing is saved.",
-                str(self.skipped_file.path),
-                "It names the rows and the reasons.",
             )
