@@ -59,9 +59,21 @@ def half_a_tensor(trainer, save, target, *args):
     return names
 
 
+def frozen_moved(trainer, create_optimizer, *args):
+    def move(*_):  # FSDP has other parameters than there were before, of which this process holds a share
+        frozen = next(parameter for parameter in trainer.model.parameters() if not parameter.requires_grad).data
+        mine = frozen.to_local() if hasattr(frozen, "to_local") else frozen
+        mine.view(-1)[:1] += 1
+
+    optimizer = create_optimizer(trainer, *args)
+    optimizer.register_step_post_hook(move)
+    return optimizer
+
+
 FAULTS = {
     "nan": ("compute_loss", no_number),
     "signal": ("compute_loss", asked_to_stop),
+    "frozen": ("create_optimizer", frozen_moved),
     "disk": ("_write_trainer_state", no_room),
     "save": ("save_final", half_a_tensor),
 }

@@ -72,10 +72,11 @@ def ended(request, make_job, bad_rows, many_bad_rows, tmp_path_factory):
         make_job(root / "disk", fault={"rank": 0, "kind": "disk"}),
         make_job(root / "disk"),
         make_job(root / "few bad", **bad, on_bad_row="skip", max_bad_fraction=0.1),
+        make_job(root / "frozen", fault={"rank": 1, "kind": "frozen"}, freeze_vision_tower=True),
         make_job(root / "many bad", training_data_path=str(many_bad_rows), on_bad_row="skip", max_bad_fraction=0.5),
         make_job(root / "save", fault={"rank": 0, "kind": "save"}),
     ]
-    run_jobs(request.param, jobs[:5] + jobs[6:7] + jobs[8:], root)
+    (root / "printed").write_text(run_jobs(request.param, jobs[:5] + jobs[6:7] + jobs[8:], root))
     first = {name: outcomes(root / name) for name in ("nan", "row", "validation", "signal", "disk")}
     left = {name: [f.name for f in list_checkpoints(root / name) if is_complete(f)] for name in first}
     run_jobs(request.param, [jobs[5], jobs[7]], root)
@@ -133,6 +134,17 @@ def test_a_saved_model_that_is_not_the_trained_one_ends_all(ended):
     assert re.search(r"RunEnded: The model saved in .*save is not the one .*: 1 of \d+ tensors differ, by up to", first)
     assert second == "RunEnded: "
     assert not (root / "save" / ".complete").exists()
+
+
+def test_all_check_themselves_and_end_where_one_has_moved_a_frozen_part(ended):
+    root, _, _ = ended
+    assert (
+        "Self-check: training moves the vision tower and the projector and the language model."
+        in (root / "printed").read_text()
+    )
+    first, second = outcomes(root / "frozen")
+    assert first == "RunEnded: "
+    assert "the vision tower is frozen, but changed in step 1 (first: " in second
 
 
 def losses(folder: Path) -> list[float]:

@@ -12,6 +12,7 @@ from tuning.training.trainer import SupervisedTrainer
 
 LORA = {"peft_method": "lora", "target_modules": "all-linear"}
 SHORT = {"max_steps": 4, "save_strategy": "no"}
+STEADY = {"lr_scheduler_type": "constant", "max_steps": 2, "save_steps": 1}
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_weights_in_16_bits_move_by_their_copies(said):
     line = "Self-check: training moves the vision tower and the projector and the language model."
     assert said("llava15", dtype="bfloat16", learning_rate=1e-7) == [line]
     plain = said("llava15", dtype="bfloat16", learning_rate=1e-30, keep_master_weights=False, overwrite_output_dir=True)
-    assert "Self-check: the language model has a gradient, but its 16-bit weights did not change in step 1." in plain
+    assert "Self-check: the language model has a gradient, but step 1 was too small to change its weights." in plain
 
 
 def test_it_waits_for_images_and_for_the_end_of_a_warmup(said, rows, tmp_path, trainers):
@@ -63,6 +64,36 @@ def test_it_waits_for_images_and_for_the_end_of_a_warmup(said, rows, tmp_path, t
         "Self-check: the vision tower stays as it is: its learning rate is 0.",
         "Self-check: training moves the projector and the language model.",
     ]
+
+
+def test_without_any_image_it_says_what_it_cannot_know(said, rows):
+    line = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}], "images": []}
+    path = rows.with_name("no_images.jsonl")
+    path.write_text(f"{json.dumps(line)}\n" * 8)
+    assert said("llava15", training_data_path=str(path)) == [
+        "Self-check: nothing is known of the vision tower and the projector: no step had both an image and a learning"
+        " rate for it.",
+    ]
+
+
+def test_a_step_too_small_for_float32_is_reported(said):
+    alone = {"freeze_vision_tower": True, "freeze_multi_modal_projector": True}
+    assert said("llava15", **alone, optim="sgd", learning_rate=1e-20) == [
+        "Self-check: the language model has a gradient, but step 1 was too small to change its weights.",
+    ]
+
+
+def test_a_run_that_goes_on_looks_again(make_options, monkeypatch, capsys):
+    """Its master weights differ from the 16-bit ones from the start, which is no movement."""
+    options = make_options("llava15", dtype="bfloat16", learning_rate=1e-5, **STEADY)
+    train(options)
+    assert capsys.readouterr().out.count("Self-check: training moves") == 1
+    with monkeypatch.context() as patch:
+        with_optimizer(patch, lambda trainer, optimizer: setattr(optimizer, "step", lambda *_: None))
+        with pytest.raises(UserError, match="the vision tower has a gradient, but did not change in step 3"):
+            train(options | {"max_steps": 3})
+    train(options | {"max_steps": 3})
+    assert capsys.readouterr().out.count("Self-check: training moves") == 1
 
 
 def with_optimizer(monkeypatch, change):
@@ -83,7 +114,8 @@ def test_a_part_that_the_optimizer_forgets_stops_the_run(make_options, monkeypat
             group["params"] = [p for p in group["params"] if id(p) not in forgotten]
 
     with_optimizer(monkeypatch, forget)
-    with pytest.raises(UserError, match="the projector has a gradient, but did not change in step 1"):
+    first = r"\(first: model.multi_modal_projector.linear_1.weight\)"
+    with pytest.raises(UserError, match=f"the projector has a gradient, but did not change in step 1 {first}"):
         train(make_options("llava15", **SHORT))
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -111,7 +143,9 @@ def test_a_frozen_part_that_moves_stops_the_run(make_options, monkeypatch):
         optimizer.register_step_post_hook(touch)
 
     with_optimizer(monkeypatch, meddle)
-    with pytest.raises(UserError, match="the vision tower is frozen, but changed in step 1"):
+    with pytest.raises(
+        UserError, match=r"the vision tower is frozen, but changed in step 1 \(first: .*class_embedding"
+    ):
         train(make_options("llava15", **SHORT, freeze_vision_tower=True))
 
 

@@ -15,8 +15,8 @@ from tuning.errors import UserError
 class BatchFacts:
     """What the trainer tells of a batch; travels beside its tensors and never reaches the model.
 
-    `tokens` counts real tokens, padding excluded. `cut`: rows whose answers were cut. `skipped`: rows left out, by
-    where they stand.
+    `tokens` counts real tokens, padding excluded. `rows_with_images`: of those that train. `cut`: rows whose answers
+    were cut. `skipped`: rows left out, by where they stand.
     """
 
     rows: list[str] = field(default_factory=list)
@@ -79,11 +79,14 @@ class Collator:
 
 
 def gather_facts(samples: Sequence[Sample]) -> BatchFacts:
+    supervised = [int((sample.sequence["labels"] != IGNORED).sum()) for sample in samples]
     return BatchFacts(
         rows=[sample.where for sample in samples],
         tokens=sum(int(sample.sequence["attention_mask"].sum()) for sample in samples),
-        supervised_tokens=sum(int((sample.sequence["labels"] != IGNORED).sum()) for sample in samples),
-        rows_with_images=sum(bool(sample.images) for sample in samples),
+        supervised_tokens=sum(supervised),
+        rows_with_images=sum(
+            bool(sample.images and number) for sample, number in zip(samples, supervised, strict=True)
+        ),
         dropped_images=sum(sample.dropped_images for sample in samples),
         cut=[sample.where for sample in samples if sample.cut_tokens],
         skipped={sample.where: sample.skipped for sample in samples if sample.skipped},

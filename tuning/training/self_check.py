@@ -1,6 +1,7 @@
 """After the first steps: does every part that should train really train, and does the rest stay as it is?"""
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,24 +13,24 @@ from transformers import TrainerCallback
 from tuning.console import say
 from tuning.errors import UserError
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR
-from tuning.training.master_weights import HALF, MASTER
+from tuning.training.master_weights import HALF, MASTER, holds_master_weights
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+ROW = 4093  # numbers of 8 bytes that are summed before they are weighed; prime, so that no matrix has rows of that size
 
 
 @dataclass(frozen=True)
 class Seen:
     """What one optimizer step did to a part, on all processes.
 
-    `gradient`: some number of it has a gradient; `moved`: some trained number changed; `touched`: some frozen one did.
-    `stepped`: its learning rate is above 0. `rounded`: it is in 16 bits, where a small update may change nothing.
+    `gradient`: some number of it has a gradient. `moved`: some trained number changed; `touched`: some frozen one did.
+    `stepped`: its learning rate is above 0. `due`: some number had to change, since the step was not too small for it.
     """
 
     gradient: bool
     moved: bool
     touched: bool
     stepped: bool
-    rounded: bool
+    due: bool
 
 
 class SelfCheck(TrainerCallback):
@@ -45,8 +46,7 @@ class SelfCheck(TrainerCallback):
         self.open_parts: set[str] = set()
         self.fine: list[str] = []
         self._gradients: dict[str, bool] = {}
-        self._looking = self._has_images = False
-        self._before: dict[str, int] = {}
+        self._before: dict[str, int] = {}  # empty where the step is not looked at
         self._gates: dict[str, bool] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -57,68 +57,83 @@ class SelfCheck(TrainerCallback):
         self.fine = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self._looking = False
-        if not self.open_parts:
-            return
-        images = sum(facts.rows_with_images for facts in self.trainer.batches_of_step)
-        self._has_images = bool(self.trainer.processes.share([images]).any())
-        self._looking = self._has_images or LANGUAGE_MODEL in self.open_parts
-        if self._looking:
-            self._gradients = {name: has_gradient(p) for name, p in model.named_parameters() if p.requires_grad}
-            self._before, self._gates = fingerprints(model), closed_gates(model)
+        self._before = {}
+        if self.open_parts and (self.trainer.step_has_images or LANGUAGE_MODEL in self.open_parts):
+            trained = [(self.trainer.parts.of(name), p) for name, p in model.named_parameters() if p.requires_grad]
+            self._gradients = {part: any(has_gradient(p) for of, p in trained if of == part) for part in PARTS}
+            self._before = fingerprints(stepped_weights(model, self._optimizer))
+            self._gates = closed_gates(model)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not self._looking or self.trainer.accelerator.optimizer_step_was_skipped:  # by fp16's scaling of gradients
+        if not self._before or self.trainer.accelerator.optimizer_step_was_skipped:  # by fp16's scaling of gradients
             return
-        mine = self._look(model, fingerprints(model))
-        flags = [list(vars(mine[part]).values()) for part in PARTS]
-        seen = self.trainer.processes.share([flag for part in flags for flag in part]).amax(dim=0)
-        for part, found in zip(PARTS, seen.view(len(PARTS), -1).bool().tolist(), strict=True):
-            self._judge(part, Seen(*found), state.global_step + 1)
+        after = fingerprints(stepped_weights(model, self._optimizer))
+        changed = {name for name, value in after.items() if value != self._before[name]}
+        mine = [self._look(part, model, changed) for part in PARTS]
+        shared = self.trainer.processes.share([flag for seen in mine for flag in vars(seen).values()]).amax(dim=0)
         self._before = {}
-        if not self.open_parts:
-            self._report()
+        for part, found in zip(PARTS, shared.view(len(PARTS), -1).bool().tolist(), strict=True):
+            self._judge(part, Seen(*found), model, changed, state.global_step + 1)
+        if self.fine and not self.open_parts:
+            self._report(model)
 
-    def _look(self, model: nn.Module, after: dict[str, int]) -> dict[str, Seen]:
-        """What this process saw of the step, part by part."""
-        optimizer = self.trainer.optimizer
-        rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        flags = {part: dict.fromkeys(Seen.__dataclass_fields__, False) for part in PARTS}
-        for name, parameter in model.named_parameters():
-            part = flags[self.trainer.parts.of(name)]
-            changed = after[name] != self._before[name]
-            if not parameter.requires_grad:
-                part["touched"] |= changed
-                continue
-            part["gradient"] |= self._gradients[name]
-            part["moved"] |= changed or master_moved(parameter, optimizer)
-            part["stepped"] |= rates.get(parameter) != 0
-            part["rounded"] |= parameter.dtype in HALF
-        return {part: Seen(**values) for part, values in flags.items()}
+    def on_train_end(self, args, state, control, **kwargs):
+        if left := " and ".join(f"the {words(part)}" for part in PARTS if part in self.open_parts):
+            say(f"Self-check: nothing is known of {left}: no step had both an image and a learning rate for it.")
+        self.open_parts = set()
 
-    def _judge(self, part: str, seen: Seen, step: int) -> None:
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)  # accelerate's holds it
+
+    def _look(self, part: str, model: nn.Module, changed: set[str]) -> Seen:
+        """What this process saw of the step; a parameter that the optimizer does not know counts as one it steps."""
+        groups = self._optimizer.param_groups
+        rates = {p: float(group["lr"]) for group in groups for p in group["params"]}
+        fastest = max(rates.values())
+        named = {name: p for name, p in model.named_parameters() if self.trainer.parts.of(name) == part}
+        trained = {name: (p, rates.get(p, fastest)) for name, p in named.items() if p.requires_grad}
+        moved, masters = not changed.isdisjoint(trained), holds_master_weights(self._optimizer)
+        return Seen(
+            gradient=self._gradients[part],
+            moved=moved,
+            touched=not changed.isdisjoint(named.keys() - trained.keys()),
+            stepped=any(rate > 0 for _, rate in trained.values()),
+            due=not moved and any(has_to_move(p, rate, masters=masters) for p, rate in trained.values()),
+        )
+
+    def _judge(self, part: str, seen: Seen, model: nn.Module, changed: set[str], step: int) -> None:
         """Close the part's case, leave it open for another step, or stop the run."""
+        of_part = {name: p.requires_grad for name, p in model.named_parameters() if self.trainer.parts.of(name) == part}
+        first = next((name for name, trains in of_part.items() if trains), "")
         if seen.touched:
-            raise broken(part, f"is frozen, but changed in step {step}", "Something else than this run writes to it")
+            mine = [name for name, trains in of_part.items() if name in changed and not trains]
+            advice = "Something beside the optimizer writes to it, such as code that comes with the model"
+            error = broken(part, f"is frozen, but changed in step {step}", mine[0], advice) if mine else None
+            self.trainer.processes.fail_together(error)
         if part not in self.open_parts:
             return
         if not seen.gradient:
-            if part != LANGUAGE_MODEL and not self._has_images:
+            if part != LANGUAGE_MODEL and not self.trainer.step_has_images:
                 return
             gates = {name: trains for name, trains in self._gates.items() if self.trainer.parts.of(name) != part}
             if not gates:
-                cause = "Freeze it, or find what cuts it off from the loss"
-                raise broken(part, f"should train, but got no gradient in step {step}", cause)
+                advice = "Freeze it, or find what cuts it off from the loss"
+                raise broken(part, f"should train, but got no gradient in step {step}", first, advice)
             self._close(part, explain_gates(part, gates))
         elif seen.moved:
             self._close(part)
-        elif seen.rounded and seen.stepped:
-            self._close(part, f"the {words(part)} has a gradient, but its 16-bit weights did not change in step {step}")
+        elif seen.due:
+            advice = "The optimizer leaves it out: look at optim and its options"
+            raise broken(part, f"has a gradient, but did not change in step {step}", first, advice)
         elif seen.stepped:
-            cause = "Look at the optimizer and its learning rate for it"
-            raise broken(part, f"has a gradient, but did not change in step {step}", cause)
-        elif self.trainer.learning_rates.get(part) == 0:
+            self._close(part, f"the {words(part)} has a gradient, but step {step} was too small to change its weights")
+        elif self._wanted_rate(part) == 0:
             self._close(part, f"the {words(part)} stays as it is: its learning rate is 0")
+
+    def _wanted_rate(self, part: str) -> float:
+        own = self.trainer.learning_rates.get(part)
+        return self.trainer.args.learning_rate if own is None else own
 
     def _close(self, part: str, remark: str = "") -> None:
         self.open_parts.discard(part)
@@ -127,13 +142,12 @@ class SelfCheck(TrainerCallback):
         else:
             self.fine.append(part)
 
-    def _report(self) -> None:
-        parts = [(self.trainer.parts.of(name), p.requires_grad) for name, p in self.trainer.model.named_parameters()]
+    def _report(self, model: nn.Module) -> None:
+        parts = [(self.trainer.parts.of(name), p.requires_grad) for name, p in model.named_parameters()]
         frozen = {part for part, _ in parts} - {part for part, trains in parts if trains}
         learn = " and ".join(f"the {words(part)}" for part in PARTS if part in self.fine)
         stay = " and ".join(f"the {words(part)}" for part in PARTS if part in frozen)
-        verdicts = [f"training moves {learn}" if learn else "", f"nothing moves {stay}" if stay else ""]
-        say(f"Self-check: {', and '.join(filter(None, verdicts)) or 'done'}.")
+        say(f"Self-check: training moves {learn}{f', and nothing moves {stay}' if stay else ''}.")
 
 
 def words(part: str) -> str:
@@ -141,8 +155,8 @@ def words(part: str) -> str:
     return "projector" if part == PROJECTOR else part.replace("_", " ")
 
 
-def broken(part: str, what: str, advice: str) -> UserError:
-    return UserError(f"the {words(part)} {what}.", "self-check", f"{advice}.")
+def broken(part: str, what: str, first: str, advice: str) -> UserError:
+    return UserError(f"the {words(part)} {what} (first: {first}).", "self-check", f"{advice}.")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,32 +168,58 @@ def has_gradient(parameter: torch.Tensor) -> bool:
     return parameter.grad is not None and bool(local(parameter.grad).count_nonzero())
 
 
-def fingerprints(model: nn.Module) -> dict[str, int]:
-    """Name → the sum of the bits of this process's share of a parameter, read as whole numbers.
+def stepped_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name → what the optimizer steps of a parameter on this process: its master weight, where it has or will have one.
 
-    Reads all weights once and copies none; the numbers travel from the device together.
+    After one small step a 16-bit weight may be the same rounding of another master.
     """
-    names, sums = list[str](), list[torch.Tensor]()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mine = local(parameter.detach()).contiguous()
-            names.append(name)
-            sums.append(mine.view(BITS[mine.element_size()]).sum(dtype=torch.int64))
-    by_device: dict[torch.device, list[int]] = {}
-    for number, value in enumerate(sums):
-        by_device.setdefault(value.device, []).append(number)
-    found = [0] * len(sums)
-    for numbers in by_device.values():
-        for number, value in zip(numbers, torch.stack([sums[n] for n in numbers]).tolist(), strict=True):
-            found[number] = value
-    return dict(zip(names, found, strict=True))
+    masters = holds_master_weights(optimizer)
+    for name, parameter in model.named_parameters():
+        if masters and parameter.requires_grad and parameter.dtype in HALF:
+            kept = optimizer.state[parameter].get(MASTER) if parameter in optimizer.state else None
+            yield name, local(parameter.detach().float() if kept is None else kept)
+        else:
+            yield name, local(parameter.detach())
 
 
-def master_moved(parameter: torch.Tensor, optimizer: Any) -> bool:
-    """Whether a 16-bit parameter's float32 copy went where its own rounding cannot follow."""
-    state = getattr(optimizer, "optimizer", optimizer).state
-    master = state[parameter].get(MASTER) if parameter in state else None
-    return master is not None and bool((local(master) != local(parameter).float()).any())
+def fingerprints(weights: Iterator[tuple[str, torch.Tensor]]) -> dict[str, int]:
+    """Name → `fingerprint`, one by one. The numbers travel from each device together."""
+    found: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights:
+        found.setdefault(tensor.device, {})[name] = fingerprint(tensor)
+    return {
+        name: number
+        for sums in found.values()
+        for name, number in zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)
+    }
+
+
+@torch.no_grad()
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """A whole number, `[]`, that changes with any number of `tensor`, and mostly where numbers change places.
+
+    It is the sum of the bits, read as 64-bit numbers, in rows with odd weights. Nothing is copied, and nothing
+    converted, which would take ten times as long.
+    """
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    data = data if data.storage_offset() % 8 == 0 else data.clone()
+    cut = len(data) // (8 * ROW) * (8 * ROW)
+    rows, few = data[:cut].view(torch.int64).view(-1, ROW), data[cut:]
+    few = torch.cat([few, few.new_zeros(-len(few) % 8)]).view(torch.int64)
+    sums = torch.cat([rows.sum(dim=1), few.sum()[None]])
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=data.device)).sum()
+
+
+def has_to_move(parameter: torch.Tensor, rate: float, *, masters: bool) -> bool:
+    """Whether a step of `rate` × gradient, at most `rate`, exceeds the rounding of some number four times.
+
+    Optimizers take steps of about `rate` whatever the gradient (Adam), or of `rate` × gradient (SGD).
+    """
+    if parameter.grad is None or not rate:
+        return False
+    limits = torch.finfo(torch.float32 if masters else parameter.dtype)
+    size, step = local(parameter.detach()).float().abs(), local(parameter.grad).float().abs().clamp(max=1) * rate
+    return bool((step > 4 * limits.eps * size + limits.tiny).any())
 
 
 def closed_gates(model: nn.Module) -> dict[str, bool]:

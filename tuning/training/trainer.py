@@ -78,7 +78,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.rows = RowLedger(
             self.processes, self.args.output_dir, image_limit=image_limit, max_bad_fraction=max_bad_fraction
         )
-        self.batches_of_step = list[BatchFacts]()
+        self.batches_of_step, self.step_has_images = list[BatchFacts](), False
         self._losses_of_step = list[torch.Tensor]()
         self.stop_reason = ""
         self.wrap_classes = wrap_classes or []
@@ -210,10 +210,12 @@ class SupervisedTrainer(ResumableTrainer):
         except UserError as found:
             error = found
         tokens, supervised = sum(fact.tokens for fact in facts), sum(fact.supervised_tokens for fact in facts)
-        counts = self.processes.fail_together(error, supervised, self.rows.untold, self.rows.rows_seen).sum(dim=0)
+        images = sum(fact.rows_with_images for fact in facts)
+        numbers = supervised, self.rows.untold, self.rows.rows_seen, images
+        counts = self.processes.fail_together(error, *numbers).sum(dim=0)
         self.rows.tell(int(counts[1]), self.train_dataset, int(counts[2]))
         self.meter.data_arrived(tokens, supervised)
-        self.batches_of_step = facts
+        self.batches_of_step, self.step_has_images = facts, bool(counts[3])
         return batches, counts[0]
 
     def _take_facts(self, batch: dict[str, Any], evaluating: bool = False) -> BatchFacts:

@@ -29,10 +29,11 @@ from tuning.training.faults import is_out_of_memory
 from tuning.training.master_weights import HALF
 from tuning.training.padding_free import CANNOT_RUN, HALF_TOLERANCE, TOLERANCE
 from tuning.training.resumable import plain_name
-from tuning.training.self_check import BITS, whole
+from tuning.training.self_check import whole
 
 LAST_TOKENS = 8  # of each row, whose logits are compared: those of all tokens of large vocabularies take gigabytes
 ROOM = 1.3  # times the model, so that a second one fits comfortably
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a number → its bits as a whole number
 BESIDE = "saved"  # the name of the adapter that is read back beside the one that was trained
 CANNOT_LOAD = (OSError, SafetensorError, UserError, ImportError, *CANNOT_RUN)
 
