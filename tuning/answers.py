@@ -8,10 +8,12 @@ from typing import Any
 
 from tuning.console import say
 from tuning.errors import UserError
-from tuning.files import read_json, read_lines, to_lines, write_json, write_text
+from tuning.files import CONFIG_FILE, FACTS_FILE, PROGRESS_FILE, read_json, read_lines, to_lines, write_json, write_text
 from tuning.report.answers import render_answers
 from tuning.scoring import mean_scores, score_rows
 
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+OF_A_RUN = (CONFIG_FILE, FACTS_FILE, PROGRESS_FILE, "trainer_state.json", "tracker_runs.json")
 Line = dict[str, Any]
 """`index`, `file`, `row`, and `prompt`, `question`, `reference`, `references` and `prediction`, or `error`."""
 
@@ -69,14 +71,19 @@ def scores_file(output: Path) -> Path:
 def read_references(value: Any) -> list[str]:
     """The right answers in a column: one text, a list of texts, or VQA's list of objects with an `answer`."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [str(entry["answer"] if isinstance(entry, dict) else entry) for entry in values if entry is not None]
+    found = [entry.get("answer") if isinstance(entry, dict) else entry for entry in values]
+    return [str(entry) for entry in found if entry is not None]
 
 
 def describe_weights(name: str) -> list[list]:
-    """What tells a model's files from those it had before; nothing for a hub id."""
+    """What tells the files of a model, its processor, and the base of an adapter from those they had before; nothing of
+    what is on the Hub.
+    """
     folder = Path(name).expanduser()
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    files = sorted(file for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES) if folder.is_dir() else []
+    own = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.name not in OF_A_RUN]
+    base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+    return [*own, *(describe_weights(base) if base and base != name else [])]
 
 
 def finish(
@@ -87,14 +94,14 @@ def finish(
 ) -> dict[str, Any]:
     """Write the lines of one model, or of two side by side, with their scores; say how they did. Returns the summary.
 
-    `answered`: the names of the models and their answers; those of the second stand under `compared`. `show_pictures`:
-    see `render_answers`.
+    `answered`: the names of the models and their answers; those of the second stand under `compared`, and null where it
+    has none. Rows that all have answered are scored. `show_pictures`: see `render_answers`.
     """
     fields = ["prediction", "compared"][: len(answered)]
     lines = [answered[0][1].by_row[index] for index in sorted(answered[0][1].by_row)]
     for field, (_, answers) in zip(fields, answered, strict=True):
         lines = [
-            {**line, field: answers.by_row[line["index"]].get("prediction")} if "error" not in line else line
+            {**line, field: answers.by_row.get(line["index"], {}).get("prediction")} if "error" not in line else line
             for line in lines
         ]
     summary: dict[str, Any] = {
@@ -104,7 +111,7 @@ def finish(
         "scores": {},
         "keys": {answers.key: field for field, (_, answers) in zip(fields, answered, strict=True)},
     }
-    scored = [line for line in lines if line.get("references")]
+    scored = [line for line in lines if line.get("references") and all(line[field] is not None for field in fields)]
     for field in fields if metrics and scored else []:
         by_metric = score_rows(metrics, [line[field] for line in scored], [line["references"] for line in scored])
         summary["scores"][field] = mean_scores(by_metric)

@@ -15,6 +15,7 @@ from tuning.files import CARD_FILE
 from tuning.model.parts import count_parameters
 from tuning.model_card import CardFacts
 from tuning.run_facts import find_versions
+from tuning.training.checkpoint import step_of
 from tuning.training.trainer import SupervisedTrainer
 
 OF_THIS_MACHINE = (
@@ -46,7 +47,7 @@ def gather_facts(trainer: SupervisedTrainer, config: RunConfig) -> CardFacts:
         steps=state.global_step,
         epochs=state.epoch or 0.0,
         log_history=state.log_history,
-        best_step=state.best_global_step if trainer.args.load_best_model_at_end else None,
+        best_step=step_of(best) if (best := trainer.final_source(None)) else None,
         base_metadata=read_metadata(name),
         versions=find_versions(),
     )

@@ -314,6 +314,8 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
 def save(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> None:
     """Save the final model beside its place, move it there, and only then mark the run as finished."""
     target, output_dir = Path(config.save_model_dir), Path(config.training.output_dir)
+    if lost := trainer.lost_best:
+        say(f"Warning: the best step, {lost}, was not saved; let save_steps be eval_steps to keep it.")
     if trainer.hub:
         trainer.hub.wait()
     card = write_card(gather_facts(trainer, config))

@@ -151,3 +151,62 @@ def test_scores_that_are_not_computed_cannot_choose_the_best_model(make_options,
     options = make_options("llava15", eval_generate_rows=4)
     with pytest.raises(UserError, match="eval_generate_rows: needs evaluations"):
         train(options)
+
+
+def test_the_best_model_is_kept_where_evaluations_follow_the_log(learn, give_scores, tmp_path):
+    """Without `eval_steps`, Hugging Face evaluates at every `logging_steps`."""
+    give_scores([0.9, 0.5, 0.4])
+    changes = {"early_stopping_patience": 2, "metric_for_best_model": "exact_match", "eval_strategy": "steps"}
+    options, result = learn(**changes, logging_steps=4, num_train_epochs=8)
+    folder = Path(options["output_dir"])
+    assert result.global_step == 12
+    best, final = (load_file(folder / name / "model.safetensors") for name in ("checkpoint-4", "."))
+    assert all(torch.equal(final[name], best[name]) for name in final)
+    assert "0.9" in (folder / "README.md").read_text()
+
+
+def test_a_best_model_that_was_not_saved_is_told(learn, give_scores, capsys):
+    give_scores([0.9, 0.5, 0.4])
+    changes = {"load_best_model_at_end": True, "metric_for_best_model": "exact_match", "eval_strategy": "steps"}
+    options, _ = learn(**changes, eval_steps=4, save_strategy="steps", save_steps=8, max_steps=12)
+    assert "Warning: the best step, 4, was not saved" in capsys.readouterr().out
+    assert "| `eval_exact_match` | 0.9" not in Path(options["output_dir"], "README.md").read_text()
+
+
+def test_a_run_killed_after_it_stopped_early_only_saves(learn, give_scores, tmp_path, monkeypatch):
+    give_scores(SCORES)
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tuning.training.resumable.ResumableTrainer.save_final", die)
+        with pytest.raises(KeyboardInterrupt):
+            learn(**EARLY)
+    assert learn(**EARLY)[1].global_step == 5 * 4
+
+
+def test_rows_that_are_dropped_or_ask_without_an_answer_are_not_examined(make_options, rows):
+    lines = read_lines(rows)
+    lines[0]["messages"][0]["content"][1]["text"] = "Which colour is it? " * 300
+    lines[1]["messages"].append({"role": "user", "content": "And why?"})
+    path = rows.with_name("odd_first.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = {"overlong_rows": "drop", "max_seq_length": 150, "report_samples": 4, "eval_generate_rows": 4}
+    options = make_options("llava15", training_data_path=str(path), validation_data_path=str(path), max_steps=4)
+    train({**options, **changes, "eval_max_new_tokens": 3, "save_strategy": "no"})
+    samples = read_lines(f"{options['output_dir']}/sample_predictions.jsonl")
+    assert {line["row"] for line in samples} == {2, 3}
+
+
+def test_a_model_that_cannot_write_answers_is_trained_all_the_same(make_options, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ValueError("no cache for this model")
+
+    monkeypatch.setattr("tuning.training.answering.answer", fail)
+    options = make_options("llava15", report_samples=2, max_steps=2, save_strategy="no")
+    train(options)
+    assert "The report shows no samples. This model cannot answer by generation here" in capsys.readouterr().out
+    changes = {"validation_data_path": options["training_data_path"], "eval_generate_rows": 2}
+    with pytest.raises(UserError, match="cannot answer by generation here"):
+        train({**options, **changes, "overwrite_output_dir": True})

@@ -138,6 +138,25 @@ def test_what_was_answered_before_an_interruption_is_kept(predict, trained, rows
     assert lines[0]["scores"]["prediction"]["token_f1"] >= 0
 
 
+def test_a_model_may_be_compared_on_some_of_the_rows(predict, trained, models):
+    predict(trained / "full")
+    code, lines, printed = predict(trained / "full", compare=models["llava15"], max_rows=4, metrics="exact_match")
+    assert code == 0
+    assert [line["compared"] is None for line in lines] == [False] * 4 + [True] * 12
+    assert "Scores of 4 rows" in printed.out
+
+
+def test_another_chat_template_is_another_model(predict, trained, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained / "full", folder)
+    assert predict(folder)[0] == 0
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("upper()", "lower()"))
+    code, _, printed = predict(folder)
+    assert code == 1
+    assert "holds the answers of another model" in printed.err
+
+
 def test_other_answers_are_not_written_over(predict, trained, models):
     predict(trained / "full")
     code, _, printed = predict(models["llava15"])

@@ -129,7 +129,7 @@ def test_a_part_that_is_cut_off_from_the_loss_stops_the_run(make_options, monkey
         return model
 
     monkeypatch.setattr(sft_trainer, "make_model", cut)
-    with pytest.raises(UserError, match="the vision tower should train, but got no gradient in step 1"):
+    with pytest.raises(UserError, match="the vision tower should train, but got no gradient in step"):
         train(make_options("llava15", **SHORT))
 
 
@@ -163,3 +163,31 @@ def test_gates_that_begin_at_zero_are_reported(said, tmp_path):
     reach = {"freeze_vision_tower": False, "overwrite_output_dir": True}
     lines = said("mllama", model_name_or_path=str(folder), **LORA, **reach)
     assert lines[0].startswith("Self-check: Warning: the vision tower gets no gradient and never will, because")
+
+
+def test_a_step_of_rows_left_out_says_nothing(said, rows):
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    long = json.loads(json.dumps(lines[0]))
+    long["messages"][1]["content"] = "It is red. " * 400
+    path = rows.with_name("long_first.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*[long] * 4, *lines]))
+    settings = {"max_seq_length": 200, "overlong_rows": "drop", "train_sampling_strategy": "sequential"}
+    everything = "Self-check: training moves the vision tower and the projector and the language model."
+    assert said("llava15", training_data_path=str(path), **settings) == [everything]
+
+
+def test_images_that_come_after_all_answers_are_waited_for(said, rows):
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    late = {
+        "messages": [
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": "It is so."},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And this?"}]},
+        ],
+        "images": ["0.png"],
+    }
+    path = rows.with_name("late_pictures.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*[late] * 8, *lines]))
+    settings = {"training_data_path": str(path), "train_sampling_strategy": "sequential"}
+    everything = "Self-check: training moves the vision tower and the projector and the language model."
+    assert said("llava15", **settings) == [everything]

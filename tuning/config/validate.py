@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tuning.config import names
+from tuning.config.arguments import TRAINING_DEFAULTS
 from tuning.config.trackers import find_tracker_problems
 
 LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias")
@@ -66,8 +67,9 @@ def _settle_early_stopping(values: dict[str, Any]) -> list[str]:
     wanted = {"metric_for_best_model": "loss", "load_best_model_at_end": True}
     if values.get("load_best_model_at_end", True) and "save_strategy" not in values:
         wanted |= {"save_strategy": values["eval_strategy"]}
-        if "eval_steps" in values:
-            wanted |= {"save_steps": values["eval_steps"]}
+        if values["eval_strategy"] == "steps":  # Hugging Face evaluates when it logs, unless told otherwise
+            logging = values.get("logging_steps", TRAINING_DEFAULTS["logging_steps"])
+            wanted |= {"save_steps": values.get("eval_steps") or logging}
     missing = {name: value for name, value in wanted.items() if name not in values}
     values |= missing
     listed = ", ".join(f"{name} {value}" for name, value in missing.items())

@@ -19,6 +19,7 @@ from tuning.errors import UserError, blame_field
 IGNORED = -100
 """The label of a position that is not trained (PyTorch's and Hugging Face's convention)."""
 EXPANSIONS = "text_replacement_offsets"
+TOO_LONG = "too long"  # the kind of an error
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class Encoder:
             prepared,
             f"{length} tokens are more than max_seq_length {self.max_seq_length}.",
             advice or "Raise max_seq_length, shorten the row, or set overlong_rows drop or truncate_text.",
-            kind="too long",
+            kind=TOO_LONG,
         )
 
     def filler(self) -> Sample:

@@ -21,7 +21,9 @@ def render_answers(
     answered = [line for line in lines if "error" not in line]
     scored = sorted(answered, key=_mean_score)[:MOST_SHOWN]
     cards = "\n".join(
-        render_card(number, _to_row(line, show_pictures), [(models[field], line[field]) for field in reversed(models)])
+        render_card(
+            number, _to_row(line, show_pictures), [(models[field], line[field] or "") for field in reversed(models)]
+        )
         for number, line in enumerate(scored)
     )
     order = ", those with the lowest scores first" if summary["scores"] else ""

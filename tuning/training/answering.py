@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tuning.console import say
 from tuning.data.collator import Collator
-from tuning.data.encode import Encoder, Sample
+from tuning.data.encode import TOO_LONG, Encoder, Sample
 from tuning.data.images import thumbnail
 from tuning.data.questions import Question, ask, join_on_the_right
 from tuning.data.sources import Row
@@ -22,6 +22,7 @@ from tuning.errors import UserError
 from tuning.files import SAMPLES_FILE, read_lines, to_lines, write_text
 from tuning.model.generate import generate_texts
 from tuning.scoring import mean_scores, score_rows
+from tuning.training.faults import is_out_of_memory
 from tuning.training.processes import Processes
 
 CANNOT_GENERATE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
@@ -55,6 +56,14 @@ def share_out(rows: Sequence[Any], batch_size: int, *, rank: int, world: int) ->
     return batches[rank::world]
 
 
+class CannotAnswer(UserError):
+    """A model that cannot write answers, on this process or, where `cause` is None, on another one."""
+
+    def __init__(self, cause: Exception | None):
+        reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}" if cause else "another process failed"
+        super().__init__(f"This model cannot answer by generation here ({reason}).")
+
+
 @dataclass
 class Examiner:
     """Lets the model that is trained answer rows.
@@ -76,7 +85,7 @@ class Examiner:
 
     def begin(self, step: int, *, first: bool) -> None:
         """On the `first` process, leave in the file what was answered up to `step`."""
-        if not first:
+        if not first or not (self.rows or self.samples):
             return
         file = self.folder / SAMPLES_FILE
         kept = [line for line in read_lines(file) if line["step"] <= step] if step else []
@@ -96,9 +105,8 @@ class Examiner:
         """Let the model answer `samples` and write down what it says. A model that cannot has none from now on."""
         try:
             lines = self.answer_rows(self.samples, model, processes, together=together)
-        except CANNOT_GENERATE as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            say(f"This model cannot answer by generation, so the report shows no samples: {reason}")
+        except CannotAnswer as error:
+            say(f"The report shows no samples. {error}")
             self.samples = []
         else:
             self._keep(lines, step, processes)
@@ -108,17 +116,19 @@ class Examiner:
         if processes.rank > 0:
             return
         rows = {row.where: row for row in self.samples}
-        with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
-            for line in lines:
-                place = _place(line)
-                if place not in rows or (step, place) in self._kept:
-                    continue
-                written = {"step": step, **line}
-                if all(place != known for _, known in self._kept):
-                    images = self.encoder.open_images(self.encoder.prepare(rows[place]))
-                    written["images"] = [thumbnail(image) for image in images]
-                self._kept.add((step, place))
-                file.write(to_lines([written]))
+        new = [line for line in lines if _place(line) in rows and (step, _place(line)) not in self._kept]
+        try:
+            written = [{"step": step, **line, **self._pictures(rows[_place(line)])} for line in new]
+            with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
+                file.write(to_lines(written))
+        except (OSError, UserError) as error:  # on this process alone: the others go on
+            say(f"The samples of the report cannot be kept: {error}")
+        self._kept |= {(step, _place(line)) for line in new}
+
+    def _pictures(self, row: Row) -> dict[str, list[str]]:
+        if any(row.where == place for _, place in self._kept):
+            return {}
+        return {"images": [thumbnail(image) for image in self.encoder.open_images(self.encoder.prepare(row))]}
 
     def answer_rows(
         self, rows: Sequence[Row], model: nn.Module, processes: Processes, *, together: bool
@@ -126,7 +136,7 @@ class Examiner:
         """A line for every row that can be used, in order and on every process.
 
         All processes answer their share at the same time; `together`: from weights that they hold together. Raises
-        `UserError` on all of them where one meets a bad row.
+        `UserError` on all of them where one meets a bad row, `CannotAnswer` where the model of one fails.
         """
         lines: list[tuple[int, dict[str, Any]]] = []
         batches = share_out(list(enumerate(rows)), self.batch_size, rank=processes.rank, world=processes.number)
@@ -140,19 +150,37 @@ class Examiner:
                 processes.fail_together(error)
                 samples = [question.sample for _, question in asked]
                 samples = samples or ([self.encoder.filler()] if together else [])
-                limit = self.max_new_tokens
-                settings = (self.encoder, self.collator)
-                texts = answer(model, samples, *settings, max_new_tokens=limit, together=together) if samples else []
+                texts, failure = self._try_to_answer(model, samples, together=together)
+                if processes.share([failure is not None]).any():
+                    raise CannotAnswer(failure)
                 lines += [(n, _describe(question, text)) for (n, question), text in zip(asked, texts, strict=False)]
         return [line for _, line in sorted(gather_object(lines), key=lambda entry: entry[0])]
 
+    def _try_to_answer(
+        self, model: nn.Module, samples: list[Sample], *, together: bool
+    ) -> tuple[list[str], Exception | None]:
+        if not samples:
+            return [], None
+        limit = self.max_new_tokens
+        try:
+            texts = answer(model, samples, self.encoder, self.collator, max_new_tokens=limit, together=together)
+        except CANNOT_GENERATE as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            return [], error
+        return texts, None
+
     def _ask(self, batch: Sequence[tuple[int, Row]]) -> Iterator[tuple[int, Question]]:
+        """The questions of rows that can be used, and that have an answer to compare with."""
         for number, row in batch:
             try:
-                yield number, ask(row, self.encoder)
-            except UserError:
-                if not self.skip_bad_rows:
-                    raise
+                question = ask(row, self.encoder)
+            except UserError as error:
+                if self.skip_bad_rows or (error.kind == TOO_LONG and self.encoder.overlong_rows != "error"):
+                    continue
+                raise
+            if question.reference is not None:
+                yield number, question
 
 
 @contextmanager

@@ -112,12 +112,12 @@ class Progress:
 
 def find_progress(config: RunConfig, identity: dict[str, Any]) -> Progress:
     """Where to go on. Raises `UserError` when the run cannot be continued from what is there."""
-    wanted = config.training.resume_from_checkpoint
+    wanted, patience = config.training.resume_from_checkpoint, config.answers.early_stopping_patience
     output_dir = Path(config.training.output_dir)
     if isinstance(wanted, str):
         if not is_complete(Path(wanted)):
             raise UserError("is not a complete checkpoint.", f"resume_from_checkpoint {wanted}")
-        return _progress_at(Path(wanted), identity)
+        return _progress_at(Path(wanted), identity, patience)
     checkpoints = list_checkpoints(output_dir)
     complete = [folder for folder in checkpoints if is_complete(folder)]
     broken = [*find_leftovers(output_dir), *(folder for folder in checkpoints if folder not in complete)]
@@ -141,18 +141,19 @@ def find_progress(config: RunConfig, identity: dict[str, Any]) -> Progress:
                 "Give another output_dir, or set overwrite_output_dir true to start over.",
             )
     if complete:
-        return _progress_at(complete[-1], identity, notes)
+        return _progress_at(complete[-1], identity, patience, notes)
     if wanted:
         raise UserError("resume_from_checkpoint is true, but there is no complete checkpoint.", str(output_dir))
     return Progress(notes=notes)
 
 
-def _progress_at(folder: Path, identity: dict[str, Any], notes: tuple[str, ...] = ()) -> Progress:
+def _progress_at(folder: Path, identity: dict[str, Any], patience: int | None, notes: tuple[str, ...] = ()) -> Progress:
     before, state = read_json(folder / IDENTITY_FILE), read_json(folder / STATE_FILE) or {}
     if before is None:  # written by another tool: nothing to compare
         return Progress(folder, state["global_step"], notes=notes)
     check_identity(folder, before, identity)
-    at_end = before["schedule"] == identity["schedule"] and state["global_step"] >= state["max_steps"]
+    at_end = state["global_step"] >= state["max_steps"] or has_stopped_early(state, patience)
+    at_end = before["schedule"] == identity["schedule"] and at_end
     return Progress(
         folder,
         state["global_step"],
@@ -163,11 +164,23 @@ def _progress_at(folder: Path, identity: dict[str, Any], notes: tuple[str, ...] 
     )
 
 
+def has_stopped_early(state: dict[str, Any], patience: int | None) -> bool:
+    """Whether a trainer's state is that of a run which early stopping has ended."""
+    kept = (state.get("stateful_callbacks") or {}).get("EarlyStopping") or {}
+    counted = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return patience is not None and counted >= patience
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The `checkpoint-N` folders of `output_dir`, by step."""
     found = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
     numbered = [folder for folder in found if re.fullmatch(r"checkpoint-\d+", folder.name)]
-    return sorted(numbered, key=lambda folder: int(folder.name.partition("-")[2]))
+    return sorted(numbered, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a `checkpoint-N` folder is of."""
+    return int(checkpoint.name.partition("-")[2])
 
 
 def is_complete(folder: Path) -> bool:

@@ -43,6 +43,7 @@ from tuning.training.checkpoint import (
     read_shards,
     remove_oldest,
     staging_of,
+    step_of,
 )
 from tuning.training.hub import HubRepo
 from tuning.training.master_weights import MASTER, holds_master_weights
@@ -319,6 +320,13 @@ class ResumableTrainer(Trainer):
         """The checkpoint whose model is the final one; None where it is the model as it is now. See `save_final`."""
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         return Path(best) if best else checkpoint
+
+    @property
+    def lost_best(self) -> int | None:
+        """The step of the best evaluation where its model was to be the final one, but was not saved."""
+        best, source = self.state.best_global_step, self.final_source(None)
+        is_kept = source is not None and step_of(source) == best
+        return best if self.args.load_best_model_at_end and best and not is_kept else None
 
     def save_final(
         self, target: Path, checkpoint: Path | None = None, add: Callable[[Path], None] = lambda saved: None

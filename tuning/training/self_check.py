@@ -15,6 +15,7 @@ from tuning.errors import UserError
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR
 from tuning.training.master_weights import HALF, MASTER, holds_master_weights
 
+TRIES = 4  # times that the vision tower or the projector may be without a gradient though a row has an image
 ROW = 4093  # numbers of 8 bytes that are summed before they are weighed; prime, so that no matrix has rows of that size
 
 
@@ -38,7 +39,7 @@ class SelfCheck(TrainerCallback):
 
     Stops the run where a part has neither though it should, or where a frozen number changed. A step whose rows have
     no image says nothing of the vision tower and the projector, one with a learning rate of 0 (warmup) nothing of
-    movement. After that it costs nothing.
+    movement, and one without a supervised token nothing at all. After that it costs nothing.
     """
 
     def __init__(self, trainer: Any):
@@ -46,6 +47,7 @@ class SelfCheck(TrainerCallback):
         self.open_parts: set[str] = set()
         self.fine: list[str] = []
         self._gradients: dict[str, bool] = {}
+        self._tries_left = TRIES
         self._before: dict[str, int] = {}  # empty where the step is not looked at
         self._gates: dict[str, bool] = {}
 
@@ -54,11 +56,12 @@ class SelfCheck(TrainerCallback):
             say("No self-check after the first step: its optimizer keeps gradients and weights to itself.")
             return
         self.open_parts = {self.trainer.parts.of(name) for name, p in model.named_parameters() if p.requires_grad}
-        self.fine = []
+        self.fine, self._tries_left = [], TRIES
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self._before = {}
-        if self.open_parts and (self.trainer.step_has_images or LANGUAGE_MODEL in self.open_parts):
+        tells = self.trainer.step_is_supervised and (self.trainer.step_has_images or LANGUAGE_MODEL in self.open_parts)
+        if self.open_parts and tells:
             trained = [(self.trainer.parts.of(name), p) for name, p in model.named_parameters() if p.requires_grad]
             self._gradients = {part: any(has_gradient(p) for of, p in trained if of == part) for part in PARTS}
             self._before = fingerprints(stepped_weights(model, self._optimizer))
@@ -117,6 +120,9 @@ class SelfCheck(TrainerCallback):
             if part != LANGUAGE_MODEL and not self.trainer.step_has_images:
                 return
             gates = {name: trains for name, trains in self._gates.items() if self.trainer.parts.of(name) != part}
+            if not gates and part != LANGUAGE_MODEL and self._tries_left:  # its images may all come after the answers
+                self._tries_left -= 1
+                return
             if not gates:
                 advice = "Freeze it, or find what cuts it off from the loss"
                 raise broken(part, f"should train, but got no gradient in step {step}", first, advice)

@@ -78,7 +78,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.rows = RowLedger(
             self.processes, self.args.output_dir, image_limit=image_limit, max_bad_fraction=max_bad_fraction
         )
-        self.batches_of_step, self.step_has_images = list[BatchFacts](), False
+        self.batches_of_step, self.step_has_images, self.step_is_supervised = list[BatchFacts](), False, False
         self._losses_of_step = list[torch.Tensor]()
         self.stop_reason = ""
         self.wrap_classes = wrap_classes or []
@@ -91,7 +91,8 @@ class SupervisedTrainer(ResumableTrainer):
         if early_stopping_patience:
             self.add_callback(EarlyStopping(early_stopping_patience))
         self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        self.steps_in_backward = "lomo" in str(self.args.optim).lower()  # weights, as their gradients arrive
+        optim = str(self.args.optim).lower()
+        self.steps_in_backward = "lomo" in optim or "layerwise" in optim  # weights, as their gradients arrive
         self.keep_master_weights = keep_master_weights and not self.steps_in_backward and not self.is_deepspeed_enabled
         if not self.is_deepspeed_enabled:  # which has master weights of its own
             self._settle_precision()
@@ -215,7 +216,8 @@ class SupervisedTrainer(ResumableTrainer):
         counts = self.processes.fail_together(error, *numbers).sum(dim=0)
         self.rows.tell(int(counts[1]), self.train_dataset, int(counts[2]))
         self.meter.data_arrived(tokens, supervised)
-        self.batches_of_step, self.step_has_images = facts, bool(counts[3])
+        self.batches_of_step = facts
+        self.step_is_supervised, self.step_has_images = bool(counts[0]), bool(counts[3])
         return batches, counts[0]
 
     def _take_facts(self, batch: dict[str, Any], evaluating: bool = False) -> BatchFacts:
