@@ -239,3 +239,12 @@ def test_dora_trains_on_4bit_weights_and_is_refused_on_8bit_ones_here(make_optio
     assert any("lora_magnitude_vector" in name for name in saved)
     with pytest.raises(UserError, match=r"quantization 8bit, use_dora: PEFT loses the scales"):
         tuning.train({**options, "quantization": "8bit", "overwrite_output_dir": True})
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_save_that_peft_cannot_load_beside_the_trained_one_is_compared_by_its_tensors(kind, make_options, capsys):
+    """The published base, which is not quantised, would give other logits."""
+    options = make_options("llava15", **LORA, bias="lora_only", quantization=kind, max_steps=1, verify_save=True)
+    folder = tuning.train(options).model_dir
+    said = f"Read {folder} back: its weights are those that were trained. It was not loaded: its base was trained in"
+    assert f"{said} {kind}" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import tuning
 from tuning import sft_trainer
-from tuning.config.arguments import ModelSource
+from tuning.config.arguments import ModelArguments
 from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded, exit_code_of
 from tuning.training import verify
 from tuning.training.trainer import SupervisedTrainer
@@ -143,7 +143,7 @@ def test_a_save_that_went_wrong_is_told(name, finished, tmp_path, models):
     (fault, told), (options, trainer) = FAULTS[name], finished[name.partition(":")[0]]
     folder = tmp_path / "saved"
     shutil.copytree(options["output_dir"], folder)
-    settings = ModelSource(model_name_or_path=str(models["llava15"]))
+    settings = ModelArguments(model_name_or_path=str(models["llava15"]))
     verify.verify_saved(trainer, folder, None, settings, wanted=None)
     fault(folder, models["llava15"])
     with pytest.raises(RunEnded, match=re.escape(f"The model saved in {folder} is not the one that was")) as ended:
@@ -202,7 +202,7 @@ def test_the_trained_model_stays_as_it_was(make_options, trainers, capsys):
         trainer = trainers[-1]
         model = trainer.model.train()
         before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
-        verify.verify_saved(trainer, Path(trainer.args.output_dir), None, ModelSource(), wanted=None)
+        verify.verify_saved(trainer, Path(trainer.args.output_dir), None, ModelArguments(), wanted=None)
         assert "its weights and logits are those that were trained." in capsys.readouterr().out
         after = dict(model.named_parameters())
         assert after.keys() == before.keys()

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from tuning.config.arguments import ModelSource
+from tuning.config.arguments import ModelArguments
 from tuning.console import say
 from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded, UserError
 from tuning.model.adapters import load_answering
@@ -64,13 +64,14 @@ class SavedWeights(Mapping[str, torch.Tensor]):
 
 
 def verify_saved(
-    trainer: Any, folder: Path, checkpoint: Path | None, settings: ModelSource, *, wanted: bool | None
+    trainer: Any, folder: Path, checkpoint: Path | None, settings: ModelArguments, *, wanted: bool | None
 ) -> None:
     """Read the model saved in `folder` back, and compare it with the one in memory, or with `checkpoint`'s if given.
 
     Every tensor must be the same bit by bit, and so must the processor; the model must load as a user loads it, and
     give the same logits. `wanted`: `verify_save`; a second model is loaded where there is room, or if `wanted`, and a
-    second adapter always. To be called by all processes; the first one reads. Raises `RunEnded` on all of them.
+    second adapter always, unless `why_not_loaded` says otherwise. To be called by all processes; the first one reads.
+    Raises `RunEnded` on all of them.
     """
     if wanted is False:
         return
@@ -79,8 +80,8 @@ def verify_saved(
     together = trainer.is_fsdp_enabled and trainer.processes.number > 1
     adapter = isinstance(model, PeftModel)
     beside = adapter and not together and model.peft_config[model.active_adapter].bias == "none"  # PEFT takes one else
-    loads = first and (beside or bool(wanted) or has_room(trainer, model))
-    loads = bool(trainer.processes.share([loads]).any())
+    hindrance = "" if beside or not first else why_not_loaded(trainer, model, settings, bool(wanted))
+    loads = bool(trainer.processes.share([first and not hindrance]).any())
     expected, logits = None, None
     if not trainer.is_deepspeed_enabled and (first or together):
         expected = checkpoint_weights(checkpoint) if checkpoint else trained_weights(trainer, model)
@@ -100,7 +101,7 @@ def verify_saved(
     compared = ["weights"] * (expected is not None) + ["logits"] * (logits is not None)
     origin = f"of {checkpoint}" if checkpoint else "that were trained"
     what = f"its {' and '.join(compared)} are those {origin}" if compared else "it loads"
-    say(f"Read {folder} back: {what}{'' if loads else '. It was not loaded: there is no room for a second model'}.")
+    say(f"Read {folder} back: {what}{f'. It was not loaded: {hindrance}' if hindrance else ''}.")
 
 
 def broken(folder: Path, fault: str) -> RunEnded:
@@ -109,6 +110,13 @@ def broken(folder: Path, fault: str) -> RunEnded:
         " its checkpoints stay as they are: the same command saves the model again.",
         EXIT_INTERNAL_ERROR,
     )
+
+
+def why_not_loaded(trainer: Any, model: torch.nn.Module, settings: ModelArguments, wanted: bool) -> str:
+    """What keeps the first process from loading the saved model, or adapter with its base; "" if nothing does."""
+    if settings.quantization:
+        return f"its base was trained in {settings.quantization}, and would be loaded as it is published"
+    return "" if wanted or has_room(trainer, model) else "there is no room for a second model"
 
 
 def has_room(trainer: Any, model: torch.nn.Module) -> bool:
@@ -247,7 +255,7 @@ def read_logits(trainer: Any, model: Any) -> torch.Tensor:
 
 
 def find_loading_fault(
-    folder: Path, trainer: Any, model: Any, expected: torch.Tensor | None, settings: ModelSource, *, beside: bool
+    folder: Path, trainer: Any, model: Any, expected: torch.Tensor | None, settings: ModelArguments, *, beside: bool
 ) -> str:
     """What goes wrong when the saved model is loaded, or how its logits differ from those `expected`.
 
