@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -216,6 +217,24 @@ def test_without_room_for_a_second_model_its_tensors_are_compared(make_options, 
     tuning.train(make_options("granite_vision", max_steps=1))
     said = capsys.readouterr().out
     assert "its weights are those that were trained. It was not loaded: there is no room for a second model." in said
+
+
+def test_under_deepspeed_one_process_loads_no_adapter(finished, monkeypatch, capsys):
+    """PEFT would gather the weights that DeepSpeed sharded, and wait for the other processes for ever."""
+    options, trainer = finished["lora"]
+    folder, settings = Path(options["output_dir"]), ModelArguments(model_name_or_path=options["model_name_or_path"])
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(verify, "find_loading_fault", None)
+    verify.verify_saved(trainer, folder, None, settings, wanted=True)
+    assert f"Read {folder} back: its files are whole. It was not loaded: under DeepSpeed" in capsys.readouterr().out
+
+
+def test_the_room_for_what_deepspeed_sharded_is_that_of_the_whole(finished, monkeypatch):
+    _, trainer = finished["full"]
+    model, size = torch.nn.ParameterList([torch.empty(0)]), psutil.virtual_memory().available
+    assert verify.has_room(trainer, model)
+    monkeypatch.setattr(model[0], "ds_numel", size, raising=False)
+    assert not verify.has_room(trainer, model)
 
 
 def test_a_full_model_takes_the_place_of_an_earlier_adapter(make_options, capsys):

@@ -23,6 +23,7 @@ from tuning.model.adapters import load_answering
 from tuning.model.attention import decoder_attention
 from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.load import without_zero3
+from tuning.model.parts import count_numbers
 from tuning.training.answering import answering_mode
 from tuning.training.checkpoint import SHARDED_MODEL, join_shards
 from tuning.training.faults import is_out_of_memory
@@ -79,7 +80,8 @@ def verify_saved(
     model = trainer.accelerator.unwrap_model(trainer.model)
     together = trainer.is_fsdp_enabled and trainer.processes.number > 1
     adapter = isinstance(model, PeftModel)
-    beside = adapter and not together and model.peft_config[model.active_adapter].bias == "none"  # PEFT takes one else
+    beside = adapter and not (together or trainer.is_deepspeed_enabled)
+    beside = beside and model.peft_config[model.active_adapter].bias == "none"  # PEFT takes one else
     hindrance = "" if beside or not first else why_not_loaded(trainer, model, settings, bool(wanted))
     loads = bool(trainer.processes.share([first and not hindrance]).any())
     expected, logits = None, None
@@ -100,7 +102,8 @@ def verify_saved(
     trainer.processes.fail_together(broken(folder, fault) if fault else None)
     compared = ["weights"] * (expected is not None) + ["logits"] * (logits is not None)
     origin = f"of {checkpoint}" if checkpoint else "that were trained"
-    what = f"its {' and '.join(compared)} are those {origin}" if compared else "it loads"
+    what = "it loads" if loads else "its files are whole"
+    what = f"its {' and '.join(compared)} are those {origin}" if compared else what
     say(f"Read {folder} back: {what}{f'. It was not loaded: {hindrance}' if hindrance else ''}.")
 
 
@@ -114,6 +117,8 @@ def broken(folder: Path, fault: str) -> RunEnded:
 
 def why_not_loaded(trainer: Any, model: torch.nn.Module, settings: ModelArguments, wanted: bool) -> str:
     """What keeps the first process from loading the saved model, or adapter with its base; "" if nothing does."""
+    if trainer.is_deepspeed_enabled and isinstance(model, PeftModel):  # PEFT would gather what all of them hold
+        return "under DeepSpeed one process cannot load an adapter alone"
     if settings.quantization:
         return f"its base was trained in {settings.quantization}, and would be loaded as it is published"
     return "" if wanted or has_room(trainer, model) else "there is no room for a second model"
@@ -122,7 +127,8 @@ def why_not_loaded(trainer: Any, model: torch.nn.Module, settings: ModelArgument
 def has_room(trainer: Any, model: torch.nn.Module) -> bool:
     """Whether a second model fits comfortably where the first one is, and into the memory that it comes through."""
     size = sum(
-        p.numel() * trainer.dtypes.get(plain_name(name), p.dtype).itemsize for name, p in model.named_parameters()
+        count_numbers(parameter) * trainer.dtypes.get(plain_name(name), parameter.dtype).itemsize
+        for name, parameter in model.named_parameters()
     )
     free = psutil.virtual_memory().available
     if trainer.args.device.type == "cuda":
