@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 import tuning
@@ -15,6 +17,7 @@ from tuning import sft_trainer
 from tuning.config.arguments import ModelArguments
 from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded, exit_code_of
 from tuning.training import verify
+from tuning.training.checkpoint import SHARDED_MODEL
 from tuning.training.trainer import SupervisedTrainer
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
@@ -190,6 +193,36 @@ def test_the_same_command_saves_again_and_compares_with_the_checkpoint(finished,
         tuning.train(options)
         assert f"its weights are those of {folder / 'checkpoint-1'}." in capsys.readouterr().out
         assert (folder / ".complete").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_that_cannot_be_read_is_told(finished, tmp_path):
+    """One whole, and one that FSDP sharded."""
+    options, trainer = finished["full"]
+    folder, checkpoint = Path(options["output_dir"]), tmp_path / "checkpoint-1"
+    shutil.copytree(folder / "checkpoint-1", checkpoint)
+    settings = ModelArguments(model_name_or_path=options["model_name_or_path"])
+    told = re.escape(f"it cannot be compared with {checkpoint} (")
+    cut_off(checkpoint, folder)
+    with pytest.raises(RunEnded, match=told):
+        verify.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
+    dcp.save({"model": trainer.model.state_dict()}, checkpoint_id=checkpoint / SHARDED_MODEL, no_dist=True)
+    verify.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
+    next((checkpoint / SHARDED_MODEL).glob("*.distcp")).write_bytes(b"")
+    with pytest.raises(RunEnded, match=told):
+        verify.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
+
+
+def test_the_first_process_alone_reads_a_checkpoint(finished, monkeypatch):
+    """Every other one would have the whole model in memory."""
+    options, trainer = finished["full"]
+    talk = SimpleNamespace(number=2, share=torch.tensor, fail_together=lambda error: None)
+    monkeypatch.setattr(trainer, "processes", talk)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    monkeypatch.setattr(verify, "checkpoint_weights", None)
+    folder = Path(options["output_dir"])
+    verify.verify_saved(trainer, folder, folder / "checkpoint-1", ModelArguments(), wanted=None)
 
 
 def test_the_trained_model_stays_as_it_was(make_options, trainers, capsys):

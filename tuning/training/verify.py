@@ -12,13 +12,14 @@ import psutil
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tuning.config.arguments import ModelArguments
 from tuning.console import say
-from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded, UserError
+from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded
 from tuning.model.adapters import load_answering
 from tuning.model.attention import decoder_attention
 from tuning.model.cross_attention import keep_rows_apart
@@ -36,7 +37,7 @@ LAST_TOKENS = 8  # of each row, whose logits are compared: those of all tokens o
 ROOM = 1.3  # times the model, so that a second one fits comfortably
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a number → its bits as a whole number
 BESIDE = "saved"  # the name of the adapter that is read back beside the one that was trained
-CANNOT_LOAD = (OSError, SafetensorError, UserError, ImportError, *CANNOT_RUN)
+CANNOT_LOAD = (OSError, SafetensorError, CheckpointException, ImportError, *CANNOT_RUN)
 
 
 class SavedWeights(Mapping[str, torch.Tensor]):
@@ -84,13 +85,16 @@ def verify_saved(
     beside = beside and model.peft_config[model.active_adapter].bias == "none"  # PEFT takes one else
     hindrance = "" if beside or not first else why_not_loaded(trainer, model, settings, bool(wanted))
     loads = bool(trainer.processes.share([first and not hindrance]).any())
-    expected, logits = None, None
-    if not trainer.is_deepspeed_enabled and (first or together):
-        expected = checkpoint_weights(checkpoint) if checkpoint else trained_weights(trainer, model)
-        logits = trained_logits(trainer, model) if loads and not checkpoint else None
+    expected: Mapping[str, torch.Tensor] | None = None
+    logits = None
+    if checkpoint is None and not trainer.is_deepspeed_enabled and (first or together):
+        expected = trained_weights(trainer, model)
+        logits = trained_logits(trainer, model) if loads else None
     fault = ""
     if first:
         try:
+            if checkpoint and not trainer.is_deepspeed_enabled:
+                expected = checkpoint_weights(checkpoint)
             fault = find_tensor_fault(SavedWeights(folder), expected)
             fault = fault or find_setting_fault(folder, trainer, model, settings.trust_remote_code)
             if not fault and loads:
@@ -98,7 +102,8 @@ def verify_saved(
         except CANNOT_LOAD as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
-            fault = f"it cannot be read back ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+            done = f"compared with {checkpoint}" if checkpoint else "read back"
+            fault = f"it cannot be {done} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     trainer.processes.fail_together(broken(folder, fault) if fault else None)
     compared = ["weights"] * (expected is not None) + ["logits"] * (logits is not None)
     origin = f"of {checkpoint}" if checkpoint else "that were trained"
