@@ -270,6 +270,17 @@ def test_the_room_for_what_deepspeed_sharded_is_that_of_the_whole(finished, monk
     assert not verify.has_room(trainer, model)
 
 
+def test_a_containers_memory_is_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "CGROUP", tmp_path)
+    machine = verify.free_memory()
+    assert machine > 2**20
+    for name, text in {"current": "700\n", "stat": "anon 5\ninactive_file 60\nslab 7\n", "max": "1000\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert verify.free_memory() == 1000 - 700 + 60
+    (tmp_path / "memory.max").write_text("max\n")
+    assert verify.free_memory() > 2**20
+
+
 def test_a_full_model_takes_the_place_of_an_earlier_adapter(make_options, capsys):
     """transformers would load the adapter on top of it."""
     tuning.train(make_options("llava15", max_steps=1, **LORA))

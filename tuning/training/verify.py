@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +37,7 @@ from tuning.training.self_check import whole
 LAST_TOKENS = 8  # of each row, whose logits are compared: those of all tokens of large vocabularies take gigabytes
 ROOM = 1.3  # times the model, so that a second one fits comfortably
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a number → its bits as a whole number
+CGROUP = Path("/sys/fs/cgroup")
 BESIDE = "saved"  # the name of the adapter that is read back beside the one that was trained
 CANNOT_LOAD = (OSError, SafetensorError, CheckpointException, ImportError, *CANNOT_RUN)
 
@@ -135,11 +137,25 @@ def has_room(trainer: Any, model: torch.nn.Module) -> bool:
         count_numbers(parameter) * trainer.dtypes.get(plain_name(name), parameter.dtype).itemsize
         for name, parameter in model.named_parameters()
     )
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if trainer.args.device.type == "cuda":
         torch.cuda.empty_cache()
         free = min(free, torch.cuda.mem_get_info(trainer.args.device)[0])
     return ROOM * size < free
+
+
+def free_memory() -> int:
+    """Bytes that are free: of the machine, or of its container where that leaves less.
+
+    Linux' files of a control group: docs.kernel.org/admin-guide/cgroup-v2.html. Cached files count as free.
+    """
+    free = psutil.virtual_memory().available
+    try:
+        limit, used, kinds = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+    except OSError:  # no container, or no Linux
+        return free
+    cached = re.search(r"^inactive_file (\d+)$", kinds, re.MULTILINE)
+    return min(free, int(limit) - int(used) + int(cached[1] if cached else 0)) if limit.strip() != "max" else free
 
 
 def trained_weights(trainer: Any, model: torch.nn.Module) -> dict[str, torch.Tensor]:
