@@ -34,6 +34,7 @@ from tuning.model.published import find_folder, find_places, read_checkpoint
 from tuning.model.serving import Serving, plan_transformers, plan_vllm, write_renamed
 from tuning.model_card import is_ours, merge_card
 from tuning.training.checkpoint import put_in_place
+from tuning.training.hub import NOT_OF_THE_MODEL
 
 USAGE = "vlm-tuning export --adapter DIR --output DIR | config.json"
 ROWS = 4
@@ -74,7 +75,7 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
         say_merge(merge, adapter)
         check_space(output, count_bytes(merge, dtype))
         write_weights(merge, folder, dtype)
-        copy_files(merge, folder, config, dtype)
+        copy_files(merge, folder, config, dtype, without=NOT_OF_THE_MODEL)
         processor.save_pretrained(folder)
         write_card(adapter, folder, options.push_to_hub or output.name)
         prove(merge, folder, dtype)

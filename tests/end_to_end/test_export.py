@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build_model, build_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import tuning
 from tuning import cli, export
 from tuning.model import merged_files
 from tuning.model_card import MARK
@@ -84,6 +85,19 @@ def test_the_adapters_own_processor_template_and_card_win(make_adapter, run, tmp
     assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template.endswith("{# ours #}")
 
 
+def test_nothing_of_the_run_that_trained_the_base_is_copied(adapter, make_options, run, tmp_path):
+    """Its report shows pictures, its settings paths of this machine."""
+    options = make_options("llava15", max_steps=1, report_samples=1, output_dir=str(tmp_path / "base"))
+    base = tuning.train(options).model_dir
+    for name in ("check.json", "tracker_runs.json", "skipped_rows.jsonl", "trainer_state.json", "answers.jsonl"):
+        (base / name).write_text("{}")
+    of_the_model = json.loads((base / ".complete").read_text())["files"]
+    assert {"report.html", "resolved_config.json", "run_facts.json"} < {file.name for file in base.iterdir()}
+    assert run("--adapter", adapter, "--base", base)[0] == 0
+    kept_here = {"README.md", "run_identity.json", "training_args.bin"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == set(of_the_model) - kept_here
+
+
 def test_a_folder_that_is_there_is_left_alone(adapter, run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -133,8 +147,8 @@ def merge_nothing(_):
 
 
 def lose_setting(copy):
-    def copied(plan, folder, *rest):
-        copy(plan, folder, *rest)
+    def copied(plan, folder, *rest, **options):
+        copy(plan, folder, *rest, **options)
         config = json.loads((folder / "config.json").read_text())
         config["text_config"]["rms_norm_eps"] = 0.5
         (folder / "config.json").write_text(json.dumps(config))

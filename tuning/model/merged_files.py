@@ -1,7 +1,8 @@
 """A merge → the files of a complete checkpoint, written tensor by tensor."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from transformers import PreTrainedConfig
 from tuning.model.merge import Entry, Merge, value_of
 from tuning.model.published import DTYPES, INDEX, NAMES, Checkpoint, read_bytes, read_tensor, tensor_bytes, write_shard
 
-NOT_COPIED = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".md")
-"""Weights in any format, and model cards: they tell of the base model."""
+NOT_COPIED = (
+    *(".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json"),
+    *(".md", ".html", ".jsonl"),
+)
+"""Weights in any format; model cards, which tell of the base model; pages and rows, which may show users' data."""
 
 
 def stored_dtype(entry: Entry, dtype: torch.dtype | None) -> str:
@@ -66,11 +70,16 @@ def write_weights(merge: Merge, folder: Path, dtype: torch.dtype | None) -> None
         write_json(folder / INDEX, index)
 
 
-def copy_files(merge: Merge, folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
-    """Copy what is beside the weights, and change what is no longer so in config.json."""
+def copy_files(
+    merge: Merge, folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None, *, without: Sequence[str]
+) -> None:
+    """Copy what is beside the weights, and change what is no longer so in config.json.
+
+    `without`: patterns of names to leave out, such as those of a run that trained the base in its folder.
+    """
     for file in merge.base.folder.iterdir():
-        copied = file.is_file() and not file.name.startswith(".") and not file.name.endswith(NOT_COPIED)
-        if copied and not file.name.endswith(".index.json"):
+        left_out = file.name.endswith(NOT_COPIED) or any(fnmatch(file.name, pattern) for pattern in without)
+        if file.is_file() and not left_out and not file.name.startswith("."):
             (folder / file.name).write_bytes(file.read_bytes())
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if dtype:

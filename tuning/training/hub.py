@@ -25,9 +25,14 @@ from tuning.files import (
     SKIPPED_FILE,
 )
 from tuning.training.checkpoint import IDENTITY_FILE, NOT_OF_A_MODEL, SHARDED_MODEL, STATE_FILE
+from tuning.training.trackers import RUNS_FILE
 
-OF_THE_RUN = (CONFIG_FILE, FACTS_FILE, PROGRESS_FILE, REPORT_FILE, SAMPLES_FILE, SKIPPED_FILE, "checkpoint-*", ".*")
+OF_THE_RUN = (
+    *(CONFIG_FILE, FACTS_FILE, PROGRESS_FILE, REPORT_FILE, SAMPLES_FILE, SKIPPED_FILE, RUNS_FILE),
+    *("check.*", "checkpoint-*", ".*"),
+)
 KEPT_HERE = (TRAINING_ARGS_NAME, IDENTITY_FILE)  # they tell of this machine's folders
+NOT_OF_THE_MODEL = (*OF_THE_RUN, *KEPT_HERE, *NOT_OF_A_MODEL, LOG_FILE)  # in output_dir, or in a checkpoint
 PATHS = {"adapter_config.json": "base_model_name_or_path", STATE_FILE: "best_model_checkpoint"}  # file → its field
 CANNOT_UPLOAD = (OSError, ValueError, RuntimeError, HTTPError)  # of the network, the Hub, and hf_xet
 
