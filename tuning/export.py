@@ -34,7 +34,7 @@ from tuning.model.published import find_folder, find_places, read_checkpoint
 from tuning.model.serving import Serving, plan_transformers, plan_vllm, write_renamed
 from tuning.model_card import is_ours, merge_card
 from tuning.training.checkpoint import put_in_place
-from tuning.training.hub import NOT_OF_THE_MODEL
+from tuning.training.hub import NOT_OF_THE_MODEL, uploaded_content
 
 USAGE = "vlm-tuning export --adapter DIR --output DIR | config.json"
 ROWS = 4
@@ -265,13 +265,18 @@ def how_to_serve(options: ExportArguments, serving: Serving, adapter: Adapter) -
 
 
 def push(folder: Path, repository: str) -> None:
-    """Upload a folder to the Hub, as a repository of its own. Raises `UserError` where the Hub refuses."""
-    from huggingface_hub import HfApi
+    """Upload a folder to the Hub, as a repository of its own, without paths of this machine.
+
+    Raises `UserError` where the Hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    operations = [CommitOperationAdd(name, uploaded_content(file)) for name, file in files.items()]
     try:
-        HfApi().create_repo(repository, exist_ok=True)
-        link = HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model")
+        link = HfApi().create_repo(repository, exist_ok=True)
+        HfApi().create_commit(link.repo_id, operations, commit_message="Upload model")
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"cannot be uploaded: {str(error).splitlines()[0]} The folder {folder} is complete.",

@@ -320,22 +320,38 @@ def test_transformers_finds_a_place_for_every_tensor(make_adapter, run, tmp_path
     assert (code, "nowhere.lora_A" in said) == (1, True)
 
 
-def test_the_folder_is_uploaded(adapter, run, tmp_path, monkeypatch):
-    calls = []
+@pytest.fixture
+def uploaded(monkeypatch):
+    """Repository → the files it was given, by name."""
+    seen: dict[str, dict[str, bytes]] = {}
 
     class Hub:
         def create_repo(self, name, **_):
-            calls.append(name)
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
 
-        def upload_folder(self, *, repo_id, folder_path, **_):
-            calls.append((repo_id, folder_path, (folder_path / "model.safetensors").is_file()))
-            return "https://huggingface.co/me/merged"
+        def create_commit(self, repo_id, operations, **_):
+            for operation in operations:
+                with operation.as_file() as content:
+                    seen.setdefault(repo_id, {})[operation.path_in_repo] = content.read()
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return seen
+
+
+def test_the_folder_is_uploaded(adapter, run, tmp_path, uploaded):
     code, said = run("--adapter", adapter, "--push_to_hub", "me/merged")
     assert (code, "Uploaded to https://huggingface.co/me/merged" in said) == (0, True)
-    assert calls == ["me/merged", ("me/merged", tmp_path / "out", True)]
-    monkeypatch.undo()
+    assert uploaded == {"me/merged": {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}}
+
+
+def test_an_adapter_is_uploaded_without_paths_of_this_machine(adapter, run, models, uploaded):
+    assert run("--adapter", adapter, "--target", "transformers", "--push_to_hub", "me/adapter")[0] == 0
+    files = uploaded["me/adapter"]
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == models["llava15"].name
+    assert not [name for name, content in files.items() if str(models["llava15"].parent).encode() in content]
+
+
+def test_an_upload_that_is_refused_is_told(adapter, run):
     code, said = run("--adapter", adapter, "--push_to_hub", "me/merged", output="again")  # the tests are offline
     assert code == 1
     assert re.search(r"push_to_hub me/merged: cannot be uploaded: .* The folder .*again is complete", said), said

@@ -114,7 +114,7 @@ class HubRepo:
         say(f"Uploaded to {self.api.endpoint}/{self.repo_id}.")
 
     def _commit(self, files: dict[str, Path], message: str) -> None:
-        operations = [CommitOperationAdd(name, _content(file)) for name, file in files.items()]
+        operations = [CommitOperationAdd(name, uploaded_content(file)) for name, file in files.items()]
         self.api.create_commit(self.repo_id, operations, commit_message=message, revision=self.revision)
 
 
@@ -133,7 +133,7 @@ def _may_go(file: Path) -> bool:
     return file.name not in KEPT_HERE
 
 
-def _content(file: Path) -> str | bytes:
+def uploaded_content(file: Path) -> str | bytes:
     """What to upload of a file: the file, or its text where a path of this machine had to be shortened."""
     if file.name not in PATHS:
         return str(file)
