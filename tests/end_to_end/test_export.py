@@ -21,7 +21,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tuning
 from tuning import cli, export
+from tuning.config.arguments import ModelSource
 from tuning.model import merged_files
+from tuning.model.adapters import load_answering
 from tuning.model_card import MARK
 
 QV = ["q_proj", "v_proj"]
@@ -256,6 +258,13 @@ def test_changes_that_rounding_takes_away_are_told(models, make_adapter, run, tm
     assert re.search(r"Rounding takes away \d+% of what the adapter adds", said), said
     code, said = run("--adapter", adapter, "--base", base, "--dtype", "float32", output="exact")
     assert (code, "Rounding" in said) == (0, False)
+
+
+def test_nothing_is_said_of_saving_where_an_adapter_of_the_head_answers(make_adapter, recwarn):
+    folder = make_adapter(target_modules=["lm_head"])
+    recwarn.clear()
+    assert load_answering(ModelSource(str(folder)), device="cpu").adapter.folder == folder
+    assert not [warning for warning in recwarn if "save_embedding_layers" in str(warning.message)]
 
 
 REFUSED = {

@@ -104,7 +104,9 @@ def load_answering(source: ModelSource, *, device: torch.device | str) -> Loaded
 def add_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """Put a saved adapter on its base. Raises `UserError` where its weights do not fit; PEFT would only warn."""
     adapted = wrap(model, adapter)
-    load_adapter(adapted, adapter.folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # said as names are compared
+        load_adapter(adapted, adapter.folder)
     return adapted
 
 
