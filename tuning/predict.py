@@ -8,6 +8,7 @@ from typing import Any
 
 if not __package__:  # run by path, as a launcher does: Python puts this folder first
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import tuning  # noqa: F401 - before the others: it silences what they import
 
 from accelerate import PartialState
 from accelerate.utils import gather_object

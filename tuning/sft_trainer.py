@@ -15,6 +15,7 @@ from typing import Any
 
 if not __package__:  # run by path: Python puts this folder first, where `tuning` cannot be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import tuning  # noqa: F401 - before the others: it silences what they import
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
