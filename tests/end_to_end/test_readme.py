@@ -24,6 +24,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
 
 
+def find_command(name: str) -> str:
+    lines = (line for block in blocks("bash") for line in block.splitlines())
+    return next(line for line in lines if line.startswith(f"vlm-tuning {name} --"))
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """A folder in which the README's paths exist: a tiny model in place of the published one."""
@@ -97,7 +102,9 @@ def test_the_python_lines_run(workspace, monkeypatch):
 
 
 def test_a_model_is_scored_beside_its_base(workspace):
-    line = next(line for block in blocks("bash") for line in block.splitlines() if "predict" in line)
+    line = next(
+        line for block in blocks("bash") for line in block.splitlines() if line.startswith("vlm-tuning predict")
+    )
     if not (workspace / "my_model").exists():
         test_flags_train_a_model_that_loads(workspace)
     result = run([sys.executable, "-m", "tuning.cli", *shlex.split(line)[1:], "--max_new_tokens", "8"], workspace)
@@ -112,7 +119,7 @@ def test_an_adapter_becomes_a_model_of_its_own(workspace):
     changes = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "output_dir": "my_adapter"}
     (workspace / "lora.json").write_text(json.dumps(config | changes))
     assert run([sys.executable, "-m", "tuning.cli", "train", "lora.json"], workspace).returncode == 0
-    line = next(line for block in blocks("bash") for line in block.splitlines() if "export" in line)
+    line = find_command("export")
     result = run([sys.executable, "-m", "tuning.cli", *shlex.split(line)[1:]], workspace)
     assert result.returncode == 0, result.stderr
     assert "first choices agree" in result.stdout
@@ -120,7 +127,7 @@ def test_an_adapter_becomes_a_model_of_its_own(workspace):
 
 
 def test_the_chat_is_called_as_written():
-    line = next(line for block in blocks("bash") for line in block.splitlines() if "chat" in line)
+    line = find_command("chat")
     source, options = read_command(shlex.split(line)[2:], ModelSource, ChatArguments)
     assert (source.model_name_or_path, options.compare) == ("merged", "ibm-granite/granite-vision-3.2-2b")
 

@@ -60,8 +60,8 @@ def run_demo(output_dir: Path) -> dict[str, float]:
     links = {
         "How full fine-tuning went": "full/report.html",
         "How LoRA went": "lora/report.html",
-        "Every answer to the first question": f"{WHICH_DIGIT.name}/predictions.html",
-        "Every answer to the second": f"{ODD_OR_EVEN.name}/predictions.html",
+        "What both models answer to the first question": f"{WHICH_DIGIT.name}/predictions.html",
+        "What both answer to the second": f"{ODD_OR_EVEN.name}/predictions.html",
     }
     write_page(output_dir / "index.html", {title: task.show(pictures) for title, task in sections.items()}, links)
     print(f"Held-out images with the model's answers: {output_dir / 'index.html'}")

@@ -31,9 +31,8 @@ def render_answers(
     told = f"<p>{len(scored):,} of {show_count(len(answered), 'answered row')}{order}{left}.</p>"
     sections = [("scores", "Scores", _render_scores(summary, models)), ("answers", "Answers", told + cards)]
     title = f"Answers of {' and '.join(models.values())}"
-    names = "".join(
-        f"<div><dt>{escape(field)}</dt><dd>{escape(n)}</dd></div>" for field, n in summary["models"].items()
-    )
+    places = zip(("Model", "Beside"), summary["models"].values(), strict=False)
+    names = "".join(f"<div><dt>{label}</dt><dd>{escape(place)}</dd></div>" for label, place in places)
     return render_document(
         title=escape(title),
         header=f'<header class="clean">\n<h1>{escape(title)}</h1>\n<dl class="names">{names}</dl>\n</header>',
