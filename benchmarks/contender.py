@@ -34,6 +34,7 @@ def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
             "training_data_path": spec["rows"],
             "output_dir": str(output),
             "train_sampling_strategy": "sequential",
+            **{"report_samples": 0, "verify_save": False},  # which peers do not do
             **spec["training"],
             **spec["options"],
         }
