@@ -81,9 +81,19 @@ def describe_weights(name: str) -> list[list]:
     """
     folder = Path(name).expanduser()
     files = sorted(file for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES) if folder.is_dir() else []
-    own = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.name not in OF_A_RUN]
+    own = describe_files(file for file in files if file.name not in OF_A_RUN)
     base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
     return [*own, *(describe_weights(base) if base and base != name else [])]
+
+
+def describe_data(path: str) -> list[list]:
+    """What tells data files from those that lay there before; nothing of what is on the Hub."""
+    local = Path(path).expanduser()
+    return describe_files([local] if local.is_file() else sorted(file for file in local.rglob("*") if file.is_file()))
+
+
+def describe_files(files: Iterable[Path]) -> list[list]:
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def finish(

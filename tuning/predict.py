@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tuning.answers import Answers, check_output, describe_weights, finish, read_references
+from tuning.answers import Answers, check_output, describe_data, describe_weights, finish, read_references
 from tuning.config.arguments import ModelSource, RowArguments, option
 from tuning.config.parse import describe_command, read_command
 from tuning.config.validate import default_workers
@@ -86,7 +86,7 @@ def identify(source: ModelSource, rows: RowArguments, options: PredictArguments,
     """What must be the same for answers of an earlier run to be kept."""
     same = {
         "weights": describe_weights(source.model_name_or_path),
-        "rows": data.identity(),
+        "rows": [data.identity(), describe_data(options.data_path)],
         "references_field": options.references_field,
         "max_new_tokens": options.max_new_tokens,
     }

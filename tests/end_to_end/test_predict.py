@@ -157,8 +157,13 @@ def test_another_chat_template_is_another_model(predict, trained, tmp_path):
     assert "holds the answers of another model" in printed.err
 
 
-def test_other_answers_are_not_written_over(predict, trained, models):
-    predict(trained / "full")
+def test_other_answers_are_not_written_over(predict, trained, models, rows):
+    changing = rows.with_name("changing.jsonl")
+    changing.write_text(rows.read_text())
+    assert predict(trained / "full", data_path=changing)[0] == 0
+    changing.write_text(rows.read_text().replace("Which colour is it?", "Which animal is it?"))
+    assert predict(trained / "full", data_path=changing)[0] == 1
+    assert predict(trained / "full", overwrite="true")[0] == 0
     code, _, printed = predict(models["llava15"])
     assert code == 1
     assert "holds the answers of another model" in printed.err
