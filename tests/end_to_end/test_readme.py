@@ -101,6 +101,7 @@ def test_the_python_lines_run(workspace, monkeypatch):
     assert names["result"].model_dir == Path("from_python")
 
 
+@pytest.mark.slow
 def test_a_model_is_scored_beside_its_base(workspace):
     line = next(
         line for block in blocks("bash") for line in block.splitlines() if line.startswith("vlm-tuning predict")
@@ -114,6 +115,7 @@ def test_a_model_is_scored_beside_its_base(workspace):
     assert list(scores["compared"]) == ["exact_match", "anls"]
 
 
+@pytest.mark.slow
 def test_an_adapter_becomes_a_model_of_its_own(workspace):
     config = json.loads((workspace / "config.json").read_text())
     changes = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "output_dir": "my_adapter"}
