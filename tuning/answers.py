@@ -56,6 +56,8 @@ class Answers:
 def check_output(output: Path, answers: Answers, *, overwrite: bool) -> None:
     """Raises `UserError` where `output` holds answers of another model, of other rows, or under other settings."""
     keys = (read_json(scores_file(output)) or {}).get("keys") or {}
+    if output.exists() and not keys:
+        raise UserError("is there already, and is no file of answers.", str(output), "Give another output.")
     if output.exists() and answers.key not in keys and not overwrite:
         raise UserError(
             "holds the answers of another model, of other rows, or under other settings.",
