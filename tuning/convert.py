@@ -26,6 +26,7 @@ from tuning.data.formats import describe_format
 from tuning.data.images import EncodedImage, ImageRules, find_image
 from tuning.data.messages import Message, count_images
 from tuning.data.sources import Row, Source, open_source
+from tuning.data_paths import image_rules
 from tuning.errors import UserError, blame_field, exit_code_of
 
 OPTIONS = (
@@ -70,23 +71,13 @@ def convert(path: str, out: Path, data: DataArguments) -> int:
     )
     for sentence in dict.fromkeys(_describe_forms(source, data)):
         say(f"Rows: {sentence}")
-    rules = make_rules(data)
+    rules = image_rules(data)
     with _blame_writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         writer = kind(out, Path(folder))
         for row in tqdm(_read_rows(source), total=len(source), desc="converting rows", unit="row"):
             writer.write(*read_row(row, rules))
         writer.finish()
     return len(source)
-
-
-def make_rules(data: DataArguments) -> ImageRules:
-    return ImageRules(
-        folder=data.image_folder,
-        allow_outside=data.allow_outside_paths,
-        allow_remote=data.allow_remote_images,
-        max_pixels=data.max_image_pixels,
-        max_bytes=round(data.max_image_megabytes * 1e6),
-    )
 
 
 def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedImage]]:

@@ -407,4 +407,4 @@ def test_help_lists_every_option(capsys):
 
 
 def test_rules_default_to_those_of_training():
-    assert ImageRules() == convert.make_rules(convert.DataArguments())
+    assert ImageRules() == convert.image_rules(convert.DataArguments())

@@ -439,3 +439,14 @@ def test_help_lists_every_option():
     text = describe_options()
     assert all(f"--{name} " in text for name in ("model_name_or_path", "r", "max_seq_length", "save_model_dir"))
     assert "learning_rate" in text
+
+
+def test_the_model_to_tune_is_not_overwritten(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    options = {"model_name_or_path": str(base), "training_data_path": "some/rows", "output_dir": str(tmp_path / "out")}
+    build_config(options)
+    for name in ("output_dir", "save_model_dir"):
+        with pytest.raises(UserError, match=f"{name}: .* is the model itself"):
+            build_config({**options, name: f"{base}/../base"})

@@ -102,6 +102,7 @@ def find_problems(values: Mapping[str, Any]) -> list[str]:
         *_data_problems(values),
         *_answer_problems(values),
         *_training_problems(values),
+        *_output_problems(values),
         *find_tracker_problems(values.get("report_to")),
     ]
 
@@ -256,6 +257,14 @@ def _answer_problems(values: Mapping[str, Any]):
     if best and best.removeprefix("eval_") not in known:
         advice = "" if metrics else "; scores such as exact_match need eval_generate_rows"
         yield f"metric_for_best_model: {best} is not among {', '.join(known)}{advice}"
+
+
+def _output_problems(values: Mapping[str, Any]):
+    model = Path(str(values.get("model_name_or_path") or "")).expanduser()
+    for name in ("output_dir", "save_model_dir"):
+        place = Path(str(values.get(name) or "")).expanduser()
+        if values.get(name) and (model / "config.json").is_file() and place.resolve() == model.resolve():
+            yield f"{name}: {place} is the model itself, which would be overwritten; give another folder"
 
 
 def _training_problems(values: Mapping[str, Any]):
