@@ -130,6 +130,8 @@ def finish(
         for number, line in enumerate(scored):
             line.setdefault("scores", {})[field] = {metric: values[number] for metric, values in by_metric.items()}
     summary["rows_scored"] = len(scored) if metrics else 0
+    if metrics and not scored:
+        say("Nothing is scored: no answered row has a right answer (see references_field).")
     try:
         write_text(output, to_lines(lines))
         write_json(scores_file(output), summary)
@@ -157,5 +159,5 @@ def in_words(summary: dict[str, Any], output: Path) -> str:
         text.append(f"Scores of {summary['rows_scored']} rows with a right answer.")
     if summary["rows_left_out"]:
         text.append(f"{summary['rows_left_out']} rows were left out; their lines say why.")
-    page = output.with_suffix(".html")
-    return "\n".join([*text, f"Done: {output} holds the answers to {summary['rows']} rows. Look at {page}."])
+    page, answered = output.with_suffix(".html"), summary["rows"] - summary["rows_left_out"]
+    return "\n".join([*text, f"Done: {output} holds {answered} answers. Look at {page}."])

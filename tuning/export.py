@@ -66,6 +66,8 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
     if options.target:
         serve(options, config, adapter, processor)
         return
+    if options.push_to_hub:
+        open_repository(options.push_to_hub)
     assert options.output is not None
     output, dtype = Path(options.output).expanduser(), None
     if options.dtype != "auto":
@@ -262,6 +264,18 @@ def how_to_serve(options: ExportArguments, serving: Serving, adapter: Adapter) -
         return f'transformers loads it: PeftModel.from_pretrained(model, "{folder}")'
     extra = "".join(f" {one}" for one in serving.options)
     return f"vLLM loads it: vllm serve {adapter.base} --enable-lora{extra} --lora-modules tuned={folder}"
+
+
+def open_repository(name: str) -> None:
+    """Make a repository of the Hub, unless it is there. Raises `UserError` where we may not, or cannot reach it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        HfApi().create_repo(name, exist_ok=True)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot be opened: {reason}", f"push_to_hub {name}", "Nothing was written.") from error
 
 
 def push(folder: Path, repository: str) -> None:

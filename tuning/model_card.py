@@ -170,6 +170,8 @@ def _settings(facts: CardFacts):
     yield "weights", f"{facts.dtype}{mixed}"
     yield "max_seq_length", options["max_seq_length"] or "the model's"
     yield "seed", options["seed"]
+    if options.get("quantization"):
+        yield "language model while training and scoring", f"{options['quantization']} (bitsandbytes)"
     if facts.is_adapter:
         yield "LoRA", f"r {options['r']}, alpha {options['lora_alpha']}, dropout {options['lora_dropout']:g}"
         targets = options["target_modules"]

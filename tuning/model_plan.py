@@ -101,6 +101,8 @@ def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPla
     model = load.load_model(
         settings, model_config, dtype=dtype, attention=attention.loaded, quantization=plan.quantization
     )
+    if plan.quantization:
+        say(f"{len(plan.quantization.layers)} layers of the language model are kept in {plan.quantization.kind}.")
     parts = find_parts(model)
     model = prepare_model(model, config, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())

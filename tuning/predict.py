@@ -27,7 +27,7 @@ from tuning.data.sources import Row, Source
 from tuning.data_paths import image_rules, make_encoder, open_path, say_forms
 from tuning.errors import UserError, exit_code_of
 from tuning.launch import WHOLE_COPIES, launch, wanted_launch
-from tuning.model.adapters import load_answering
+from tuning.model.adapters import find_adapter, load_answering, load_base_config
 from tuning.scoring import check_metrics
 from tuning.training.answering import answer, share_out
 from tuning.training.processes import leave
@@ -67,8 +67,10 @@ def predict(source: ModelSource, rows: RowArguments, options: PredictArguments) 
     extra = [options.references_field] if options.references_field else []
     data = open_path(rows, options.data_path, rows.dataset_split, more_fields=extra)
     say_forms(data.parts, rows)
+    models = [source, *([replace(source, model_name_or_path=options.compare)] if options.compare else [])]
+    check_models(models)
     answered: list[tuple[str, Answers]] = []
-    for model in [source, *([replace(source, model_name_or_path=options.compare)] if options.compare else [])]:
+    for model in models:
         answers = Answers(output, identify(model, rows, options, data), overwrite=options.overwrite)
         if not answered:
             check_output(output, answers, overwrite=options.overwrite)
@@ -80,6 +82,15 @@ def predict(source: ModelSource, rows: RowArguments, options: PredictArguments) 
     if not state.is_main_process:
         return {}
     return finish(output, answered, options.metric_names, lambda index: show_pictures(data[index], rows))
+
+
+def check_models(models: Sequence[ModelSource]) -> None:
+    """Raises `UserError` for what can be told of models before the first one is loaded."""
+    for name, model in zip(("model_name_or_path", "compare"), models, strict=False):
+        try:
+            load_base_config(model, find_adapter(model.model_name_or_path))
+        except UserError as error:
+            raise UserError(error.what, error.where.replace("model_name_or_path", name), error.fix) from error
 
 
 def identify(source: ModelSource, rows: RowArguments, options: PredictArguments, data: Source) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Run it by path, as `python -m tuning.sft_trainer`, or call `tuning.train(config)
 
 import copy
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -31,7 +32,8 @@ from tuning.data.encode import Encoder
 from tuning.data.sources import Mixture, Source, Stream
 from tuning.data_paths import make_encoder, open_rows, open_validation_rows
 from tuning.errors import UserError, exit_code_of
-from tuning.files import CONFIG_FILE, SKIPPED_FILE, write_json
+from tuning.files import CONFIG_FILE, REPORT_FILE, SKIPPED_FILE, write_json
+from tuning.files import read_json as read_json_file
 from tuning.launch import launch, wanted_launch
 from tuning.model import load
 from tuning.model.fsdp import give_up_fsdp_on_cpu
@@ -91,6 +93,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     progress = find_progress(config, identity)
     if progress.finished_steps is not None:
         say(f"This run is already finished after {progress.finished_steps} steps: see {config.save_model_dir}.")
+        say_what_changed(config)
         if config.training.push_to_hub:
             upload_finished(config, progress.files)
         return TrainingResult(Path(config.save_model_dir), progress.finished_steps, {})
@@ -138,6 +141,16 @@ def _as_run_config(config: RunConfig | Mapping[str, Any] | str | os.PathLike) ->
     if isinstance(config, RunConfig):
         return config
     return build_config(config if isinstance(config, Mapping) else read_json(config))
+
+
+def say_what_changed(config: RunConfig) -> None:
+    """Of a finished run: options that are others now, which has no effect."""
+    before = read_json_file(Path(config.training.output_dir, CONFIG_FILE)) or {}
+    now = json.loads(json.dumps(config.to_dict(), default=str))
+    changed = [name for name, value in now.items() if name in before and before[name] != value]
+    changed = [name for name in changed if name not in ("overwrite_output_dir", "accelerate_launch_args")]
+    if changed:
+        say(f"Without effect: {', '.join(changed)} changed since; overwrite_output_dir true would train anew.")
 
 
 def settle_devices(training: TrainingArguments) -> None:
@@ -308,7 +321,8 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
         trainer.end_if_stopped()
     trainer.rows.report()
     save(trainer, config, progress)
-    say(f"Done: {config.save_model_dir} holds the model after {trainer.state.global_step} steps.")
+    report = Path(config.training.output_dir, REPORT_FILE)
+    say(f"Done: {config.save_model_dir} holds the model after {trainer.state.global_step} steps. Look at {report}.")
     return TrainingResult(Path(config.save_model_dir), trainer.state.global_step, metrics)
 
 

@@ -241,3 +241,46 @@ def test_two_processes_answer_as_one_from_a_json_file(predict, trained, rows, tm
     lines = [{k: v for k, v in line.items() if k != "scores"} for line in read_lines(tmp_path / "two.jsonl")]
     assert lines == alone
     assert torch.get_num_threads() == 1
+
+
+def test_a_compared_model_that_is_not_there_is_named_before_anything_is_answered(predict, trained, tmp_path):
+    code, lines, printed = predict(trained / "full", compare="no/such")
+    assert (code, lines) == (1, [])
+    assert "compare no/such" in printed.err
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_an_adapter_on_another_model_and_damaged_weights_are_told_in_a_line(predict, trained, models, tmp_path):
+    other, damaged = tmp_path / "other", tmp_path / "damaged"
+    shutil.copytree(trained / "adapter", other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    base = str(models["granite_vision"])
+    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    code, _, printed = predict(other)
+    assert code == 1
+    assert "was trained on a model with LlavaProcessor" in printed.err
+    for kind, name in (("full", "model.safetensors"), ("adapter", "adapter_model.safetensors")):
+        shutil.copytree(trained / kind, damaged, dirs_exist_ok=True)
+        (damaged / name).write_bytes((trained / kind / name).read_bytes()[:200])
+        code, _, printed = predict(damaged)
+        assert code == 1, printed.err
+        assert "Traceback" not in printed.err
+        shutil.rmtree(damaged)
+
+
+def test_scores_without_right_answers_are_missed_aloud(predict, trained, rows):
+    line = read_lines(rows)[0]
+    path = rows.with_name("asking.jsonl")
+    path.write_text(json.dumps({**line, "messages": line["messages"][:1]}) + "\n")
+    code, _, printed = predict(trained / "full", data_path=path, metrics="exact_match")
+    assert code == 0
+    assert "Nothing is scored" in printed.out
+
+
+def test_a_file_that_holds_no_answers_is_never_written_over(predict, trained, tmp_path):
+    precious = tmp_path / "mine.jsonl"
+    precious.write_text("{}\n")
+    code, _, printed = predict(trained / "full", output=precious, overwrite="true")
+    assert code == 1
+    assert "is no file of answers" in printed.err
+    assert precious.read_text() == "{}\n"

@@ -278,7 +278,7 @@ def _describe(kind: Any) -> str:
 
 def describe_options() -> str:
     """The text of `--help`: every option of ours with its default, and Hugging Face's by name."""
-    lines = ["usage: sft_trainer.py config.json | --name value …", ""]
+    lines = ["usage: vlm-tuning train config.json | --name value …    (also: check, python tuning/sft_trainer.py)", ""]
     for section, kind in SECTIONS.items():
         lines += [f"{section}:", *_describe_fields(kind)]
     lines += ["", "training (transformers.TrainingArguments):", "  " + " ".join(sorted(names.TRAINING_FIELDS))]

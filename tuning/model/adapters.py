@@ -74,12 +74,26 @@ def load_base_config(source: ModelSource, adapter: Adapter | None) -> tuple[Mode
             raise
         place = f"{adapter.folder}/adapter_config.json, base_model_name_or_path {adapter.base}"
         raise UserError(error.what, place, error.fix) from error
-    own = replace(source, model_name_or_path=str(adapter.folder)) if adapter and has_processor(adapter.folder) else base
-    processor = load.load_processor(own, config)
+    processor = load.load_processor(base, config)
+    if adapter and has_processor(adapter.folder):
+        own = load.load_processor(replace(source, model_name_or_path=str(adapter.folder)), config)
+        check_same_model(own, processor, adapter)
+        processor = own
     pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None)
     if pinpoints is not None and hasattr(config, "image_grid_pinpoints"):  # the model counts image tokens by them
         config.image_grid_pinpoints = pinpoints
     return base, config, processor
+
+
+def check_same_model(own: Any, of_base: Any, adapter: Adapter) -> None:
+    """Raises `UserError` where an adapter's processor is for another model than its base: its layers might fit."""
+    kinds = [f"{type(one).__name__} with {len(one.tokenizer):,} tokens" for one in (own, of_base)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"was trained on a model with {kinds[0]}, and {adapter.base} has {kinds[1]}.",
+            str(adapter.folder),
+            "Name the model that it was trained on.",
+        )
 
 
 def load_answering(source: ModelSource, *, device: torch.device | str) -> LoadedModel:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -176,11 +177,11 @@ def load_model(
             output_loading_info=True,
             **quantised,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot be loaded: {str(error).splitlines()[0]}",
             f"model_name_or_path {name}",
-            "The weights must be there as safetensors.",
+            "The weights must be there, whole, as safetensors.",
         ) from error
     for problem, keys in (("lacks", report["missing_keys"]), ("does not fit", report["mismatched_keys"])):
         if keys:

@@ -13,6 +13,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -101,7 +102,10 @@ def check_dora(model: PreTrainedModel, targets: list[str], dtype: torch.dtype) -
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Give an adapted model the adapter weights saved in `folder`. Raises `UserError` where they do not fit."""
-    saved = load_file(folder / "adapter_model.safetensors")
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise UserError(f"adapter_model.safetensors is damaged: {error}.", str(folder), "Copy it again.") from error
     try:
         outcome = set_peft_model_state_dict(model, saved)
     except (KeyError, RuntimeError) as error:  # PEFT looks modules_to_save up; PyTorch compares shapes
