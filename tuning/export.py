@@ -34,7 +34,7 @@ from tuning.model.published import find_folder, find_places, read_checkpoint
 from tuning.model.serving import Serving, plan_transformers, plan_vllm, write_renamed
 from tuning.model_card import is_ours, merge_card
 from tuning.training.checkpoint import put_in_place
-from tuning.training.hub import NOT_OF_THE_MODEL, uploaded_content
+from tuning.training.hub import CANNOT_UPLOAD, NOT_OF_THE_MODEL, explain, uploaded_content
 
 USAGE = "vlm-tuning export --adapter DIR --output DIR | config.json"
 ROWS = 4
@@ -63,11 +63,10 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
         raise UserError("is no adapter: it has no adapter_config.json.", f"adapter {options.adapter}")
     source = ModelSource(adapter.base, trust_remote_code=options.trust_remote_code, use_flash_attn=False)
     base, config, processor = load_base_config(source, adapter)
+    repository = open_repository(options.push_to_hub) if options.push_to_hub else None
     if options.target:
-        serve(options, config, adapter, processor)
+        serve(options, config, adapter, processor, repository)
         return
-    if options.push_to_hub:
-        open_repository(options.push_to_hub)
     assert options.output is not None
     output, dtype = Path(options.output).expanduser(), None
     if options.dtype != "auto":
@@ -83,8 +82,8 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
         prove(merge, folder, dtype)
         compare(Models(base, config, processor, adapter, folder), merge, dtype, options, rows)
     say(f"Done: {output} is a model of its own.")
-    if options.push_to_hub:
-        push(output, options.push_to_hub)
+    if repository:
+        push(output, repository)
 
 
 @contextmanager
@@ -223,7 +222,9 @@ def describe(result: Comparison, rows: int) -> str:
     )
 
 
-def serve(options: ExportArguments, config: PreTrainedConfig, adapter: Adapter, processor: Any) -> None:
+def serve(
+    options: ExportArguments, config: PreTrainedConfig, adapter: Adapter, processor: Any, repository: Any
+) -> None:
     """Check the adapter itself for an engine, and write it for that engine where `output` is given."""
     adapted = adapt_skeleton(load.build_skeleton(config), adapter)
     if options.target == "vllm":
@@ -246,8 +247,8 @@ def serve(options: ExportArguments, config: PreTrainedConfig, adapter: Adapter, 
             if has_processor(adapter.folder):
                 processor.save_pretrained(folder)
         say(f"Done: {output} is the adapter with {len(serving.renamed)} modules renamed.")
-        if options.push_to_hub:
-            push(output, options.push_to_hub)
+        if repository:
+            push(output, repository)
     elif serving.renamed:
         name, wanted = next(iter(serving.renamed.items()))
         raise UserError(
@@ -266,38 +267,36 @@ def how_to_serve(options: ExportArguments, serving: Serving, adapter: Adapter) -
     return f"vLLM loads it: vllm serve {adapter.base} --enable-lora{extra} --lora-modules tuned={folder}"
 
 
-def open_repository(name: str) -> None:
+def open_repository(name: str) -> Any:
     """Make a repository of the Hub, unless it is there. Raises `UserError` where we may not, or cannot reach it."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        HfApi().create_repo(name, exist_ok=True)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot be opened: {reason}", f"push_to_hub {name}", "Nothing was written.") from error
+        return HfApi().create_repo(name, exist_ok=True)
+    except CANNOT_UPLOAD as error:
+        raise UserError(
+            f"cannot be opened: {explain(error)}.", f"push_to_hub {name}", "Nothing was written."
+        ) from error
 
 
-def push(folder: Path, repository: str) -> None:
-    """Upload a folder to the Hub, as a repository of its own, without paths of this machine.
+def push(folder: Path, repository: Any) -> None:
+    """Upload a folder to what `open_repository` gave, without paths of this machine.
 
     Raises `UserError` where the Hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     operations = [CommitOperationAdd(name, uploaded_content(file)) for name, file in files.items()]
     try:
-        link = HfApi().create_repo(repository, exist_ok=True)
-        HfApi().create_commit(link.repo_id, operations, commit_message="Upload model")
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        HfApi().create_commit(repository.repo_id, operations, commit_message="Upload model")
+    except CANNOT_UPLOAD as error:
         raise UserError(
-            f"cannot be uploaded: {str(error).splitlines()[0]} The folder {folder} is complete.",
-            f"push_to_hub {repository}",
-            "Log in with `hf auth login`, then upload it with `hf upload`.",
+            f"cannot be uploaded: {explain(error)}. The folder {folder} is complete.",
+            f"push_to_hub {repository.repo_id}",
+            f"Upload it with: hf upload {repository.repo_id} {folder}",
         ) from error
-    say(f"Uploaded to {link}.")
+    say(f"Uploaded to {repository}.")
 
 
 def run(argv: Sequence[str]) -> None:

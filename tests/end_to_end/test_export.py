@@ -360,10 +360,26 @@ def test_an_adapter_is_uploaded_without_paths_of_this_machine(adapter, run, mode
     assert not [name for name, content in files.items() if str(models["llava15"].parent).encode() in content]
 
 
-def test_an_upload_that_is_refused_is_told(adapter, run):
+def test_a_repository_that_cannot_be_opened_is_told_before_the_merge(adapter, run, tmp_path):
     code, said = run("--adapter", adapter, "--push_to_hub", "me/merged", output="again")  # the tests are offline
     assert code == 1
-    assert re.search(r"push_to_hub me/merged: cannot be uploaded: .* The folder .*again is complete", said), said
+    assert "push_to_hub me/merged: cannot be opened: HF_HUB_OFFLINE is set. Nothing was written." in said
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_upload_that_fails_keeps_the_folder(adapter, run, monkeypatch, tmp_path):
+    class Hub:
+        def create_repo(self, name, **_):
+            return SimpleNamespace(repo_id=name)
+
+        def create_commit(self, *_, **__):
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    code, said = run("--adapter", adapter, "--push_to_hub", "me/merged", output="again")
+    assert code == 1
+    assert f"hf upload me/merged {tmp_path}/again" in said
+    assert (tmp_path / "again" / "model.safetensors").is_file()
 
 
 def test_help_lists_the_options(capsys):

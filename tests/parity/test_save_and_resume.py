@@ -209,6 +209,9 @@ def test_a_half_written_final_save_is_finished_without_training(method, make_opt
 def test_more_epochs_go_on_from_the_finished_run(make_options, capsys):
     folder = tuning.train(make_options("llava15", num_train_epochs=1)).model_dir
     assert tuning.train(make_options("llava15", num_train_epochs=2)).global_step == 8
+    lines = [json.loads(line) for line in (folder / "training_logs.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if line["step"] > 4]
+    torch.testing.assert_close(rates, [1e-3 * (8 - step) / 8 for step in range(4, 8)])  # none of the old schedule's end
     assert f"Continuing from {folder / 'checkpoint-4'}" in capsys.readouterr().out
     assert [step for step, _ in read_steps(folder)] == list(range(1, 9))
 

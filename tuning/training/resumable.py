@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
@@ -245,7 +246,11 @@ class ResumableTrainer(Trainer):
         else:
             say(f"{folder} holds no state of the optimizer (save_only_model): its averages start anew.")
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+        rates = self.lr_scheduler.get_last_lr()
+        if isinstance(self.lr_scheduler, LambdaLR):  # of this run's schedule, which may be a longer one now
+            made = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+            self.lr_scheduler._last_lr = rates = [base * factor(self.lr_scheduler.last_epoch) for base, factor in made]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
     def _load_optimizer(self, file: Path) -> None:
