@@ -22,9 +22,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -m "not slow"
 
-# Minutes more: twenty random kills, processes that hang.
+# Minutes more: twenty random kills, processes that hang. It ends at the first failure, which is printed then.
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --exitfirst
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
 """Runs in child processes that can be killed, and places on disk that run full."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from tuning import sft_trainer
 
+HANGS = 600  # seconds after which a run is taken for one that hangs
 FORK = multiprocessing.get_context("fork")  # what is imported here need not be imported again in every child
 
 
@@ -27,6 +30,7 @@ def start_run(options: dict, prepare: Callable[[], None] = lambda: None) -> mult
     def child() -> None:
         os.setsid()  # a group of its own: killing it takes its data workers along
         sys.stdout = sys.stderr = open(folder / "run.log", "w", buffering=1)  # noqa: SIM115
+        faulthandler.register(signal.SIGQUIT, file=sys.stderr)
         torch.set_num_threads(1)
         prepare()
         code = sft_trainer.main([str(config)])
@@ -39,9 +43,21 @@ def start_run(options: dict, prepare: Callable[[], None] = lambda: None) -> mult
 
 def finish(process: multiprocessing.Process, options: dict) -> tuple[int, str]:
     """Exit code and output of a run; the code is negative where a signal ended it."""
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode, (Path(options["output_dir"]).parent / "run.log").read_text()
+    process.join(HANGS)
+    hangs = process.exitcode is None
+    if hangs:
+        os.kill(process.pid, signal.SIGQUIT)  # it says where it hangs
+        process.join(5)
+        kill(process)
+    said = (Path(options["output_dir"]).parent / "run.log").read_text()
+    assert not hangs, said
+    return process.exitcode, said
+
+
+def kill(process: multiprocessing.Process) -> None:
+    """Kill a run and its data workers."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
 
 
 def run_in_child(options: dict, prepare: Callable[[], None] = lambda: None) -> tuple[int, str]:

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from child_runs import assert_same_run, final_weights, read_losses, run_in_child, small_disk, start_run
+from child_runs import (
+    HANGS,
+    assert_same_run,
+    final_weights,
+    kill,
+    read_losses,
+    run_in_child,
+    small_disk,
+    start_run,
+)
 from safetensors.torch import load_file
 
 import tuning
@@ -110,24 +119,34 @@ def test_a_run_killed_at_any_moment_goes_on(moment, whole, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_twenty_kills_at_random_moments_change_nothing(workers, whole, tmp_path):
-    long = {**whole, "max_steps": 1500, "save_steps": 5, "dataloader_num_workers": workers}
+    long = {**whole, "max_steps": 600, "save_steps": 5, "dataloader_num_workers": workers}
     reference, options = ({**long, "output_dir": str(tmp_path / name / "out")} for name in ("reference", "killed"))
     for run in (reference, options):
         Path(run["output_dir"]).parent.mkdir()
     assert run_in_child(reference)[0] == 0
     chance, steps = random.Random(workers), []
-    for _ in range(20):
+    # Five of the twenty come as early as a run before was killed: at any moment of its start.
+    logged = sorted([*(targets := chance.sample(range(1, 590), 15)), *chance.sample(targets, 5)])
+    for target in logged:
         process = start_run(options)
-        time.sleep(chance.uniform(0.3, 1.6))
-        assert process.exitcode is None, "the run is over before it could be killed twenty times"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+        wait_for_log(process, options, target)
+        time.sleep(chance.uniform(0, 0.3))
+        kill(process)
+        assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed twenty times"
         complete = [f for f in checkpoint.list_checkpoints(Path(options["output_dir"])) if checkpoint.is_complete(f)]
         steps.append(int(complete[-1].name.split("-")[1]) if complete else 0)
     assert steps == sorted(steps)
     assert len(set(steps)) > 5  # they were killed all over the run
     assert run_in_child(options)[0] == 0
     assert_same_run(options, reference)
+
+
+def wait_for_log(process, options: dict, step: int) -> None:
+    """Wait until a run, or the one before it in the same folder, has logged a step."""
+    log, deadline = Path(options["output_dir"], "training_logs.jsonl"), time.monotonic() + HANGS
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.is_alive() and time.monotonic() < deadline, (Path(log).parents[1] / "run.log").read_text()
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
