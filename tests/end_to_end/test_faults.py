@@ -145,7 +145,8 @@ def wait_for_log(process, options: dict, step: int) -> None:
     """Wait until a run, or the one before it in the same folder, has logged a step."""
     log, deadline = Path(options["output_dir"], "training_logs.jsonl"), time.monotonic() + HANGS
     while not (log.exists() and f'"step": {step},' in log.read_text()):
-        assert process.is_alive() and time.monotonic() < deadline, (Path(log).parents[1] / "run.log").read_text()
+        assert process.is_alive(), (log.parents[1] / "run.log").read_text()
+        assert time.monotonic() < deadline, "the run hangs"
         time.sleep(0.01)
 
 
