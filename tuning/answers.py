@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tuning.console import say
+from tuning.data.questions import split_answer
+from tuning.data.sources import Row
 from tuning.errors import UserError
 from tuning.files import CONFIG_FILE, FACTS_FILE, PROGRESS_FILE, read_json, read_lines, to_lines, write_json, write_text
 from tuning.report.answers import render_answers
@@ -25,7 +27,7 @@ class Answers:
     the name that `SCORES` gives for the key.
     """
 
-    def __init__(self, output: Path, identity: dict[str, Any], *, overwrite: bool = False):
+    def __init__(self, output: Path, identity: dict[str, Any], overwrite: bool):
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
         self.path = output.with_name(f".{output.name}.{self.key}.partial")
         self.by_row: dict[int, Line] = {}
@@ -37,6 +39,12 @@ class Answers:
         field = ((read_json(scores_file(output)) or {}).get("keys") or {}).get(self.key)
         lines = list(read_lines(output)) if field else []
         return [line | {"prediction": line[field]} if field in line else line for line in lines]
+
+    def begin(self) -> None:
+        """Raises `UserError` where lines could not be written."""
+        self.add(())
+        if not self.by_row:
+            self.path.unlink()
 
     def add(self, lines: Iterable[Line]) -> None:
         """Keep some more lines, on disk at once. Raises `UserError` where they cannot be written."""
@@ -53,16 +61,18 @@ class Answers:
         self._is_new = False
 
 
-def check_output(output: Path, answers: Answers, *, overwrite: bool) -> None:
-    """Raises `UserError` where `output` holds answers of another model, of other rows, or under other settings."""
-    keys = (read_json(scores_file(output)) or {}).get("keys") or {}
+def check_output(output: Path, ours: Sequence[Answers], *, overwrite: bool) -> None:
+    """Raises `UserError` where `output` holds answers that are not among `ours`, so that they would be lost."""
+    summary = read_json(scores_file(output)) or {}
+    keys, names = summary.get("keys") or {}, summary.get("models") or {}
     if output.exists() and not keys:
         raise UserError("is there already, and is no file of answers.", str(output), "Give another output.")
-    if output.exists() and answers.key not in keys and not overwrite:
+    lost = [names.get(field, "a model") for key, field in keys.items() if key not in {answers.key for answers in ours}]
+    if output.exists() and lost and not overwrite:
         raise UserError(
-            "holds the answers of another model, of other rows, or under other settings.",
+            f"holds the answers of {' and '.join(lost)}: of another model, of other rows, or under other settings.",
             str(output),
-            "Give another output, or set overwrite true.",
+            "Give another output, name that model as compare, or set overwrite true.",
         )
 
 
@@ -75,6 +85,20 @@ def read_references(value: Any) -> list[str]:
     values = value if isinstance(value, (list, tuple)) else [value]
     found = [entry.get("answer") if isinstance(entry, dict) else entry for entry in values]
     return [str(entry) for entry in found if entry is not None]
+
+
+def right_answers(rows: Iterable[Row], references_field: str | None = None) -> Iterator[tuple[str, str]]:
+    """Every right answer, in a column or in the messages, after its row's place. Rows that cannot be read have none."""
+    for row in rows:
+        if references_field:
+            answers: list[str | None] = [*read_references(row.columns[references_field])]
+        else:
+            try:
+                messages = row.form.read(row.columns, row.where, needs_answer=False).messages
+            except UserError:  # is told where the row is asked
+                continue
+            answers = [split_answer(messages)[1]]
+        yield from ((row.where, answer) for answer in answers if answer is not None)
 
 
 def describe_weights(name: str) -> list[list]:

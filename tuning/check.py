@@ -41,6 +41,7 @@ from tuning.training.epochs import pack_batches
 from tuning.training.master_weights import hold_master_weights
 from tuning.training.padding_free import find_structural_obstacle
 
+USAGE = "vlm-tuning check config.json | --name value …    (the options are those of train)"
 SHOWN_PER_KIND = 3
 
 
@@ -341,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(describe_options())
+        print(describe_options(USAGE))
         return 0
     return exit_code_of(lambda: run(arguments))
 

@@ -1,5 +1,7 @@
 """The console script `vlm-tuning`; `python -m tuning.cli` is the same program."""
 
+import difflib
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -19,43 +21,31 @@ usage: vlm-tuning COMMAND …
 vlm-tuning train --help lists every option."""
 
 
+COMMANDS = {
+    "train": "tuning.sft_trainer",
+    "check": "tuning.check",
+    "predict": "tuning.predict",
+    "convert": "tuning.convert",
+    "export": "tuning.export",
+    "chat": "tuning.chat",
+    "demo": "tuning.demo.digits",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Commands are imported when they are called: torch takes seconds."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
-    if command == "train":
-        from tuning.sft_trainer import main as train
-
-        return train(arguments, all_gpus=True)
-    if command == "check":
-        from tuning.check import main as check
-
-        return check(arguments)
-    if command == "predict":
-        from tuning.predict import main as predict
-
-        return predict(arguments)
-    if command == "convert":
-        from tuning.convert import main as convert
-
-        return convert(arguments)
-    if command == "export":
-        from tuning.export import main as export
-
-        return export(arguments)
-    if command == "chat":
-        from tuning.chat import main as chat
-
-        return chat(arguments)
-    if command == "demo":
-        from tuning.demo.digits import main as demo
-
-        return demo(arguments)
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
-    print(f"Error: unknown command '{command}'.\n\n{USAGE}", file=sys.stderr)
-    return EXIT_USER_ERROR
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        guess = f" Did you mean {near[0]}?" if near else ""
+        print(f"Error: unknown command '{command}'.{guess}\n\n{USAGE}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    run = importlib.import_module(COMMANDS[command]).main
+    return run(arguments, all_gpus=True) if command == "train" else run(arguments)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -55,6 +55,15 @@ def blame_field(name: str):
         raise
 
 
+@contextmanager
+def tell_what_is_kept(words: Callable[[], str]) -> Iterator[None]:
+    """Let the end by Ctrl-C of what is inside say, in `words` asked for then, what is left of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(words()) from None
+
+
 def exit_code_of(command: Callable[[], object]) -> int:
     """Run `command` and turn how it ended into an exit code; the only place that catches every exception.
 
@@ -71,8 +80,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
         message, code = error.message, error.exit_code
         if not message:  # another process speaks, and should have the last word
             _close_progress_bars(silently=True)
-    except KeyboardInterrupt:
-        message, code = "Interrupted.", 130
+    except KeyboardInterrupt as interrupt:
+        message, code = f"Interrupted. {interrupt}".strip(), 130
     except SystemExit as exit_request:
         return exit_request.code if isinstance(exit_request.code, int) else EXIT_OK
     except Exception as error:

@@ -1,6 +1,7 @@
 """The model card: `README.md` of a saved model, from what is known of its run."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,5 +226,6 @@ def merge_card(card: str, name: str) -> str:
     """The card of an adapter → that of the model called `name`, into which the adapter was merged."""
     head = ModelCard(card).data.to_dict() | {"library_name": "transformers"}
     before, _, rest = card.partition("\n## Use\n")
-    text = before.partition("\n---\n")[2] + "\n" + describe_use(name) + "\n\n## " + rest.partition("\n## ")[2]
+    opening = re.sub(r"^# .*", lambda _: f"# {name}", before.partition("\n---\n")[2], count=1, flags=re.MULTILINE)
+    text = opening + "\n" + describe_use(name) + "\n\n## " + rest.partition("\n## ")[2]
     return f"---\n{CardData(**head).to_yaml()}\n---\n{text.replace('LoRA adapter for', 'a LoRA adapter merged into')}"

@@ -15,7 +15,15 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tuning.answers import Answers, check_output, describe_data, describe_weights, finish, read_references
+from tuning.answers import (
+    Answers,
+    check_output,
+    describe_data,
+    describe_weights,
+    finish,
+    read_references,
+    right_answers,
+)
 from tuning.config.arguments import ModelSource, RowArguments, option
 from tuning.config.parse import describe_command, read_command
 from tuning.config.validate import default_workers
@@ -25,10 +33,10 @@ from tuning.data.images import load_image, thumbnail
 from tuning.data.questions import Question, ask_or_error
 from tuning.data.sources import Row, Source
 from tuning.data_paths import image_rules, make_encoder, open_path, say_forms
-from tuning.errors import UserError, exit_code_of
+from tuning.errors import UserError, exit_code_of, tell_what_is_kept
 from tuning.launch import WHOLE_COPIES, launch, wanted_launch
 from tuning.model.adapters import find_adapter, load_answering, load_base_config
-from tuning.scoring import check_metrics
+from tuning.scoring import check_metrics, check_right_answers
 from tuning.training.answering import answer, share_out
 from tuning.training.processes import leave
 
@@ -69,19 +77,20 @@ def predict(source: ModelSource, rows: RowArguments, options: PredictArguments) 
     say_forms(data.parts, rows)
     models = [source, *([replace(source, model_name_or_path=options.compare)] if options.compare else [])]
     check_models(models)
-    answered: list[tuple[str, Answers]] = []
-    for model in models:
-        answers = Answers(output, identify(model, rows, options, data), overwrite=options.overwrite)
-        if not answered:
-            check_output(output, answers, overwrite=options.overwrite)
-        state.wait_for_everyone()  # until all have read what there is
-        open_rows = [row for row in range(min(len(data), options.max_rows or len(data))) if row not in answers.by_row]
-        if open_rows:
+    asked = range(min(len(data), options.max_rows or len(data)))
+    check_right_answers(options.metric_names, right_answers(map(data.__getitem__, asked), options.references_field))
+    answered = [(model, Answers(output, identify(model, rows, options, data), options.overwrite)) for model in models]
+    check_output(output, [answers for _, answers in answered], overwrite=options.overwrite)
+    state.wait_for_everyone()  # until all have read what there is
+    for model, answers in answered:
+        if state.is_main_process:
+            answers.begin()
+        if open_rows := [row for row in asked if row not in answers.by_row]:
             answer_rows(model, rows, options, data, open_rows, answers, state)
-        answered.append((model.model_name_or_path, answers))
     if not state.is_main_process:
         return {}
-    return finish(output, answered, options.metric_names, lambda index: show_pictures(data[index], rows))
+    named = [(model.model_name_or_path, answers) for model, answers in answered]
+    return finish(output, named, options.metric_names, lambda index: show_pictures(data[index], rows))
 
 
 def check_models(models: Sequence[ModelSource]) -> None:
@@ -122,7 +131,7 @@ def answer_rows(
     loader = DataLoader(questions, batch_sampler=batches, collate_fn=list, num_workers=default_workers())
     name = Path(source.model_name_or_path).name
     bar = tqdm(total=len(open_rows), desc=f"{name} answers", unit="row", disable=not state.is_main_process)
-    with bar:
+    with bar, tell_what_is_kept(lambda: f"{len(answers.by_row)} answers are kept: the same command would go on there."):
         for batch in loader:
             asked = [question.sample for _, question in batch if isinstance(question, Question)]
             limit = options.max_new_tokens

@@ -77,7 +77,7 @@ def _describe_data(config: RunConfig, trainer: SupervisedTrainer, encoder: Encod
         "validation_data": data.validation_data_path,
         "validation_rows": len(trainer.eval_dataset) if trainer.eval_dataset is not None else None,
         "form": " ".join(sorted(filter(None, forms))) or f"messages in '{data.dataset_text_field}'",
-        "longest_row": f"{encoder.max_seq_length:,} tokens",
+        "row_limit": f"{encoder.max_seq_length:,} tokens",
         "typical_image": f"{width} × {height} pixels cost {tokens:,} tokens",
         "rows_per_step": budget or rows,
     }

@@ -9,7 +9,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from statistics import fmean
 from typing import Any
@@ -26,6 +26,13 @@ def check_metrics(names: Sequence[str], option: str = "metrics") -> None:
             raise UserError(f"{name}: there is no such score.", option, f"{guess}There are {', '.join(METRICS)}.")
         if name in NEED_RAPIDFUZZ and find_spec("rapidfuzz") is None:
             raise UserError(f"{name} needs rapidfuzz.", option, 'Install it: pip install "vlm-tuning[metrics]"')
+
+
+def check_right_answers(names: Sequence[str], answers: Iterable[tuple[str, str]]) -> None:
+    """Raise `UserError` for the first of `answers`, given after its row, that one of the scores cannot take."""
+    if "json_field_accuracy" in names:
+        for where, right in answers:
+            read_right_json(right, where)
 
 
 def score_rows(
@@ -188,10 +195,7 @@ def json_field_accuracy(prediction: str, right: str) -> float:
     https://arxiv.org/abs/2402.03848, https://github.com/deepopinion/anls_star_metric); but values must be equal: 1 and
     1.0 are, 1 and "1" are not, and blanks around a text do not count. Raises `UserError` where `right` is no JSON.
     """
-    wanted = _read_json(right)
-    if not isinstance(wanted, dict | list):
-        fix = "Mend the row, or choose other scores."
-        raise UserError(f"json_field_accuracy needs JSON as the right answer, not {right[:60]!r}.", "metrics", fix)
+    wanted = read_right_json(right)
     given = find_json(prediction, "{" if isinstance(wanted, dict) else "[")
     if given is None:
         return 0.0
@@ -200,6 +204,15 @@ def json_field_accuracy(prediction: str, right: str) -> float:
     except RecursionError:  # a thousand brackets in a row
         return 0.0
     return equal / fields
+
+
+def read_right_json(right: str, where: str = "") -> dict | list:
+    """The JSON object or list that is a right answer. Raises `UserError`, naming `where`, for anything else."""
+    wanted = _read_json(right)
+    if not isinstance(wanted, dict | list):
+        fix = "Mend the row, or choose other scores."
+        raise UserError(f"json_field_accuracy needs JSON as the right answer, not {right[:60]!r}.", where, fix)
+    return wanted
 
 
 JSON = json.JSONDecoder(parse_constant=str)  # NaN would not be equal to itself

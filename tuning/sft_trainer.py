@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ if not __package__:  # run by path: Python puts this folder first, where `tuning
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tuning  # noqa: F401 - before the others: it silences what they import
 
+import datasets
 import torch.distributed as dist
+import transformers
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments, set_seed
 
+from tuning.answers import right_answers
 from tuning.card_facts import gather_facts
 from tuning.config.arguments import RunConfig
 from tuning.config.parse import build_config, check_options, describe_options, read_json, read_options
@@ -31,7 +35,7 @@ from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows, enc
 from tuning.data.encode import Encoder
 from tuning.data.sources import Mixture, Source, Stream
 from tuning.data_paths import make_encoder, open_rows, open_validation_rows
-from tuning.errors import UserError, exit_code_of
+from tuning.errors import UserError, exit_code_of, tell_what_is_kept
 from tuning.files import CONFIG_FILE, REPORT_FILE, SKIPPED_FILE, write_json
 from tuning.files import read_json as read_json_file
 from tuning.launch import launch, wanted_launch
@@ -45,13 +49,15 @@ from tuning.model.parts import (
 from tuning.model_card import put_card, write_card
 from tuning.model_plan import make_model, pick_attention, plan_model
 from tuning.run_facts import write_facts
-from tuning.scoring import check_metrics
+from tuning.scoring import check_metrics, check_right_answers
 from tuning.training.answering import Examiner
 from tuning.training.checkpoint import (
     COMPLETE_FILE,
     Progress,
+    describe_kept,
     find_leftovers,
     find_progress,
+    lock_folder,
     remove_earlier_run,
     run_identity,
 )
@@ -63,6 +69,7 @@ from tuning.training.trackers import make_trackers
 from tuning.training.trainer import SupervisedTrainer
 from tuning.training.verify import verify_saved
 
+USAGE = "vlm-tuning train config.json | --name value …    (also: python tuning/sft_trainer.py)"
 ROWS_CHECKED_FIRST = 4
 
 
@@ -83,7 +90,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     check_launcher(config)
     if config.answers.eval_generate_rows:
         check_metrics(config.answers.metric_names, "eval_metrics")
-    settle_devices(config.training)
+    settle_libraries(config.training)
     set_seed(config.training.seed)
 
     model_config = load.load_config(config.model)
@@ -112,7 +119,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         config.training.ddp_find_unused_parameters = True
     trackers, hub = make_trackers(config), open_hub(config)
     model = make_model(config, model_config, plan, progress)
-    prepare_output(config, progress)
+    lock = prepare_output(config, progress)
     trainer = SupervisedTrainer(
         model=model,
         train_dataset=training_rows,
@@ -133,7 +140,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     )
     trainer.hub = hub
     write_facts(config, trainer, encoder, source.parts, goes_on=progress.folder is not None)
-    with trainer.report:
+    with lock, trainer.report:
         return run(trainer, config, progress)
 
 
@@ -153,8 +160,8 @@ def say_what_changed(config: RunConfig) -> None:
         say(f"Without effect: {', '.join(changed)} changed since; overwrite_output_dir true would train anew.")
 
 
-def settle_devices(training: TrainingArguments) -> None:
-    """Say and mend what the libraries would do by themselves with this machine's devices.
+def settle_libraries(training: TrainingArguments) -> None:
+    """Say and mend what the libraries would do by themselves with this machine's devices, and with progress bars.
 
     Without a launcher a run uses one device: `nn.DataParallel`, transformers' choice, is slow and wrong here.
     """
@@ -169,6 +176,9 @@ def settle_devices(training: TrainingArguments) -> None:
             " tuning/sft_trainer.py …"
         )
         training._n_gpu = 1
+    if training.disable_tqdm:  # the trainer hides its own bar only
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def check_launcher(config: RunConfig) -> None:
@@ -220,6 +230,8 @@ def make_examiner(
     asked = answers.eval_generate_rows if config.data.validation_data_path else 0
     most = max(asked, answers.report_samples)
     first = [row for row in itertools.islice(source, most) if not isinstance(row, UserError)]
+    if asked:
+        check_right_answers(answers.metric_names, right_answers(first))
     return Examiner(
         encoder,
         collator,
@@ -230,6 +242,7 @@ def make_examiner(
         batch_size=config.training.eval_batch_size,
         skip_bad_rows=config.data.on_bad_row == "skip",
         folder=Path(config.training.output_dir),
+        show_progress=not config.training.disable_tqdm,
     )
 
 
@@ -241,14 +254,15 @@ def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_b
             raise encoded
 
 
-def prepare_output(config: RunConfig, progress: Progress) -> None:
-    """Make output_dir ready: everything that can be wrong with the input has been found by now."""
+def prepare_output(config: RunConfig, progress: Progress) -> AbstractContextManager:
+    """Make output_dir ready: everything that can be wrong with the input has been found by now. Returns its lock."""
     output_dir = Path(config.training.output_dir)
-    for note in progress.notes:
-        say(note)
     if os.environ.get("RANK", "0") != "0":
-        return
+        return nullcontext()
     try:
+        lock = lock_folder(output_dir)
+        for note in progress.notes:
+            say(note)
         if config.run.overwrite_output_dir:
             remove_earlier_run(output_dir)
         for leftover in find_leftovers(output_dir):
@@ -256,6 +270,7 @@ def prepare_output(config: RunConfig, progress: Progress) -> None:
         if progress.folder is None:
             (output_dir / SKIPPED_FILE).unlink(missing_ok=True)
         write_json(output_dir / CONFIG_FILE, config.to_dict())
+        return lock
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {output_dir}") from error
 
@@ -314,8 +329,9 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
     else:
         if progress.folder:
             say(f"Continuing from {progress.folder}.")
-        processes = trainer.processes
-        with trainer.interruption, trainer.workers, processes.blame_lost(), trainer.explain_memory(), worker_killed():
+        told = tell_what_is_kept(lambda: describe_kept(Path(config.training.output_dir)))
+        lost = trainer.processes.blame_lost()
+        with told, trainer.interruption, trainer.workers, lost, trainer.explain_memory(), worker_killed():
             metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
         metrics |= next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
         trainer.end_if_stopped()
@@ -359,7 +375,7 @@ def main(argv: Sequence[str] | None = None, *, all_gpus: bool = False) -> int:
     """The command: returns its exit code. `all_gpus`: use all of this machine's, where the options name no number."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(describe_options())
+        print(describe_options(USAGE))
         return 0
     return exit_code_of(lambda: start(arguments, all_gpus=all_gpus))
 

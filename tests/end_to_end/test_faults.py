@@ -16,6 +16,7 @@ from child_runs import (
     HANGS,
     assert_same_run,
     final_weights,
+    finish,
     kill,
     read_losses,
     run_in_child,
@@ -150,8 +151,9 @@ def wait_for_log(process, options: dict, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, whole, options):
+def signal_itself(number: signal.Signals):
+    """What prepares a run to be signalled in its third step."""
+
     def prepare() -> None:
         step = SupervisedTrainer.training_step
 
@@ -162,7 +164,12 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, whole, opt
 
         SupervisedTrainer.training_step = signalled
 
-    code, said = run_in_child(options, prepare)
+    return prepare
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, whole, options):
+    code, said = run_in_child(options, signal_itself(number))
     assert code == EXIT_STOPPED
     assert f"Stopped by {number.name} after step 3 of 6" in said.splitlines()[-1]
     assert f"{options['output_dir']}/checkpoint-3 is complete. Run the same command again" in said
@@ -171,16 +178,32 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, whole, opt
     assert_same_run(options, whole)
 
 
+@pytest.mark.parametrize(
+    ("save_steps", "kept"),
+    [(2, "go on from {}/checkpoint-2."), (6, "start again: no checkpoint was written yet (save_steps).")],
+)
+def test_ctrl_c_ends_a_run_at_once_and_says_what_is_kept(save_steps, kept, options):
+    code, said = run_in_child({**options, "save_steps": save_steps}, signal_itself(signal.SIGINT))
+    assert code == 130
+    assert said.splitlines()[-1] == f"Interrupted. The same command would {kept.format(options['output_dir'])}"
+
+
+def test_a_second_run_in_the_same_place_is_refused_while_the_first_is_at_work(options):
+    process = start_run({**options, "max_steps": 10_000, "save_steps": 10_000})
+    wait_for_log(process, options, 1)
+    with pytest.raises(UserError, match=f"output_dir {options['output_dir']}: another run is at work here"):
+        tuning.train(options)
+    kill(process)
+    assert tuning.train(options).global_step == 6
+
+
 def test_a_signal_to_every_process_of_a_job_leaves_the_data_workers_their_work(whole, options):
     options = {**options, "dataloader_num_workers": 2, "max_steps": 300, "save_steps": 300}
     process = start_run(options)
-    log = Path(options["output_dir"], "training_logs.jsonl")
-    while not (log.exists() and len(log.read_text().splitlines()) > 3):
-        time.sleep(0.05)
+    wait_for_log(process, options, 4)
     os.killpg(process.pid, signal.SIGTERM)
-    process.join(60)
-    said = (Path(options["output_dir"]).parent / "run.log").read_text()
-    assert process.exitcode == EXIT_STOPPED, said
+    code, said = finish(process, options)
+    assert code == EXIT_STOPPED, said
     assert "Stopped by SIGTERM" in said.splitlines()[-1]
 
 

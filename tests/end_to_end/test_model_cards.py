@@ -134,6 +134,7 @@ def test_the_card_of_a_merged_adapter_loads_a_whole_model():
     assert "PeftModel" in code_of(adapter)
     assert "PeftModel" not in code_of(merged)
     assert 'from_pretrained("merged", dtype="auto")' in code_of(merged)
+    assert re.findall("^# .*", merged, re.M) == ["# merged"]
     assert ModelCard(merged).data.library_name == "transformers"
     assert ModelCard(merged).data.base_model == "some/base"
     for section in ("## Data", "## Scores", "## How it was made"):

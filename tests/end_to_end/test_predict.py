@@ -105,6 +105,10 @@ def test_two_models_stand_side_by_side_with_their_scores(predict, trained, model
     assert summary["models"] == {"prediction": str(trained / "full"), "compared": str(models["llava15"])}
     assert "exact_match" in printed.out
     assert not list(tmp_path.glob(".*partial"))
+    code, _, printed = predict(trained / "full", metrics="anls")
+    assert code == 1
+    assert f"holds the answers of {models['llava15']}" in printed.err
+    assert "name that model as compare" in printed.err
 
 
 def test_what_was_answered_before_an_interruption_is_kept(predict, trained, rows, tmp_path, monkeypatch):
@@ -119,8 +123,9 @@ def test_what_was_answered_before_an_interruption_is_kept(predict, trained, rows
         return answer(model, samples, *rest, **settings)
 
     monkeypatch.setattr(module, "answer", count)
-    code, lines, _ = predict(trained / "full")
+    code, lines, printed = predict(trained / "full")
     assert (code, lines) == (130, [])
+    assert "Interrupted. 6 answers are kept: the same command would go on there." in printed.err
     (partial,) = tmp_path.glob(".*partial")
     partial.write_text(partial.read_text() + '{"index": 6, "file": "ro')  # killed while it wrote
     monkeypatch.setattr(module, "answer", answer)
@@ -154,7 +159,7 @@ def test_another_chat_template_is_another_model(predict, trained, tmp_path):
     template.write_text(template.read_text().replace("upper()", "lower()"))
     code, _, printed = predict(folder)
     assert code == 1
-    assert "holds the answers of another model" in printed.err
+    assert f"holds the answers of {folder}: of another model" in printed.err
 
 
 def test_other_answers_are_not_written_over(predict, trained, models, rows):
@@ -166,7 +171,7 @@ def test_other_answers_are_not_written_over(predict, trained, models, rows):
     assert predict(trained / "full", overwrite="true")[0] == 0
     code, _, printed = predict(models["llava15"])
     assert code == 1
-    assert "holds the answers of another model" in printed.err
+    assert f"holds the answers of {trained / 'full'}: of another model" in printed.err
     assert predict(models["llava15"], overwrite="true")[0] == 0
 
 
@@ -275,6 +280,18 @@ def test_scores_without_right_answers_are_missed_aloud(predict, trained, rows):
     code, _, printed = predict(trained / "full", data_path=path, metrics="exact_match")
     assert code == 0
     assert "Nothing is scored" in printed.out
+
+
+def test_what_would_fail_in_the_end_is_said_before_anything_is_answered(predict, trained, rows, monkeypatch):
+    from tuning import predict as module
+
+    monkeypatch.setattr(module, "load_answering", lambda *_, **__: pytest.fail("a model is loaded"))
+    code, lines, printed = predict(trained / "full", metrics="json_field_accuracy")
+    assert (code, lines) == (1, [])
+    assert "rows.jsonl, row 0: json_field_accuracy needs JSON as the right answer, not 'It is red.'" in printed.err
+    code, lines, printed = predict(trained / "full", output=rows / "predictions.jsonl")  # in a file
+    assert (code, lines) == (1, [])
+    assert "cannot be written: Not a directory" in printed.err
 
 
 def test_a_file_that_holds_no_answers_is_never_written_over(predict, trained, tmp_path):

@@ -15,9 +15,11 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 import tuning
 from tuning import model_plan
 from tuning.check import check
+from tuning.config.arguments import ModelSource
 from tuning.config.parse import build_config
 from tuning.errors import UserError
 from tuning.model import load, quantize
+from tuning.model.adapters import load_answering
 from tuning.model.parts import find_parts, parameter_table
 from tuning.preview import memory
 
@@ -96,6 +98,23 @@ def test_only_linear_layers_of_the_language_model_are_quantised(layout, models, 
         lines = parameter_table(model.base_model.model, find_parts(model)).splitlines()
         added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name)
         assert int(lines[-1].split()[1].replace(",", "")) == added + sum(p.numel() for p in published.parameters())
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_an_adapter_answers_on_its_quantised_base(kind, make_options, dequantised):
+    options = make_options("llava15", **LORA, quantization=kind, modules_to_save=["v_proj"], max_steps=4)
+    adapter = tuning.train({**options, "target_modules": ["q_proj"]}).model_dir
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    ids, models = torch.arange(5, 25)[None], {}
+    for quantization in (kind, None):
+        source = ModelSource(str(adapter), quantization=quantization)
+        models[quantization] = load_answering(source, device="cpu").model
+        base = dequantised("llava15", kind) if quantization else ""
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    layers = {type(module) for module in models[kind].modules()}
+    assert QUANTISED[kind] in layers
+    found, expected = (model(input_ids=ids).logits for model in models.values())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def plain(name: str) -> str:

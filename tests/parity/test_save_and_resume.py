@@ -216,6 +216,18 @@ def test_more_epochs_go_on_from_the_finished_run(make_options, capsys):
     assert [step for step, _ in read_steps(folder)] == list(range(1, 9))
 
 
+@pytest.mark.parametrize(
+    ("shorter", "told"),
+    [({"num_train_epochs": 1}, "num_train_epochs 1 sets, step 4"), ({"max_steps": 6}, "max_steps 6 sets, step 6")],
+)
+def test_a_run_that_would_end_before_its_checkpoint_is_refused(shorter, told, make_options):
+    folder = tuning.train(make_options("llava15", num_train_epochs=2)).model_dir
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"checkpoint-8: is past the end that {told}"):
+        tuning.train(make_options("llava15", **{"num_train_epochs": 2, **shorter}))
+    assert contents(folder) == before
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, models, rows):
     """A LoRA run of four steps, killed after its checkpoint of step 2. Copied before use."""

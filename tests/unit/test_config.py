@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch
 
+from tuning import cli
 from tuning.config import names
-from tuning.config.parse import build_config, describe_options, read_options
+from tuning.config.parse import build_config, read_options
 from tuning.errors import UserError
 
 needs_no_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
@@ -435,10 +436,18 @@ def test_flags_give_the_same_run_as_json(required):
     assert build_config(read_options(words, {})).to_dict() == build_config({**required, **as_json}).to_dict()
 
 
-def test_help_lists_every_option():
-    text = describe_options()
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_help_lists_every_option(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: vlm-tuning {command} ")
     assert all(f"--{name} " in text for name in ("model_name_or_path", "r", "max_seq_length", "save_model_dir"))
     assert "learning_rate" in text
+
+
+def test_a_mistyped_command_is_guessed(capsys):
+    assert cli.main(["trian"]) == 1
+    assert "unknown command 'trian'. Did you mean train?" in capsys.readouterr().err
 
 
 def test_the_model_to_tune_is_not_overwritten(tmp_path):

@@ -13,7 +13,7 @@ from tuning.model import attention, load
 from tuning.model.fsdp import choose_wrap_classes
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, VISION_TOWER, find_parts
 from tuning.model_plan import wanted_wrap_classes
-from tuning.sft_trainer import settle_devices
+from tuning.sft_trainer import settle_libraries
 
 WRAPPED = {
     "granite_vision": ["SiglipEncoderLayer", "GraniteDecoderLayer"],
@@ -98,7 +98,7 @@ def test_attention_is_chosen_and_explained(case):
 
 def test_without_a_launcher_one_of_several_gpus_is_used_and_said(capsys):
     arguments = SimpleNamespace(n_gpu=4, _n_gpu=4)
-    settle_devices(arguments)
+    settle_libraries(arguments)
     assert arguments._n_gpu == 1
     assert "--num_processes=4" in capsys.readouterr().out
 

@@ -24,6 +24,9 @@ class ModelSource:
     attn_implementation: str | None = option(
         None, "A named attention of transformers instead, such as sdpa, eager or flash_attention_2."
     )
+    quantization: str | None = option(
+        None, "4bit or 8bit: keep the language model's frozen weights quantised through bitsandbytes (QLoRA)."
+    )
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
     chat_template: str | None = option(None, "Chat template that replaces the model's: a Jinja file or its text.")
     processor_kwargs: dict[str, Any] = option({}, "Image processor settings to change and save, as a JSON object.")
@@ -31,9 +34,6 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelArguments(ModelSource):
-    quantization: str | None = option(
-        None, "4bit or 8bit: keep the frozen language model's weights quantised through bitsandbytes (QLoRA)."
-    )
     keep_master_weights: bool = option(
         True,
         "Train 16-bit weights by float32 copies; false: half the memory, and updates too small for 16 bits are lost.",

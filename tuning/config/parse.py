@@ -276,9 +276,9 @@ def _describe(kind: Any) -> str:
     return words.get(typing.get_origin(kind) or kind, "a list" if typing.get_origin(kind) is list else str(kind))
 
 
-def describe_options() -> str:
-    """The text of `--help`: every option of ours with its default, and Hugging Face's by name."""
-    lines = ["usage: vlm-tuning train config.json | --name value …    (also: check, python tuning/sft_trainer.py)", ""]
+def describe_options(usage: str) -> str:
+    """The text of `--help` under `usage`: every option of ours with its default, and Hugging Face's by name."""
+    lines = [f"usage: {usage}", ""]
     for section, kind in SECTIONS.items():
         lines += [f"{section}:", *_describe_fields(kind)]
     lines += ["", "training (transformers.TrainingArguments):", "  " + " ".join(sorted(names.TRAINING_FIELDS))]

@@ -112,6 +112,8 @@ def find_row_problems(values: Mapping[str, Any]) -> list[str]:
     problems = list(_path_problems(values))
     if values.get("dtype", "auto") not in DTYPES:
         problems.append(f"dtype: {values['dtype']!r} is unknown; use {', '.join(DTYPES)}")
+    if values.get("quantization") not in (None, *QUANTIZATIONS):
+        problems.append(f"quantization: {values['quantization']!r} is unknown; use {' or '.join(QUANTIZATIONS)}")
     if values.get("on_bad_row", "error") not in ("error", "skip"):
         problems.append(f"on_bad_row: {values['on_bad_row']!r} is unknown; use error or skip")
     for name in AT_LEAST_ONE:
@@ -197,9 +199,7 @@ def _tuning_problems(values: Mapping[str, Any]):
     if values.get("cache_vision_features") and not (method == "lora" if keeps_tower is None else keeps_tower):
         yield "cache_vision_features: features of a vision tower that trains change; set freeze_vision_tower true"
     quantization = values.get("quantization")
-    if quantization not in (None, *QUANTIZATIONS):
-        yield f"quantization: {quantization!r} is unknown; use {' or '.join(QUANTIZATIONS)}, or remove it"
-    elif quantization and method != "lora":
+    if quantization in QUANTIZATIONS and method != "lora":
         yield f"quantization: {quantization} weights cannot be trained; add peft_method lora, or remove it"
     if values.get("fp16") and values.get("dtype") == "float16":
         yield "fp16: needs weights in float32 to scale gradients; use dtype float32, or bf16 with dtype bfloat16"

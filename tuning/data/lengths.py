@@ -47,10 +47,12 @@ class RowLengths:
         self._measure(np.unique(numbers[self.known[numbers] == 0]))
         return self.known[numbers]
 
-    def measure_all(self, add_up: Callable[[np.ndarray], np.ndarray], *, rank: int = 0, world: int = 1) -> None:
-        """Measure every row, with a progress bar; each of `world` processes its share, which `add_up` then sums."""
+    def measure_all(
+        self, add_up: Callable[[np.ndarray], np.ndarray], *, rank: int = 0, world: int = 1, show: bool
+    ) -> None:
+        """Measure every row; each of `world` processes its share, which `add_up` then sums. `show`: a progress bar."""
         total = len(self.known)
-        self._measure(np.arange(total * rank // world, total * (rank + 1) // world), show=rank == 0)
+        self._measure(np.arange(total * rank // world, total * (rank + 1) // world), show=show and rank == 0)
         self.known = add_up(self.known)
 
     def _measure(self, numbers: np.ndarray, *, show: bool = False) -> None:

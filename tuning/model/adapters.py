@@ -17,6 +17,8 @@ from tuning.model import load
 from tuning.model.attention import choose_attention
 from tuning.model.cross_attention import keep_rows_apart
 from tuning.model.lora import load_adapter
+from tuning.model.parts import find_parts
+from tuning.model.quantize import plan_quantization
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -53,10 +55,14 @@ def find_adapter(name: str, base: str | None = None) -> Adapter | None:
     weights = folder / ADAPTER_WEIGHTS if local.exists() else cached_file(name, ADAPTER_WEIGHTS, **OPTIONAL)
     if weights is None or not Path(weights).is_file():
         raise UserError(f"is an adapter without {ADAPTER_WEIGHTS}.", name)
-    base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = base or _read_config(folder).base_model_name_or_path
     if not base:
         raise UserError("names no base model.", f"{folder}/adapter_config.json", "Set base_model_name_or_path in it.")
     return Adapter(folder, base)
+
+
+def _read_config(folder: Path) -> Any:
+    return PeftConfig.from_pretrained(str(folder))
 
 
 def has_processor(folder: Path) -> bool:
@@ -108,11 +114,23 @@ def load_answering(source: ModelSource, *, device: torch.device | str) -> Loaded
         dtype=dtype,
         device_type=torch.device(device).type,
     )
-    model = load.load_model(base, config, dtype=dtype, attention=attention.loaded)
+    quantization = None
+    if base.quantization:
+        skeleton = load.build_skeleton(config)
+        quantization = plan_quantization(
+            skeleton,
+            find_parts(skeleton),
+            base.quantization,
+            modules_to_save=_read_config(adapter.folder).modules_to_save if adapter else None,
+            compute=dtype,
+            device=torch.device(device),
+        )
+    model = load.load_model(base, config, dtype=dtype, attention=attention.loaded, quantization=quantization)
     keep_rows_apart(model)
     if adapter:
         model = add_adapter(model, adapter)
-    return LoadedModel(model.to(device).eval(), config, processor, adapter)
+    on_device = model if quantization else model.to(device)  # its weights are there, and cannot be moved
+    return LoadedModel(on_device.eval(), config, processor, adapter)
 
 
 def add_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
@@ -126,7 +144,7 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
 
 def wrap(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """Give a model layers for a saved adapter, whose weights are still to be loaded."""
-    config = PeftConfig.from_pretrained(str(adapter.folder))
+    config = _read_config(adapter.folder)
     targets = config.target_modules
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks under the old name

@@ -81,6 +81,7 @@ class Examiner:
     batch_size: int
     skip_bad_rows: bool
     folder: Path
+    show_progress: bool = True
     _kept: set[tuple[int, str]] = field(default_factory=set)
 
     def begin(self, step: int, *, first: bool) -> None:
@@ -140,8 +141,9 @@ class Examiner:
         """
         lines: list[tuple[int, dict[str, Any]]] = []
         batches = share_out(list(enumerate(rows)), self.batch_size, rank=processes.rank, world=processes.number)
+        hidden = processes.rank > 0 or not self.show_progress
         with answering_mode(model):
-            for batch in tqdm(batches, desc="answering", unit="batch", leave=False, disable=processes.rank > 0):
+            for batch in tqdm(batches, desc="answering", unit="batch", leave=False, disable=hidden):
                 asked, error = list[tuple[int, Question]](), None
                 try:
                     asked = list(self._ask(batch))

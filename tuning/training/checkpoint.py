@@ -1,6 +1,9 @@
 """What is on disk between runs: complete checkpoints, what they were trained from, and the finished model."""
 
+import errno
+import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -8,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -25,6 +28,7 @@ SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # fold
 NOT_OF_A_MODEL = (STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE, "scaler.pt")
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+LOCK_FILE = ".lock"
 STAGING, LEAVING = ".incomplete-", ".leaving-"  # before the names of folders that are being written or deleted
 
 SAME_DATA = (
@@ -152,6 +156,7 @@ def _progress_at(folder: Path, identity: dict[str, Any], patience: int | None, n
     if before is None:  # written by another tool: nothing to compare
         return Progress(folder, state["global_step"], notes=notes)
     check_identity(folder, before, identity)
+    check_schedule(folder, state, before["schedule"], identity["schedule"])
     at_end = state["global_step"] >= state["max_steps"] or has_stopped_early(state, patience)
     at_end = before["schedule"] == identity["schedule"] and at_end
     return Progress(
@@ -162,6 +167,19 @@ def _progress_at(folder: Path, identity: dict[str, Any], patience: int | None, n
         padded=before.get(PADDED),
         notes=notes,
     )
+
+
+def check_schedule(folder: Path, state: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises `UserError` where the run would now end before the step that the checkpoint `folder` is of."""
+    step = state["global_step"]
+    name = SCHEDULE[now["max_steps"] > 0]
+    end = now[name] if name == "max_steps" else math.ceil(now[name] * step / state["epoch"] - 1e-6)
+    if before != now and step > end:
+        raise UserError(
+            f"is past the end that {name} {now[name]} sets, step {end}.",
+            str(folder),
+            f"Let {name} be greater, remove the checkpoints after step {end}, or give another output_dir.",
+        )
 
 
 def has_stopped_early(state: dict[str, Any], patience: int | None) -> bool:
@@ -186,6 +204,13 @@ def step_of(checkpoint: Path) -> int:
 def is_complete(folder: Path) -> bool:
     """Whether the file that is written last is there and whole."""
     return read_json(folder / STATE_FILE) is not None
+
+
+def describe_kept(output_dir: Path) -> str:
+    """In words: where the next run in `output_dir` begins."""
+    complete = [folder for folder in list_checkpoints(output_dir) if is_complete(folder)]
+    start = f"go on from {complete[-1]}" if complete else "start again: no checkpoint was written yet (save_steps)"
+    return f"The same command would {start}."
 
 
 def staging_of(folder: Path) -> Path:
@@ -250,6 +275,23 @@ def read_shards(state: dict[str, Any], folder: Path, *, alone: bool = False) -> 
 
 def _only_the_model(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name in NOT_OF_A_MODEL or Path(folder, name).is_dir()]
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Make `folder`, and keep other processes from training there too, for as long as the returned file is open.
+
+    The lock ends with this process, however that ends, and its children do not inherit it. Raises `UserError` where
+    another process holds it. A file system without locks has none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / LOCK_FILE, "a", encoding="utf-8")  # noqa: SIM115 - the caller closes it
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            what = "another run is at work here, and two would overwrite each other."
+            raise UserError(what, f"output_dir {folder}", "Wait for its end, or give another output_dir.") from error
+    return lock
 
 
 def remove_earlier_run(output_dir: Path) -> None:

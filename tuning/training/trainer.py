@@ -154,7 +154,8 @@ class SupervisedTrainer(ResumableTrainer):
             workers = {"workers": args.dataloader_num_workers, "start_worker": self.workers.start}
             lengths = RowLengths(rows.source, rows.encoder, exact=True, **workers)
             if args.max_steps < 1:  # the steps of an epoch must be known
-                lengths.measure_all(self._add_up, rank=args.process_index, world=args.world_size)
+                show = not args.disable_tqdm
+                lengths.measure_all(self._add_up, rank=args.process_index, world=args.world_size, show=show)
             self.train_batches = pack_batches(args, len(rows), lengths, self.max_tokens_per_batch, padded=padded)
         else:
             lengths = RowLengths(rows.source, rows.encoder)
