@@ -1,5 +1,6 @@
 """Nothing is downloaded, and no dataset is kept. The tiny models and the rows most tests train on."""
 
+import gc
 import json
 import os
 import shutil
@@ -110,3 +111,9 @@ def open_page(browser, tmp_path_factory):
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     return open_page
+
+
+def pytest_collection_finish():
+    """Every run collects garbage a few times: what was imported by now need not be looked through again."""
+    gc.collect()
+    gc.freeze()

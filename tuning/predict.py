@@ -10,6 +10,7 @@ if not __package__:  # run by path, as a launcher does: Python puts this folder 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tuning  # noqa: F401 - before the others: it silences what they import
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
@@ -70,7 +71,7 @@ def predict(source: ModelSource, rows: RowArguments, options: PredictArguments) 
     Raises `UserError` where the input is at fault; what was answered by then is kept, and the next run goes on there.
     """
     check_metrics(options.metric_names)
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes without GPUs do not know each other
     output = Path(options.output)
     extra = [options.references_field] if options.references_field else []
     data = open_path(rows, options.data_path, rows.dataset_split, more_fields=extra)

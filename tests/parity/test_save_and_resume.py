@@ -218,7 +218,7 @@ def test_more_epochs_go_on_from_the_finished_run(make_options, capsys):
 
 @pytest.mark.parametrize(
     ("shorter", "told"),
-    [({"num_train_epochs": 1}, "num_train_epochs 1 sets, step 4"), ({"max_steps": 6}, "max_steps 6 sets, step 6")],
+    [({"num_train_epochs": 1}, "num_train_epochs 1.0 sets, step 4"), ({"max_steps": 6}, "max_steps 6 sets, step 6")],
 )
 def test_a_run_that_would_end_before_its_checkpoint_is_refused(shorter, told, make_options):
     folder = tuning.train(make_options("llava15", num_train_epochs=2)).model_dir

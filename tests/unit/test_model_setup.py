@@ -97,7 +97,7 @@ def test_attention_is_chosen_and_explained(case):
 
 
 def test_without_a_launcher_one_of_several_gpus_is_used_and_said(capsys):
-    arguments = SimpleNamespace(n_gpu=4, _n_gpu=4)
+    arguments = SimpleNamespace(n_gpu=4, _n_gpu=4, disable_tqdm=False)
     settle_libraries(arguments)
     assert arguments._n_gpu == 1
     assert "--num_processes=4" in capsys.readouterr().out

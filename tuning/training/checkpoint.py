@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -277,21 +278,26 @@ def _only_the_model(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name in NOT_OF_A_MODEL or Path(folder, name).is_dir()]
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Make `folder`, and keep other processes from training there too, for as long as the returned file is open.
+def lock_folder(folder: Path) -> ExitStack:
+    """Make `folder`, and keep other processes from training there too, until what is returned is left as a context.
 
     The lock ends with this process, however that ends, and its children do not inherit it. Raises `UserError` where
     another process holds it. A file system without locks has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / LOCK_FILE, "a", encoding="utf-8")  # noqa: SIM115 - the caller closes it
+    held, path = ExitStack(), folder / LOCK_FILE
+    lock = held.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115 - it is open until the run ends
+    is_taken = False
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_taken = os.fstat(lock.fileno()).st_nlink == 0  # a run that has just ended removed the file
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            what = "another run is at work here, and two would overwrite each other."
-            raise UserError(what, f"output_dir {folder}", "Wait for its end, or give another output_dir.") from error
-    return lock
+        is_taken = error.errno in (errno.EACCES, errno.EAGAIN)
+    if is_taken:
+        what = "another run is at work here, and two would overwrite each other."
+        raise UserError(what, f"output_dir {folder}", "Wait for its end, or give another output_dir.")
+    held.callback(path.unlink, missing_ok=True)
+    return held
 
 
 def remove_earlier_run(output_dir: Path) -> None:
