@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -57,12 +58,17 @@ def supervised_loss(
 
 
 def most_chunks(number: int, head: Callable, device: torch.device) -> int:
-    """How often `head` must be called: under ZeRO-3, which gathers its weight for each call, as often as anywhere."""
-    if not (isinstance(head, nn.Module) and any(hasattr(parameter, "ds_id") for parameter in head.parameters())):
+    """How often `head` must be called: where its weight is gathered for each call (FSDP, ZeRO-3), as often as anywhere."""
+    if not (isinstance(head, nn.Module) and _is_gathered(head)):
         return number
     most = torch.tensor(number, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return int(most)
+
+
+def _is_gathered(head: nn.Module) -> bool:
+    by_fsdp = any(isinstance(module, FSDPModule) for module in head.modules())
+    return by_fsdp or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
 def install_supervised_loss(model: PreTrainedModel) -> None:
