@@ -1,6 +1,7 @@
 """What went wrong, for whom: errors the user can mend, and the exit codes of every command."""
 
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -14,6 +15,7 @@ EXIT_OK = 0
 EXIT_USER_ERROR = 1
 EXIT_STOPPED = 143
 EXIT_INTERNAL_ERROR = 203
+LAUNCHED = "VLM_TUNING_LAUNCHED"
 
 
 class UserError(Exception):
@@ -72,6 +74,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
     environment variable `TERMINATION_LOG_FILE` set, the message is also written to that file.
     """
     trace = ""
+    if was_launched():
+        signal.signal(signal.SIGINT, _interrupt_once)
     try:
         command()
     except UserError as error:
@@ -94,6 +98,12 @@ def exit_code_of(command: Callable[[], object]) -> int:
     return code
 
 
+def _interrupt_once(*_: object) -> None:
+    """Ctrl-C reaches a process twice: from the terminal, and from the launcher that passes it on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def tell(message: str, trace: str = "") -> None:
     """Print the last words of a run, and write `message` to `TERMINATION_LOG_FILE`, if that is set."""
     _close_progress_bars()
@@ -104,9 +114,16 @@ def tell(message: str, trace: str = "") -> None:
             file.write(message + "\n")
 
 
+def was_launched() -> bool:
+    """Whether a launcher has started this process. `tuning.launch` leaves a mark: accelerate sets nothing for a single
+    process. RANK and WORLD_SIZE alone say nothing: Kubeflow sets them where a launcher is still to be started.
+    """
+    return "LOCAL_RANK" in os.environ or LAUNCHED in os.environ
+
+
 def claim_to_speak() -> bool:
     """Whether this process is the first of its launch on this machine to ask; always true for a process alone."""
-    if "WORLD_SIZE" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         return True
     for file in Path(tempfile.gettempdir()).glob("vlm-tuning-[0-9]*-[0-9]*"):
         with suppress(OSError, ValueError):

@@ -13,7 +13,15 @@ from typing import Any
 
 import psutil
 
-from tuning.errors import EXIT_INTERNAL_ERROR, EXIT_STOPPED, RunEnded, UserError, claim_file
+from tuning.errors import (
+    EXIT_INTERNAL_ERROR,
+    EXIT_STOPPED,
+    LAUNCHED,
+    RunEnded,
+    UserError,
+    claim_file,
+    was_launched,
+)
 
 SCRIPT = Path(__file__).with_name("sft_trainer.py")
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -29,7 +37,7 @@ def wanted_launch(launch_args: Mapping[str, Any], *, all_gpus: bool) -> dict[str
     `all_gpus`: without `num_processes`, use every local GPU, if there are several. Raises `UserError` for an option
     that `accelerate launch` lacks.
     """
-    if "WORLD_SIZE" in os.environ:  # a launcher has started this very process
+    if was_launched():
         return {}
     if launch_args:
         launch_flags(launch_args, make_parser())
@@ -39,6 +47,17 @@ def wanted_launch(launch_args: Mapping[str, Any], *, all_gpus: bool) -> dict[str
     if "num_processes" not in launch and (launch or all_gpus):
         launch["num_processes"] = max(1, count_gpus())
     return launch if str(launch.get("num_processes", 1)) != "1" else {}
+
+
+def check_processes(number: int) -> None:
+    """Raises `UserError` where processes have not found each other: this one knows of `number`, itself included."""
+    told = int(os.environ.get("WORLD_SIZE", "1"))
+    if told != number:
+        raise UserError(
+            f"there should be {told} processes, but this one knows of {number}; each would do all of the work.",
+            f"WORLD_SIZE {told}",
+            "Start them with accelerate launch or torchrun, on devices that can be connected, or unset WORLD_SIZE.",
+        )
 
 
 def make_parser() -> Any:
@@ -64,16 +83,22 @@ def launch(
     passed on to the processes.
     """
     from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parser = make_parser()
     flags = launch_flags(launch_args, parser, settings)
     parsed = parser.parse_args([*flags, str(script), *arguments])
+    if parsed.cpu and (parsed.num_processes or 1) > 1:
+        what = f"accelerate starts one process with it, not {parsed.num_processes}."
+        raise UserError(what, "accelerate_launch_args use_cpu", "Put use_cpu true beside accelerate_launch_args.")
     parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's option; the others are ours to pass on
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        with passing_on_signals(script) as passed_on:
+        with passing_on_signals(script) as passed_on, mark_as_launched():
             launch_command(parsed)
+    except SignalException as error:  # Ctrl-C, or a terminal that is gone
+        raise RunEnded("" if has_spoken() else "Interrupted.", 128 + error.sigval) from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise ended(failure.exitcode, f"process {rank} (pid {failure.pid})", passed_on) from error
@@ -108,12 +133,17 @@ def launch_flags(launch_args: Mapping[str, Any], parser: Any, settings: Path = D
     return flags
 
 
+def has_spoken() -> bool:
+    """Whether one of the processes that this one has launched has said why the run ended."""
+    spoken = claim_file(os.getpid())
+    found = spoken.exists()
+    spoken.unlink(missing_ok=True)
+    return found
+
+
 def ended(exit_code: int, who: str, passed_on: Sequence[int] = ()) -> RunEnded:
     """How a run with a failed process ends. `passed_on`: signals that the processes were sent."""
-    spoken = claim_file(os.getpid())
-    has_spoken = spoken.exists()
-    spoken.unlink(missing_ok=True)
-    if exit_code in ALREADY_TOLD or has_spoken:
+    if has_spoken() or exit_code in ALREADY_TOLD:
         return RunEnded("", exit_code if exit_code in ALREADY_TOLD else EXIT_INTERNAL_ERROR)
     if -exit_code in passed_on:  # it was not training yet
         return RunEnded(f"Stopped by {signal.Signals(-exit_code).name} before a first step.", EXIT_STOPPED)
@@ -126,6 +156,16 @@ def ended(exit_code: int, who: str, passed_on: Sequence[int] = ()) -> RunEnded:
         f"The run ended early: {who} {how}.{advice} Run the same command again to continue.",
         EXIT_INTERNAL_ERROR,
     )
+
+
+@contextmanager
+def mark_as_launched() -> Iterator[None]:
+    """Let the processes that are started know that they were; see `was_launched`."""
+    os.environ[LAUNCHED] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[LAUNCHED]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`vlm-tuning predict`: the answers of a model to the questions of a dataset, and their scores."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,7 @@ if not __package__:  # run by path, as a launcher does: Python puts this folder 
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ from tuning.data.questions import Question, ask_or_error
 from tuning.data.sources import Row, Source
 from tuning.data_paths import image_rules, make_encoder, open_path, say_forms
 from tuning.errors import UserError, exit_code_of, tell_what_is_kept
-from tuning.launch import WHOLE_COPIES, launch, wanted_launch
+from tuning.launch import WHOLE_COPIES, check_processes, launch, wanted_launch
 from tuning.model.adapters import find_adapter, load_answering, load_base_config
 from tuning.scoring import check_metrics, check_right_answers
 from tuning.training.answering import answer, share_out
@@ -71,7 +72,9 @@ def predict(source: ModelSource, rows: RowArguments, options: PredictArguments) 
     Raises `UserError` where the input is at fault; what was answered by then is kept, and the next run goes on there.
     """
     check_metrics(options.metric_names)
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes without GPUs do not know each other
+    os.environ["ACCELERATE_USE_FSDP"] = "false"  # every process has the whole model
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    check_processes(state.num_processes)
     output = Path(options.output)
     extra = [options.references_field] if options.references_field else []
     data = open_path(rows, options.data_path, rows.dataset_split, more_fields=extra)
@@ -86,7 +89,9 @@ def predict(source: ModelSource, rows: RowArguments, options: PredictArguments) 
     for model, answers in answered:
         if state.is_main_process:
             answers.begin()
-        if open_rows := [row for row in asked if row not in answers.by_row]:
+        open_rows = [row for row in asked if row not in answers.by_row]
+        (open_rows,) = broadcast_object_list([open_rows])  # another machine may not see what the first has kept
+        if open_rows:
             answer_rows(model, rows, options, data, open_rows, answers, state)
     if not state.is_main_process:
         return {}
@@ -132,7 +137,8 @@ def answer_rows(
     loader = DataLoader(questions, batch_sampler=batches, collate_fn=list, num_workers=default_workers())
     name = Path(source.model_name_or_path).name
     bar = tqdm(total=len(open_rows), desc=f"{name} answers", unit="row", disable=not state.is_main_process)
-    with bar, tell_what_is_kept(lambda: f"{len(answers.by_row)} answers are kept: the same command would go on there."):
+    number_kept = len(answers.by_row)
+    with bar, tell_what_is_kept(lambda: f"{number_kept} answers are kept: the same command would go on there."):
         for batch in loader:
             asked = [question.sample for _, question in batch if isinstance(question, Question)]
             limit = options.max_new_tokens
@@ -141,8 +147,10 @@ def answer_rows(
             mine = [describe(index, question, given, data) for index, question in batch]
             everyones = gather_object(mine)
             bad = [line for line in everyones if "error" in line]
+            kept = [line for line in everyones if "error" not in line or rows.on_bad_row == "skip"]
             if state.is_main_process:
-                answers.add(line for line in everyones if line not in bad or rows.on_bad_row == "skip")
+                answers.add(kept)
+            number_kept += len(kept)
             if bad and rows.on_bad_row == "error":
                 raise UserError(bad[0]["error"], fix="Mend the row, or set on_bad_row skip.")
             bar.update(len(everyones))

@@ -35,10 +35,10 @@ from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows, enc
 from tuning.data.encode import Encoder
 from tuning.data.sources import Mixture, Source, Stream
 from tuning.data_paths import make_encoder, open_rows, open_validation_rows
-from tuning.errors import UserError, exit_code_of, tell_what_is_kept
+from tuning.errors import UserError, exit_code_of, tell_what_is_kept, was_launched
 from tuning.files import CONFIG_FILE, REPORT_FILE, SKIPPED_FILE, write_json
 from tuning.files import read_json as read_json_file
-from tuning.launch import launch, wanted_launch
+from tuning.launch import check_processes, launch, wanted_launch
 from tuning.model import load
 from tuning.model.fsdp import give_up_fsdp_on_cpu
 from tuning.model.parts import (
@@ -119,7 +119,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         config.training.ddp_find_unused_parameters = True
     trackers, hub = make_trackers(config), open_hub(config)
     model = make_model(config, model_config, plan, progress)
-    lock = prepare_output(config, progress)
+    lock = prepare_output(config, progress, identity)
     trainer = SupervisedTrainer(
         model=model,
         train_dataset=training_rows,
@@ -182,9 +182,10 @@ def settle_libraries(training: TrainingArguments) -> None:
 
 
 def check_launcher(config: RunConfig) -> None:
-    """One process cannot become several by itself."""
+    """One process cannot become several by itself, and several must know of each other."""
     processes = config.run.accelerate_launch_args.get("num_processes", 1)
-    if str(processes) != "1" and "WORLD_SIZE" not in os.environ:
+    check_processes(config.training.world_size)
+    if str(processes) != "1" and not was_launched():
         raise UserError(
             f"num_processes {processes} needs a launcher.",
             "accelerate_launch_args",
@@ -254,13 +255,17 @@ def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_b
             raise encoded
 
 
-def prepare_output(config: RunConfig, progress: Progress) -> AbstractContextManager:
+def prepare_output(config: RunConfig, progress: Progress, identity: dict[str, Any]) -> AbstractContextManager:
     """Make output_dir ready: everything that can be wrong with the input has been found by now. Returns its lock."""
     output_dir = Path(config.training.output_dir)
     if os.environ.get("RANK", "0") != "0":
         return nullcontext()
     try:
         lock = lock_folder(output_dir)
+        if find_progress(config, identity) != progress:
+            raise UserError(
+                "another run was at work here until now.", f"output_dir {output_dir}", "Start this one again."
+            )
         for note in progress.notes:
             say(note)
         if config.run.overwrite_output_dir:
@@ -365,7 +370,8 @@ def start(arguments: Sequence[str], *, all_gpus: bool = False) -> None:
     """Train in this process, or in as many as the options ask for."""
     options = read_options(arguments)
     values, _ = check_options(options)
-    if launch_args := wanted_launch(values.get("accelerate_launch_args", {}), all_gpus=all_gpus):
+    asked = values.get("accelerate_launch_args", {})
+    if launch_args := wanted_launch(asked, all_gpus=all_gpus and not values.get("use_cpu")):
         launch(launch_args, arguments)
     else:
         train(build_config(options))

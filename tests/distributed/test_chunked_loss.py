@@ -23,7 +23,7 @@ def short_and_long(rows):
     """
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     for number, line in enumerate(lines):
-        line["messages"][1]["content"] = "Red." if 4 > number or number >= 12 else "Red, and then green. " * 12
+        line["messages"][1]["content"] = "Red." if number < 4 or number >= 12 else "Red, and then green. " * 12
     path = rows.with_name("short_and_long.jsonl")
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

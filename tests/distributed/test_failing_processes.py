@@ -223,6 +223,17 @@ def test_a_signal_to_the_launcher_saves_and_stops_all(train, tmp_path):
     assert f"{checkpoint} is complete. Run the same command again to continue." in said
 
 
+def test_ctrl_c_ends_all_and_one_says_what_is_kept(train, tmp_path):
+    launched = train(max_steps=100_000, save_steps=100_000)
+    wait_for_step(tmp_path / "out", 3)
+    for process in (launched.process, *launched.ranks()):  # a terminal sends it to all
+        process.send_signal(signal.SIGINT)
+    code, said = launched.finish()
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert said.count("Interrupted. The same command would start again: no checkpoint was written yet") == 1
+
+
 def test_a_process_that_dies_is_named_and_the_others_end(train, tmp_path):
     launched = train(max_steps=100_000, save_steps=100_000)
     wait_for_step(tmp_path / "out", 3)

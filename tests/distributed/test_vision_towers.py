@@ -54,4 +54,5 @@ def test_two_processes_with_a_frozen_tower_train_what_one_does(case, two_process
     alone = tuning.train(job).model_dir
     assert outcomes(two_processes / case) == ["done", "done"]
     torch.testing.assert_close(weights_of(two_processes / case), weights_of(alone), rtol=0, atol=1e-5)
-    assert bool(list((two_processes / "features").rglob("*.safetensors"))) == (case == "cached") or case != "cached"
+    if case == "cached":
+        assert list((two_processes / "features").rglob("*.safetensors"))

@@ -26,6 +26,7 @@ from child_runs import (
 from safetensors.torch import load_file
 
 import tuning
+from tuning import sft_trainer
 from tuning.data import encode
 from tuning.errors import EXIT_STOPPED, RunEnded, UserError
 from tuning.training import checkpoint, resumable
@@ -188,13 +189,29 @@ def test_ctrl_c_ends_a_run_at_once_and_says_what_is_kept(save_steps, kept, optio
     assert said.splitlines()[-1] == f"Interrupted. The same command would {kept.format(options['output_dir'])}"
 
 
-def test_a_second_run_in_the_same_place_is_refused_while_the_first_is_at_work(options):
+def test_a_second_run_in_the_same_place_is_refused_while_the_first_is_at_work(options, monkeypatch, capsys):
     process = start_run({**options, "max_steps": 10_000, "save_steps": 10_000})
     wait_for_log(process, options, 1)
+    monkeypatch.setattr(checkpoint, "LOCK_PATIENCE", 1)
     with pytest.raises(UserError, match=f"output_dir {options['output_dir']}: another run is at work here"):
         tuning.train(options)
+    assert f"Another run is at work in {options['output_dir']}" in capsys.readouterr().out
     kill(process)
     assert tuning.train(options).global_step == 6
+
+
+def test_a_run_does_not_go_on_from_what_another_has_done_meanwhile(options, monkeypatch):
+    plan = sft_trainer.plan_model
+
+    def plan_slowly(*args):
+        monkeypatch.undo()
+        tuning.train(options)
+        return plan(*args)
+
+    monkeypatch.setattr(sft_trainer, "plan_model", plan_slowly)
+    with pytest.raises(UserError, match="another run was at work here until now"):
+        tuning.train(options)
+    assert Path(options["output_dir"], ".complete").exists()
 
 
 def test_a_signal_to_every_process_of_a_job_leaves_the_data_workers_their_work(whole, options):

@@ -246,6 +246,9 @@ sys.exit(predict.main())
 """
 
 
+FSDP = Path(__file__).parents[2] / "fixtures" / "accelerate_fsdp_defaults.yaml"  # of whole copies all the same
+
+
 def test_two_processes_answer_as_one_from_a_json_file(predict, trained, rows, tmp_path):
     _, alone, _ = predict(trained / "full", output=tmp_path / "alone.jsonl")
     config = {
@@ -253,7 +256,7 @@ def test_two_processes_answer_as_one_from_a_json_file(predict, trained, rows, tm
         "data_path": str(rows),
         "output": str(tmp_path / "two.jsonl"),
         "metrics": "exact_match",
-        "accelerate_launch_args": {"num_processes": 2},
+        "accelerate_launch_args": {"num_processes": 2, "config_file": str(FSDP)},
         **QUICK,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -203,7 +203,7 @@ def test_value_of_the_wrong_type_says_what_is_expected(required, name, value, me
     ],
 )
 def test_option_that_cannot_work_says_why(required, options, message, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert message in problems_of({**required, **options})
 
 
@@ -400,7 +400,7 @@ def test_resolved_config_holds_no_token(required):
 
 
 def test_documented_sample_parses(required, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     sample = {
         **required,
         "dataset_text_field": "messages",

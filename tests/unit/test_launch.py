@@ -15,7 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from tuning import errors, launch
 from tuning.errors import UserError, claim_file, claim_to_speak
-from tuning.launch import ended, launch_flags, wanted_launch
+from tuning.launch import check_processes, ended, launch_flags, wanted_launch
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = sorted((ROOT / "fixtures").glob("*.yaml"))
@@ -23,7 +23,8 @@ FIXTURES = sorted((ROOT / "fixtures").glob("*.yaml"))
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,40 @@ def test_as_many_processes_as_asked_for_else_one_a_gpu(launch_args, gpus, proces
 
 
 def test_a_process_that_was_launched_launches_none(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # Kubeflow's; a launcher is still to be started
+    assert wanted_launch({"num_processes": 2}, all_gpus=True) == {"num_processes": 2}
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert wanted_launch({"num_processes": 2}, all_gpus=True) == {}
+
+
+def test_a_single_process_that_was_launched_launches_none(tmp_path):
+    """accelerate starts it without any of the variables that torchrun sets."""
+    (tmp_path / "settings.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\n"
+    )
+    launch_args = {"config_file": str(tmp_path / "settings.yaml")}
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\nfrom pathlib import Path\nfrom tuning.launch import wanted_launch\n"
+        f"Path(sys.argv[1]).write_text(json.dumps(wanted_launch({launch_args}, all_gpus=True)))"
+    )
+    assert wanted_launch(launch_args, all_gpus=True) == launch_args
+    launch.launch(launch_args, [str(tmp_path / "wanted.json")], script=script)
+    assert json.loads((tmp_path / "wanted.json").read_text()) == {}
+    assert wanted_launch(launch_args, all_gpus=True) == launch_args
+
+
+def test_several_processes_with_use_cpu_of_the_launcher_are_refused():
+    with pytest.raises(UserError, match="accelerate starts one process with it, not 2"):
+        launch.launch({"num_processes": 2, "use_cpu": True}, [])
+
+
+def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
+    check_processes(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(2)
+    with pytest.raises(UserError, match="WORLD_SIZE 2: there should be 2 processes, but this one knows of 1"):
+        check_processes(1)
 
 
 def test_several_gpus_are_used_by_the_command_only(monkeypatch):
@@ -119,7 +152,7 @@ def test_only_the_first_process_of_a_launch_speaks(monkeypatch, tmp_path):
     (tmp_path / "vlm-tuning-999999999-1.00").touch()  # of a launcher that is gone
     (tmp_path / "vlm-tuning-my-data").touch()  # somebody's own
     assert [claim_to_speak(), claim_to_speak()] == [True, True]
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert [claim_to_speak(), claim_to_speak()] == [True, False]
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -10,6 +10,7 @@ import torch
 from tuning.config import names
 from tuning.config.arguments import TRAINING_DEFAULTS
 from tuning.config.trackers import find_tracker_problems
+from tuning.errors import was_launched
 
 LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias")
 AT_LEAST_ONE = (
@@ -57,7 +58,7 @@ def adjust(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
             " epoch (eval_strategy, save_strategy) is done once, after max_steps."
         )
     launch = values.get("accelerate_launch_args")
-    if launch and "WORLD_SIZE" not in os.environ:
+    if launch and not was_launched():
         notes.append(f"accelerate_launch_args is noted but has no effect on one process: {', '.join(launch)}.")
     return values, tuple(notes)
 

@@ -98,6 +98,8 @@ def packed_attention(
     if not others.get("is_causal", getattr(module, "is_causal", True)):
         raise NotImplementedError("attention that is not causal")
     groups = query.shape[1] // key.shape[1]
+    if flash:
+        query, key, value = _as_autocast(query, key, value)
     if flash and cu_seq_lens_q is not None and _suits_flash(query, dropout, softcap, sliding_window):
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, groups), None
     attend = partial(_attend, dropout=dropout, scaling=scaling, window=sliding_window, softcap=softcap)
@@ -143,6 +145,14 @@ def _attend(
     scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, float("-inf"))
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return F.dropout(weights, dropout) @ value
+
+
+def _as_autocast(*states: torch.Tensor) -> list[torch.Tensor]:
+    """What autocast does for SDPA: rotary embeddings give float32, which FlashAttention cannot take."""
+    kind = states[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(states)
+    return [state.to(torch.get_autocast_dtype(kind)) for state in states]
 
 
 def _suits_flash(query: torch.Tensor, dropout: float, softcap: float | None, window: int | None) -> bool:

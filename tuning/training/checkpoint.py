@@ -7,18 +7,20 @@ import math
 import os
 import re
 import shutil
+import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from tuning.config.arguments import RunConfig
+from tuning.console import say
 from tuning.errors import UserError
 from tuning.files import COMPLETE_FILE, read_json
 
@@ -30,6 +32,7 @@ NOT_OF_A_MODEL = (STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE, "scal
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 LOCK_FILE = ".lock"
+LOCK_PATIENCE = 120  # seconds; a network file system may keep the lock of a dead machine for 90
 STAGING, LEAVING = ".incomplete-", ".leaving-"  # before the names of folders that are being written or deleted
 
 SAME_DATA = (
@@ -281,23 +284,38 @@ def _only_the_model(folder: str, names: list[str]) -> list[str]:
 def lock_folder(folder: Path) -> ExitStack:
     """Make `folder`, and keep other processes from training there too, until what is returned is left as a context.
 
-    The lock ends with this process, however that ends, and its children do not inherit it. Raises `UserError` where
-    another process holds it. A file system without locks has none.
+    The lock ends with this process, however that ends, and its children do not inherit it; over a network it may last
+    a minute longer. Raises `UserError` where another process keeps it. A file system without locks has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held, path = ExitStack(), folder / LOCK_FILE
-    lock = held.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115 - it is open until the run ends
-    is_taken = False
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_taken = os.fstat(lock.fileno()).st_nlink == 0  # a run that has just ended removed the file
-    except OSError as error:
-        is_taken = error.errno in (errno.EACCES, errno.EAGAIN)
-    if is_taken:
-        what = "another run is at work here, and two would overwrite each other."
-        raise UserError(what, f"output_dir {folder}", "Wait for its end, or give another output_dir.")
+    held, path, deadline, waited = ExitStack(), folder / LOCK_FILE, time.monotonic() + LOCK_PATIENCE, False
+    while (lock := _try_to_lock(path)) is None:
+        if time.monotonic() > deadline:
+            what = "another run is at work here, and two would overwrite each other."
+            fix = f"Wait for its end, or give another output_dir. If there is none, delete {path}."
+            raise UserError(what, f"output_dir {folder}", fix)
+        if not waited:
+            say(f"Another run is at work in {folder}, or has just died: waiting {LOCK_PATIENCE} s for its end.")
+        waited = True
+        time.sleep(1)
+    held.enter_context(lock)
     held.callback(path.unlink, missing_ok=True)
     return held
+
+
+def _try_to_lock(path: Path) -> IO[str] | None:
+    """The file at `path`, locked and open; None where another process has it."""
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as it is locked
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            return None
+    if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
+        file.close()
+        return None
+    return file
 
 
 def remove_earlier_run(output_dir: Path) -> None:

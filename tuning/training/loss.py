@@ -58,7 +58,7 @@ def supervised_loss(
 
 
 def most_chunks(number: int, head: Callable, device: torch.device) -> int:
-    """How often `head` must be called: where its weight is gathered for each call (FSDP, ZeRO-3), as often as anywhere."""
+    """How often to call `head`: where FSDP or ZeRO-3 gathers its weight for each call, as often as anywhere."""
     if not (isinstance(head, nn.Module) and _is_gathered(head)):
         return number
     most = torch.tensor(number, device=device)

@@ -114,7 +114,7 @@ class SupervisedTrainer(ResumableTrainer):
         """Before the first batch: are batches padding-free? All processes decide the same."""
 
         def forward(**batch: Any) -> Any:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 return self.model_wrapped(**self._prepare_inputs(batch))
 
         obstacle, model = "padding_free is false", self.accelerator.unwrap_model(self.model)
@@ -315,7 +315,7 @@ class SupervisedTrainer(ResumableTrainer):
             left_out = self.processes.fail_together(error, self.rows.untold).sum()
             self.rows.tell(int(left_out), dataloader.dataset, rows, evaluating=True)
             inputs = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad(), self.accelerator.autocast():
                 loss = model(**inputs, num_items_in_batch=1).loss
             if not torch.isfinite(loss):
                 broken = broken or UserError(f"the validation loss became {loss.item()}.", "; ".join(facts.rows))
@@ -337,7 +337,7 @@ class SupervisedTrainer(ResumableTrainer):
         if self.examiner is None or not self.examiner.rows:
             return {}
         model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             scores = self.examiner.examine(model, self.processes, step, together=self._holds_shards)
         return {f"{prefix}_{name}": score for name, score in scores.items()}
 
@@ -345,7 +345,7 @@ class SupervisedTrainer(ResumableTrainer):
         """Let the model answer the rows that the report shows."""
         if self.examiner is not None and not self.stop_reason:
             model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 self.examiner.answer_samples(model, self.processes, step, together=self._holds_shards)
 
     @property

@@ -275,7 +275,7 @@ def read_logits(trainer: Any, model: Any) -> torch.Tensor:
     some = "logits_to_keep" in inspect.signature(type(base).forward).parameters
     if some:
         inputs["logits_to_keep"] = kept
-    with answering_mode(model), trainer.compute_loss_context_manager():
+    with answering_mode(model), trainer.accelerator.autocast():
         logits = model(**trainer._prepare_inputs(inputs)).logits
     logits = (logits if some else logits[:, kept]).float().cpu()
     return logits.masked_fill((kept >= lengths[:, None])[..., None], 0)
