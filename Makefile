@@ -1,6 +1,7 @@
 # Two commands do everything: `make demo` and `make test`. Both install first.
 
 PYTHON ?= python3
+PROCESSES ?= 2
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -19,8 +20,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/vlm-tuning demo
 
+# A file's tests stay together, and files in their order: the long ones come first.
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Minutes more: twenty random kills, processes that hang. It ends at the first failure, which is printed then.
 test-slow: install

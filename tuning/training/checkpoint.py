@@ -175,10 +175,11 @@ def _progress_at(folder: Path, identity: dict[str, Any], patience: int | None, n
 
 def check_schedule(folder: Path, state: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises `UserError` where the run would now end before the step that the checkpoint `folder` is of."""
-    step = state["global_step"]
-    name = SCHEDULE[now["max_steps"] > 0]
+    if before == now:
+        return
+    step, name = state["global_step"], SCHEDULE[now["max_steps"] > 0]
     end = now[name] if name == "max_steps" else math.ceil(now[name] * step / state["epoch"] - 1e-6)
-    if before != now and step > end:
+    if step > end:
         raise UserError(
             f"is past the end that {name} {now[name]} sets, step {end}.",
             str(folder),
