@@ -8,6 +8,7 @@ import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that more threads only wait for each other
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def datasets_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """The models are so small that more threads only wait for each other."""
+    """Whatever the environment says."""
     torch.set_num_threads(1)
 
 

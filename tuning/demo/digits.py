@@ -141,10 +141,10 @@ def write_config(name: str, output_dir: Path) -> Path:
 
 
 def run_command(*words: str | Path) -> None:
-    """Run `vlm-tuning` as a user would."""
+    """Run `vlm-tuning` as a user would, but on one thread: in so small a model more would only wait for each other."""
     print(f"\n$ vlm-tuning {' '.join(map(str, words))}", flush=True)
     command = [sys.executable, "-m", "tuning.cli", *map(str, words)]
-    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
 
 
 def predict(model: Path, before: Path, task: Task, output_dir: Path) -> Predictions:
