@@ -156,6 +156,7 @@ def signal_itself(number: signal.Signals):
     """What prepares a run to be signalled in its third step."""
 
     def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
         step = SupervisedTrainer.training_step
 
         def signalled(trainer, *args, **kwargs):
