@@ -35,7 +35,7 @@ from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows, enc
 from tuning.data.encode import Encoder
 from tuning.data.sources import Mixture, Source, Stream
 from tuning.data_paths import make_encoder, open_rows, open_validation_rows
-from tuning.errors import UserError, exit_code_of, tell_what_is_kept, was_launched
+from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded, UserError, exit_code_of, tell_what_is_kept, was_launched
 from tuning.files import CONFIG_FILE, REPORT_FILE, SKIPPED_FILE, write_json
 from tuning.files import read_json as read_json_file
 from tuning.launch import check_processes, launch, wanted_launch
@@ -263,8 +263,8 @@ def prepare_output(config: RunConfig, progress: Progress, identity: dict[str, An
     try:
         lock = lock_folder(output_dir)
         if find_progress(config, identity) != progress:
-            raise UserError(
-                "another run was at work here until now.", f"output_dir {output_dir}", "Start this one again."
+            raise RunEnded(
+                f"Another run was at work in {output_dir} until now. Run the same command again.", EXIT_INTERNAL_ERROR
             )
         for note in progress.notes:
             say(note)

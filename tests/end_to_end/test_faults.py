@@ -194,7 +194,7 @@ def test_a_second_run_in_the_same_place_is_refused_while_the_first_is_at_work(op
     process = start_run({**options, "max_steps": 10_000, "save_steps": 10_000})
     wait_for_log(process, options, 1)
     monkeypatch.setattr(checkpoint, "LOCK_PATIENCE", 1)
-    with pytest.raises(UserError, match=f"output_dir {options['output_dir']}: another run is at work here"):
+    with pytest.raises(RunEnded, match=f"Another run is still at work in {options['output_dir']}"):
         tuning.train(options)
     assert f"Another run is at work in {options['output_dir']}" in capsys.readouterr().out
     kill(process)
@@ -210,7 +210,7 @@ def test_a_run_does_not_go_on_from_what_another_has_done_meanwhile(options, monk
         return plan(*args)
 
     monkeypatch.setattr(sft_trainer, "plan_model", plan_slowly)
-    with pytest.raises(UserError, match="another run was at work here until now"):
+    with pytest.raises(RunEnded, match=r"Another run was at work in .* until now"):
         tuning.train(options)
     assert Path(options["output_dir"], ".complete").exists()
 

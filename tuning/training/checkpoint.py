@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from tuning.config.arguments import RunConfig
 from tuning.console import say
-from tuning.errors import UserError
+from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded, UserError
 from tuning.files import COMPLETE_FILE, read_json
 
 IDENTITY_FILE = "run_identity.json"
@@ -286,15 +286,18 @@ def lock_folder(folder: Path) -> ExitStack:
     """Make `folder`, and keep other processes from training there too, until what is returned is left as a context.
 
     The lock ends with this process, however that ends, and its children do not inherit it; over a network it may last
-    a minute longer. Raises `UserError` where another process keeps it. A file system without locks has none.
+    a minute longer. Raises `RunEnded` where another process keeps it: unlike the user's errors, to be tried again by a
+    queue. A file system without locks has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     held, path, deadline, waited = ExitStack(), folder / LOCK_FILE, time.monotonic() + LOCK_PATIENCE, False
     while (lock := _try_to_lock(path)) is None:
         if time.monotonic() > deadline:
-            what = "another run is at work here, and two would overwrite each other."
-            fix = f"Wait for its end, or give another output_dir. If there is none, delete {path}."
-            raise UserError(what, f"output_dir {folder}", fix)
+            raise RunEnded(
+                f"Another run is still at work in {folder}, and two would overwrite each other. Wait for its end, or"
+                f" give another output_dir. If there is no other run, delete {path}.",
+                EXIT_INTERNAL_ERROR,
+            )
         if not waited:
             say(f"Another run is at work in {folder}, or has just died: waiting {LOCK_PATIENCE} s for its end.")
         waited = True
