@@ -40,7 +40,7 @@ from tuning.files import CONFIG_FILE, REPORT_FILE, SKIPPED_FILE, write_json
 from tuning.files import read_json as read_json_file
 from tuning.launch import check_processes, launch, wanted_launch
 from tuning.model import load
-from tuning.model.fsdp import give_up_fsdp_on_cpu
+from tuning.model.fsdp import give_up_fsdp_on_cpu, is_fsdp_asked_for
 from tuning.model.parts import (
     PROJECTOR,
     VISION_TOWER,
@@ -289,6 +289,10 @@ def options_of_trainer(config: RunConfig) -> dict[str, Any]:
     training, data, run = config.training, config.data, config.run
     args = copy.copy(training)
     args.push_to_hub, args.hub_token, args.report_to = False, None, []
+    if is_fsdp_asked_for() or args.fsdp:  # else every process adds up the gradient of the whole model
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        wanted = args.accelerator_config.gradient_accumulation_kwargs or {}
+        args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True} | wanted
     return {
         "args": args,
         "learning_rates": {
@@ -352,8 +356,6 @@ def save(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> N
     target, output_dir = Path(config.save_model_dir), Path(config.training.output_dir)
     if lost := trainer.lost_best:
         say(f"Warning: the best step, {lost}, was not saved; let save_steps be eval_steps to keep it.")
-    if trainer.hub:
-        trainer.hub.wait()
     card = write_card(gather_facts(trainer, config))
     checkpoint = progress.folder if progress.trained_to_end else None
     files = trainer.save_final(target, checkpoint, lambda saved: put_card(card, saved, target))

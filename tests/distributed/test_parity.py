@@ -41,6 +41,7 @@ CASES |= {
     "streamed by workers": ("llava15", {"streaming": True, "max_steps": 6, "dataloader_num_workers": 2}),
     "checkpointed": ("granite_vision", {"gradient_checkpointing": True}),
     "named layers": ("granite_vision", {"environ": {"FSDP_TRANSFORMER_CLS_TO_WRAP": "GraniteDecoderLayer"}}),
+    "bf16": ("llava15", {"bf16": True}),  # a loss that is itself in bfloat16 would be off by up to 4e-3
     "parts at their own pace": ("llava15", {"vision_tower_learning_rate": 0.5, "projector_learning_rate": 0.01}),
     # Weight decay moves the vision tower although no row has an image: as if one had it, with a gradient of zero.
     "text only": ("llava15", {"training_data_path": "text_only.jsonl", **ADAMW}),
@@ -119,9 +120,10 @@ def test_two_processes_train_what_one_does(case, split, one_process, two_process
     else:
         assert len(expected["loss"]) == 6  # two epochs of 8 + 8 + 3 rows
     assert found["supervised_tokens"] == expected["supervised_tokens"]
-    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["eval_loss"], expected["eval_loss"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(weights_of(together), weights_of(alone), rtol=0, atol=1e-4)
+    of_loss, of_weights = (5e-4, 2e-3) if case == "bf16" else (1e-5, 1e-4)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=of_loss, atol=0)
+    torch.testing.assert_close(found["eval_loss"], expected["eval_loss"], rtol=of_loss, atol=0)
+    torch.testing.assert_close(weights_of(together), weights_of(alone), rtol=0, atol=of_weights)
     assert (together / ".complete").exists()
 
 

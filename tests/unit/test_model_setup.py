@@ -8,12 +8,13 @@ from tiny_models import LAYOUTS, build_model, build_processor, save_layout
 from transformers import LlavaForConditionalGeneration
 
 from tuning.config.arguments import ModelArguments
+from tuning.config.parse import build_config
 from tuning.errors import UserError
 from tuning.model import attention, load
 from tuning.model.fsdp import choose_wrap_classes
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, VISION_TOWER, find_parts
 from tuning.model_plan import wanted_wrap_classes
-from tuning.sft_trainer import settle_libraries
+from tuning.sft_trainer import options_of_trainer, settle_libraries
 
 WRAPPED = {
     "granite_vision": ["SiglipEncoderLayer", "GraniteDecoderLayer"],
@@ -101,6 +102,17 @@ def test_without_a_launcher_one_of_several_gpus_is_used_and_said(capsys):
     settle_libraries(arguments)
     assert arguments._n_gpu == 1
     assert "--num_processes=4" in capsys.readouterr().out
+
+
+def test_under_fsdp_gradients_are_sharded_after_every_micro_batch(monkeypatch, tmp_path):
+    (tmp_path / "rows.json").write_text("[]")
+    options = {"model_name_or_path": "some/model", "training_data_path": str(tmp_path / "rows.json")}
+    config = build_config({**options, "output_dir": str(tmp_path / "out"), "gradient_accumulation_steps": 4})
+    assert not options_of_trainer(config)["args"].accelerator_config.gradient_accumulation_kwargs
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    kept = options_of_trainer(config)["args"].accelerator_config.gradient_accumulation_kwargs
+    assert kept == {"sync_each_batch": True}
+    assert not config.training.accelerator_config.gradient_accumulation_kwargs
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

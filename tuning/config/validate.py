@@ -241,8 +241,6 @@ def _budget_problems(values: Mapping[str, Any]):
         yield f"max_tokens_per_batch: packs rows by length, which train_sampling_strategy {strategy} forbids"
     if values.get("allow_remote_images"):
         yield "max_tokens_per_batch: would fetch every image beforehand, for its size; not with allow_remote_images"
-    if values.get("auto_find_batch_size"):
-        yield "max_tokens_per_batch, auto_find_batch_size: both set the size of a batch; give one of them"
 
 
 def _answer_problems(values: Mapping[str, Any]):
@@ -273,6 +271,9 @@ def _training_problems(values: Mapping[str, Any]):
         yield f"num_train_epochs: must be a number above 0, got {values['num_train_epochs']}"
     if not 0 <= values.get("seed", 0) < 2**32:
         yield f"seed: must be between 0 and 2³² - 1, got {values['seed']}"
+    if values.get("auto_find_batch_size"):
+        what = "a process that has no memory left would begin anew alone, with the same rows"
+        yield f"auto_find_batch_size: {what}; lower per_device_train_batch_size, or set max_tokens_per_batch"
     processes = (values.get("accelerate_launch_args") or {}).get("num_processes", 1)
     if not str(processes).isdigit() or int(processes) < 1:
         yield f"accelerate_launch_args: num_processes must be a whole number above 0, got {processes!r}"

@@ -19,6 +19,8 @@ from tuning.model.logits import logit_arithmetic
 
 LOGITS_AT_ONCE = 2**25
 """So many logits exist at a time: 128 MB in float32, and a few times that with what their gradient needs."""
+FSDP_TAKES_CHUNKS = torch.__version__ >= (2, 13)
+"""Before, a module of FSDP's could not be called again in the backward (pytorch issues 171779, 180428)."""
 
 
 def supervised_loss(
@@ -46,6 +48,8 @@ def supervised_loss(
     targets = labels[:, 1:]
     supervised = targets != IGNORED
     targets, hidden = targets[supervised], hidden[:, :-1][supervised]
+    if not FSDP_TAKES_CHUNKS and _is_fsdp(head):
+        positions_at_once = max(1, len(targets))
     chunks = list(zip(hidden.split(positions_at_once), targets.split(positions_at_once), strict=True))
     chunks += [(hidden[:0], targets[:0])] * (most_chunks(len(chunks), head, hidden.device) - len(chunks))
     if len(chunks) == 1:
@@ -67,8 +71,11 @@ def most_chunks(number: int, head: Callable, device: torch.device) -> int:
 
 
 def _is_gathered(head: nn.Module) -> bool:
-    by_fsdp = any(isinstance(module, FSDPModule) for module in head.modules())
-    return by_fsdp or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+    return _is_fsdp(head) or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+
+
+def _is_fsdp(head: Callable) -> bool:
+    return isinstance(head, nn.Module) and any(isinstance(module, FSDPModule) for module in head.modules())
 
 
 def install_supervised_loss(model: PreTrainedModel) -> None:

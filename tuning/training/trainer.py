@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,8 @@ class SupervisedTrainer(ResumableTrainer):
             plugin.transformer_cls_names_to_wrap = self.wrap_classes or None
             if mixed or (self.keep_master_weights and compute_in_half(self.model, plugin)):
                 raise_trained(self.model)
+            if mixed:  # the loss is no activation: it would be rounded to 16 bits, or overflow
+                plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
             give_addresses(self.model)
 
     def settle_batches(self) -> None:
