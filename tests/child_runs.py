@@ -56,7 +56,10 @@ def finish(process: multiprocessing.Process, options: dict) -> tuple[int, str]:
 
 def kill(process: multiprocessing.Process) -> None:
     """Kill a run and its data workers."""
-    os.killpg(process.pid, signal.SIGKILL)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has just begun: there is no group of its own yet, and no worker
+        process.kill()
     process.join()
 
 
