@@ -108,7 +108,7 @@ def open_page(browser, tmp_path_factory):
     def open_page(path) -> tuple[str, list[str]]:
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         command += ["--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom"]
-        done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     return open_page

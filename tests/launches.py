@@ -37,7 +37,7 @@ def run_jobs(strategy: str, jobs: list[dict], folder: Path) -> str:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     process = start(strategy, [RANKS, str(folder / "jobs.json")])
     try:
-        printed, _ = process.communicate(timeout=600)
+        printed, _ = process.communicate(timeout=1500)
     finally:
         process.kill()
     assert process.returncode == 0, printed[-6000:]

@@ -165,7 +165,7 @@ class Launched:
         self.started = sorted((c for c in children if SCRIPT in c.cmdline()), key=lambda child: child.environ()["RANK"])
         return self.started
 
-    def finish(self, timeout: float = 120) -> tuple[int, str]:
+    def finish(self, timeout: float = 400) -> tuple[int, str]:
         try:
             code = self.process.wait(timeout)
         finally:
@@ -177,7 +177,7 @@ class Launched:
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    log, until = folder / "training_logs.jsonl", time.monotonic() + 120
+    log, until = folder / "training_logs.jsonl", time.monotonic() + 400
     while not (log.exists() and len(log.read_text().splitlines()) >= step):
         assert time.monotonic() < until, "training does not begin"
         time.sleep(0.1)
@@ -239,7 +239,7 @@ def test_a_process_that_dies_is_named_and_the_others_end(train, tmp_path):
     wait_for_step(tmp_path / "out", 3)
     victim = launched.ranks()[1]
     victim.kill()
-    code, said = launched.finish(60)
+    code, said = launched.finish()
     assert code == 203
     assert f"process 1 (pid {victim.pid}) is gone" in said
     assert "Traceback" not in said

@@ -15,5 +15,5 @@ leave(143)
 
 
 def test_a_process_leaves_with_its_exit_code_and_all_it_has_to_say():
-    ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stdout) == (143, "last words, registered\n"), ended.stderr

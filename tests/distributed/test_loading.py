@@ -17,7 +17,7 @@ from tuning.model import load
 def test_a_process_that_is_sent_a_7b_takes_its_share_and_one_weight_more():
     script = Path(__file__).with_name("load_7b.py")
     environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["whole"] > 14e9  # 7.06 billion parameters in bfloat16

@@ -96,7 +96,7 @@ def open_page(chromium):
         tab.strange = []
         tab.on("request", lambda request: note(tab, request.url))
         tab.on("pageerror", lambda error: tab.strange.append(str(error)))
-        tab.set_default_timeout(15_000)
+        tab.set_default_timeout(60_000)
         tab.goto(address)
         tab.wait_for_selector("textarea")
         tabs.append(context)
@@ -121,7 +121,7 @@ def said(tab, column, who="bot"):
     return tab.locator(".talk").nth(column).locator(f"[data-testid={who}] .message-content").all_inner_texts()
 
 
-def wait_for(condition, seconds=15):
+def wait_for(condition, seconds=60):
     until = time.monotonic() + seconds
     while not condition() and time.monotonic() < until:
         time.sleep(0.05)
@@ -174,7 +174,7 @@ def test_interrupted_it_leaves_nothing_behind(command, open_page):
     process, address, folder = command
     open_page(address)  # a tab that is open does not hold it up
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=20)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert printed == "\nThe chat is closed.\n"
     assert list((folder / "here").iterdir()) == []
@@ -190,7 +190,7 @@ class Gated:
         self.pieces = queue.Queue()
 
     def reply(self, messages, images):
-        while piece := self.pieces.get(timeout=20):
+        while piece := self.pieces.get(timeout=120):
             if isinstance(piece, Exception):
                 raise piece
             yield piece

@@ -220,7 +220,7 @@ def test_the_page_of_a_real_check_opens_in_a_browser(make_options, capsys):
     run_check(options, capsys)
     page = os.path.join(options["output_dir"], "check.html")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
     assert "No problems in 16 rows" in shown
     assert re.search(r"\d+ image tokens", shown)
     assert 'src="data:image/jpeg;base64,' in shown

@@ -262,7 +262,7 @@ def test_two_processes_answer_as_one_from_a_json_file(predict, trained, rows, tm
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "counting.py").write_text(COUNTING)
     command = [sys.executable, str(tmp_path / "counting.py"), str(tmp_path / "config.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"asked_of_{rank}").read_text() for rank in "01"] == ["333", "331"]
     lines = [{k: v for k, v in line.items() if k != "scores"} for line in read_lines(tmp_path / "two.jsonl")]
