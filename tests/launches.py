@@ -15,7 +15,7 @@ def start(strategy: str, arguments: list[str], **environ: str) -> subprocess.Pop
     """`accelerate launch` of two processes; under `fsdp` they really shard, see ranks.py."""
     config = str(ROOT / "fixtures" / FIXTURES[strategy])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environ
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environ  # of this checkout, whichever is installed
     environment |= {"FSDP_ON_CPU": "1"} if strategy == "fsdp" else {}
     return subprocess.Popen(
         [*command, f"--config_file={config}", *arguments],

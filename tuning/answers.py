@@ -57,7 +57,7 @@ class Answers:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(to_lines(new.values()))
         except OSError as error:
-            raise UserError(f"cannot be written: {error.strerror}.", str(self.path)) from error
+            raise UserError(where=str(self.path), problem=f"cannot be written: {error.strerror}.") from error
         self._is_new = False
 
 
@@ -66,13 +66,17 @@ def check_output(output: Path, ours: Sequence[Answers], *, overwrite: bool) -> N
     summary = read_json(scores_file(output)) or {}
     keys, names = summary.get("keys") or {}, summary.get("models") or {}
     if output.exists() and not keys:
-        raise UserError("is there already, and is no file of answers.", str(output), "Give another output.")
+        raise UserError(
+            where=str(output), problem="is there already, and is no file of answers.", fix="Give another output."
+        )
     lost = [names.get(field, "a model") for key, field in keys.items() if key not in {answers.key for answers in ours}]
     if output.exists() and lost and not overwrite:
         raise UserError(
-            f"holds the answers of {' and '.join(lost)}: of another model, of other rows, or under other settings.",
-            str(output),
-            "Give another output, name that model as compare, or set overwrite true.",
+            where=str(output),
+            problem=(
+                f"holds the answers of {' and '.join(lost)}: of another model, of other rows, or under other settings."
+            ),
+            fix="Give another output, name that model as compare, or set overwrite true.",
         )
 
 
@@ -161,7 +165,7 @@ def finish(
         write_json(scores_file(output), summary)
         write_text(output.with_suffix(".html"), render_answers(lines, summary, show_pictures))
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}.", str(output)) from error
+        raise UserError(where=str(output), problem=f"cannot be written: {error.strerror}.") from error
     for _, answers in answered:
         answers.path.unlink(missing_ok=True)
     say(in_words(summary, output))

@@ -74,11 +74,13 @@ class Speaker:
         """The answer in pieces, to a prompt as it is trained. Raises `UserError` where it cannot be asked."""
         limit = self.encoder.max_images
         if limit is not None and len(images) > limit:
-            raise UserError(f"the model takes {limit} image{'s'[: limit - 1]} a conversation; there are {len(images)}.")
+            raise UserError(
+                problem=f"the model takes {limit} image{'s'[: limit - 1]} a conversation; there are {len(images)}."
+            )
         question = ask(Row({"messages": messages, "images": images}, "chat", 0), self.encoder)
         room = self.encoder.max_seq_length - len(question.sample.sequence["input_ids"])
         if room < 1:
-            raise UserError("the conversation fills all that the model can read.")
+            raise UserError(problem="the conversation fills all that the model can read.")
         settings = greedy_settings(
             self.loaded.model,
             self.loaded.processor.tokenizer,
@@ -92,7 +94,7 @@ class Speaker:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise UserError("there is not enough memory for this conversation.") from error
+            raise UserError(problem="there is not enough memory for this conversation.") from error
 
     @contextlib.contextmanager
     def own_voice(self) -> Iterator[None]:
@@ -134,14 +136,16 @@ def is_base_of(name: str, loaded: LoadedModel) -> bool:
 def check_page(port: int) -> None:
     """Raises `UserError` where there can be no page; models take longer to load."""
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the chat needs gradio.", fix='Install it: pip install "vlm-tuning[chat]"')
+        raise UserError(problem="the chat needs gradio.", fix='Install it: pip install "vlm-tuning[chat]"')
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port or -1))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or "it must be from 1 to 65535"
-            raise UserError(f"{port} cannot be used: {reason}.", "port", "Give another one with --port.") from error
+            raise UserError(
+                where="port", problem=f"{port} cannot be used: {reason}.", fix="Give another one with --port."
+            ) from error
 
 
 def run(argv: Sequence[str]) -> None:

@@ -117,7 +117,7 @@ def _text_parts(text: str) -> list[dict[str, Any]]:
 
 def sentence(error: UserError) -> str:
     """What went wrong, with a capital letter; advice about rows of data is left out."""
-    return error.what[:1].upper() + error.what[1:]
+    return error.problem[:1].upper() + error.problem[1:]
 
 
 def read_question(text: str, files: Sequence[str], speakers: int) -> Turn:
@@ -128,7 +128,7 @@ def read_question(text: str, files: Sequence[str], speakers: int) -> Turn:
         try:
             images.append(load_image(str(path), path.parent, path.name, ImageRules(allow_outside=True)))
         except UserError as error:
-            raise UserError(f"'{path.name}': {error.what}") from error
+            raise UserError(problem=f"'{path.name}': {error.problem}") from error
         preview = images[-1].copy()
         preview.thumbnail(SHOWN)
         shown.append(str(path.with_name(f"{path.stem}-shown.png")))

@@ -307,7 +307,7 @@ def write_report(report: Report, output_dir: Path) -> None:
         write_json(output_dir / "check.json", report.to_dict())
         write_text(output_dir / "check.html", render_page(report))
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {output_dir}") from error
+        raise UserError(where=f"output_dir {output_dir}", problem=f"cannot be written: {error.strerror}.") from error
 
 
 def describe(report: Report, output_dir: str) -> str:
@@ -330,10 +330,11 @@ def run(argv: Sequence[str]) -> None:
     report = check(config)
     say(describe(report, config.training.output_dir))
     if not report.is_clean:
+        bad_rows = report.totals["bad_rows"] + report.totals.get("validation_bad_rows", 0)
         raise UserError(
-            f"{report.totals['bad_rows'] + report.totals.get('validation_bad_rows', 0):,} rows cannot be trained.",
-            str(Path(config.training.output_dir, "check.json")),
-            "It names every one of them.",
+            where=str(Path(config.training.output_dir, "check.json")),
+            problem=f"{bad_rows:,} rows cannot be trained.",
+            fix="It names every one of them.",
         )
     say("No problems.")
 

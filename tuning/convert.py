@@ -60,7 +60,9 @@ def convert(path: str, out: Path, data: DataArguments) -> int:
     """
     kind = WRITERS.get(out.suffix)
     if kind is None:
-        raise UserError(f"cannot write {out.suffix or 'this kind of'} files.", str(out), "Use .jsonl or .parquet.")
+        raise UserError(
+            where=str(out), problem=f"cannot write {out.suffix or 'this kind of'} files.", fix="Use .jsonl or .parquet."
+        )
     _refuse_existing(out)
     source = open_source(
         path,
@@ -88,9 +90,9 @@ def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedIm
         field = row.form.text_fields[0]
         with blame_field(field):
             raise UserError(
-                "has assistant turns: they are context here, but the documented form would train them.",
-                f"{row.where}, field '{field}'",
-                "Train on the data as it is.",
+                where=f"{row.where}, field '{field}'",
+                problem="has assistant turns: they are context here, but the documented form would train them.",
+                fix="Train on the data as it is.",
                 kind="prompt with answers",
             )
     if count_images(messages) != len(stored):
@@ -199,7 +201,7 @@ WRITERS: dict[str, type[JsonLines] | type[Parquet]] = {".jsonl": JsonLines, ".pa
 
 def _refuse_existing(path: Path) -> None:
     if path.exists() or path.is_symlink():
-        raise UserError("exists already.", str(path), "Give another name, or remove it.")
+        raise UserError(where=str(path), problem="exists already.", fix="Give another name, or remove it.")
 
 
 @contextmanager
@@ -207,12 +209,12 @@ def _blame_writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror or error}.", str(out)) from error
+        raise UserError(where=str(out), problem=f"cannot be written: {error.strerror or error}.") from error
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}.", "convert", "--help lists the options.")
+        raise UserError(where="convert", problem=f"{message}.", fix="--help lists the options.")
 
 
 def _make_parser() -> argparse.ArgumentParser:

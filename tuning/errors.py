@@ -1,5 +1,6 @@
 """What went wrong, for whom: errors the user can mend, and the exit codes of every command."""
 
+import functools
 import os
 import signal
 import sys
@@ -19,21 +20,28 @@ LAUNCHED = "VLM_TUNING_LAUNCHED"
 
 
 class UserError(Exception):
-    """The user's input is at fault. `what` happened, `where` (file, row, field), and the `fix`.
+    """The user's input is at fault: `where` (file, row, field), what the `problem` is, and how to `fix` it.
 
-    Shown as one message without a traceback; every other exception keeps its traceback. Errors of a row also have a
-    `kind`, by which a report groups them, and the `field` they were found in.
+    Shown as one message in that order, without a traceback. Every other exception keeps its traceback. Errors of a row
+    also have the `field` they were found in, and a `kind`, by which a report groups them.
     """
 
-    def __init__(self, what: str, where: str = "", fix: str = "", *, kind: str = ""):
-        super().__init__(what, where, fix)
-        self.what, self.where, self.fix = what, where, fix
-        self.kind, self.field = kind, ""
+    def __init__(self, *, problem: str, where: str = "", fix: str = "", field: str = "", kind: str = ""):
+        super().__init__(problem)
+        self.where, self.problem, self.fix = where, problem, fix
+        self.field, self.kind = field, kind
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         advice = f" {self.fix}" if self.fix else ""
-        return f"{place}{self.what}{advice}"
+        return f"{place}{self.problem}{advice}"
+
+    def __reduce__(self):  # exceptions pickle their positional arguments, and there are none
+        return functools.partial(UserError, **vars(self)), ()
+
+    def with_field(self, field: str) -> "UserError":
+        """The same error, found in `field` if it does not name a field yet."""
+        return UserError(**{**vars(self), "field": self.field or field})
 
 
 class RunEnded(Exception):
@@ -49,12 +57,11 @@ class RunEnded(Exception):
 
 @contextmanager
 def blame_field(name: str):
-    """Note on every `UserError` raised inside that it was found in the field `name`."""
+    """Name the field `name` in every `UserError` raised inside that names none."""
     try:
         yield
     except UserError as error:
-        error.field = error.field or name
-        raise
+        raise error.with_field(name) from error.__cause__
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
     """Merge, or check for an engine. Raises `UserError`, or `RunEnded` where the merged model is not right."""
     adapter = find_adapter(options.adapter, options.base)
     if adapter is None:
-        raise UserError("is no adapter: it has no adapter_config.json.", f"adapter {options.adapter}")
+        raise UserError(where=f"adapter {options.adapter}", problem="is no adapter: it has no adapter_config.json.")
     source = ModelSource(adapter.base, trust_remote_code=options.trust_remote_code, use_flash_attn=False)
     base, config, processor = load_base_config(source, adapter)
     repository = open_repository(options.push_to_hub) if options.push_to_hub else None
@@ -90,7 +90,7 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
 def written_beside(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name at the end, and is gone if there is no good end."""
     if output.exists():
-        raise UserError("is there already.", f"output {output}", "Give a folder that does not exist.")
+        raise UserError(where=f"output {output}", problem="is there already.", fix="Give a folder that does not exist.")
     folder = output.with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -98,7 +98,7 @@ def written_beside(output: Path) -> Iterator[Path]:
         yield folder
         put_in_place(folder, output)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror or error}.", f"output {output}") from error
+        raise UserError(where=f"output {output}", problem=f"cannot be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -107,7 +107,7 @@ def check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed + SPARE_DISK:
         what = f"{(needed + SPARE_DISK) / 1e6:,.0f} MB are needed, and {free / 1e6:,.0f} MB are free."
-        raise UserError(what, f"output {output}", "Make room, or give another folder.")
+        raise UserError(where=f"output {output}", problem=what, fix="Make room, or give another folder.")
 
 
 def say_merge(merge: Merge, adapter: Adapter) -> None:
@@ -236,9 +236,9 @@ def serve(
         say(note)
     if serving.obstacles:
         raise UserError(
-            "\n  - ".join([f"{options.target} would not load all of this adapter:", *serving.obstacles]) + "\n",
-            str(adapter.folder),
-            f"Merge it instead: vlm-tuning export --adapter {options.adapter} --output DIR",
+            where=str(adapter.folder),
+            problem="\n  - ".join([f"{options.target} would not load all of this adapter:", *serving.obstacles]) + "\n",
+            fix=f"Merge it instead: vlm-tuning export --adapter {options.adapter} --output DIR",
         )
     if options.output:
         output = Path(options.output).expanduser()
@@ -252,9 +252,11 @@ def serve(
     elif serving.renamed:
         name, wanted = next(iter(serving.renamed.items()))
         raise UserError(
-            f"{len(serving.renamed)} modules have another name in {options.target}, such as {wanted} for {name}.",
-            str(adapter.folder),
-            "Add --output DIR to write the adapter under those names.",
+            where=str(adapter.folder),
+            problem=(
+                f"{len(serving.renamed)} modules have another name in {options.target}, such as {wanted} for {name}."
+            ),
+            fix="Add --output DIR to write the adapter under those names.",
         )
     say(how_to_serve(options, serving, adapter))
 
@@ -275,7 +277,7 @@ def open_repository(name: str) -> Any:
         return HfApi().create_repo(name, exist_ok=True)
     except CANNOT_UPLOAD as error:
         raise UserError(
-            f"cannot be opened: {explain(error)}.", f"push_to_hub {name}", "Nothing was written."
+            where=f"push_to_hub {name}", problem=f"cannot be opened: {explain(error)}.", fix="Nothing was written."
         ) from error
 
 
@@ -292,9 +294,9 @@ def push(folder: Path, repository: Any) -> None:
         HfApi().create_commit(repository.repo_id, operations, commit_message="Upload model")
     except CANNOT_UPLOAD as error:
         raise UserError(
-            f"cannot be uploaded: {explain(error)}. The folder {folder} is complete.",
-            f"push_to_hub {repository.repo_id}",
-            f"Upload it with: hf upload {repository.repo_id} {folder}",
+            where=f"push_to_hub {repository.repo_id}",
+            problem=f"cannot be uploaded: {explain(error)}. The folder {folder} is complete.",
+            fix=f"Upload it with: hf upload {repository.repo_id} {folder}",
         ) from error
     say(f"Uploaded to {repository}.")
 
@@ -302,9 +304,9 @@ def push(folder: Path, repository: Any) -> None:
 def run(argv: Sequence[str]) -> None:
     options, rows = read_command(argv, ExportArguments, RowArguments, required=["adapter"])
     if options.target not in (None, "vllm", "transformers"):
-        raise UserError(f"target: {options.target!r} is unknown; use vllm or transformers", "config")
+        raise UserError(where="config", problem=f"target: {options.target!r} is unknown; use vllm or transformers")
     if not options.target and not options.output:
-        raise UserError("output: is required", "config")
+        raise UserError(where="config", problem="output: is required")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # said in our own words
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")

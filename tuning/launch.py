@@ -54,9 +54,9 @@ def check_processes(number: int) -> None:
     told = int(os.environ.get("WORLD_SIZE", "1"))
     if told != number:
         raise UserError(
-            f"there should be {told} processes, but this one knows of {number}; each would do all of the work.",
-            f"WORLD_SIZE {told}",
-            "Start them with accelerate launch or torchrun, on devices that can be connected, or unset WORLD_SIZE.",
+            where=f"WORLD_SIZE {told}",
+            problem=f"there should be {told} processes, but this one knows of {number}; each would do all of the work.",
+            fix="Start them with accelerate launch or torchrun, on devices that can be connected, or unset WORLD_SIZE.",
         )
 
 
@@ -91,7 +91,9 @@ def launch(
     parsed = parser.parse_args([*flags, str(script), *arguments])
     if parsed.cpu and (parsed.num_processes or 1) > 1:
         what = f"accelerate starts one process with it, not {parsed.num_processes}."
-        raise UserError(what, "accelerate_launch_args use_cpu", "Put use_cpu true beside accelerate_launch_args.")
+        raise UserError(
+            where="accelerate_launch_args use_cpu", problem=what, fix="Put use_cpu true beside accelerate_launch_args."
+        )
     parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's option; the others are ours to pass on
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
@@ -105,7 +107,7 @@ def launch(
     except subprocess.CalledProcessError as error:
         raise ended(error.returncode, "the process", passed_on) from error
     except ValueError as error:  # options that do not go together
-        raise UserError(str(error).splitlines()[0], "accelerate_launch_args") from error
+        raise UserError(where="accelerate_launch_args", problem=str(error).splitlines()[0]) from error
 
 
 def launch_flags(launch_args: Mapping[str, Any], parser: Any, settings: Path = DEFAULTS) -> list[str]:
@@ -121,9 +123,9 @@ def launch_flags(launch_args: Mapping[str, Any], parser: Any, settings: Path = D
         if action is None:
             near = difflib.get_close_matches(name, list(known), n=1)
             raise UserError(
-                f"{name}: accelerate launch has no such option.",
-                "accelerate_launch_args",
-                f"Did you mean {near[0]}?" if near else "accelerate launch --help lists them.",
+                where="accelerate_launch_args",
+                problem=f"{name}: accelerate launch has no such option.",
+                fix=f"Did you mean {near[0]}?" if near else "accelerate launch --help lists them.",
             )
         flag = action.option_strings[0]
         if action.nargs == 0:

@@ -160,15 +160,15 @@ def find_quantization(config: RunConfig, model_config: PreTrainedConfig, skeleto
     is_divided = is_fsdp_asked_for() or bool(config.training.fsdp) or (zero is not None and zero.zero_stage == 3)
     if kind == "8bit" and is_divided:
         raise UserError(
-            "FSDP and ZeRO-3 cannot divide 8-bit weights between processes.",
-            "quantization 8bit",
-            "Use quantization 4bit, or let every process have the whole model (DDP).",
+            where="quantization 8bit",
+            problem="FSDP and ZeRO-3 cannot divide 8-bit weights between processes.",
+            fix="Use quantization 4bit, or let every process have the whole model (DDP).",
         )
     if kind == "8bit" and config.lora.use_dora and config.training.device.type == "cpu":
         raise UserError(
-            "PEFT loses the scales of 8-bit weights when it trains DoRA on a CPU.",
-            "quantization 8bit, use_dora",
-            "Use quantization 4bit, or LoRA without use_dora.",
+            where="quantization 8bit, use_dora",
+            problem="PEFT loses the scales of 8-bit weights when it trains DoRA on a CPU.",
+            fix="Use quantization 4bit, or LoRA without use_dora.",
         )
     return plan_quantization(
         skeleton,

@@ -105,7 +105,9 @@ def check_models(models: Sequence[ModelSource]) -> None:
         try:
             load_base_config(model, find_adapter(model.model_name_or_path))
         except UserError as error:
-            raise UserError(error.what, error.where.replace("model_name_or_path", name), error.fix) from error
+            raise UserError(
+                where=error.where.replace("model_name_or_path", name), problem=error.problem, fix=error.fix
+            ) from error
 
 
 def identify(source: ModelSource, rows: RowArguments, options: PredictArguments, data: Source) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def answer_rows(
                 answers.add(kept)
             number_kept += len(kept)
             if bad and rows.on_bad_row == "error":
-                raise UserError(bad[0]["error"], fix="Mend the row, or set on_bad_row skip.")
+                raise UserError(problem=bad[0]["error"], fix="Mend the row, or set on_bad_row skip.")
             bar.update(len(everyones))
 
 

@@ -53,7 +53,7 @@ def write_facts(
     try:
         write_json(path, facts)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {path.parent}") from error
+        raise UserError(where=f"output_dir {path.parent}", problem=f"cannot be written: {error.strerror}.") from error
 
 
 def _name_data(config: RunConfig) -> str:

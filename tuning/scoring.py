@@ -23,9 +23,13 @@ def check_metrics(names: Sequence[str], option: str = "metrics") -> None:
         if name not in METRICS:
             near = difflib.get_close_matches(name, METRICS, n=1)
             guess = f"Did you mean {near[0]}? " if near else ""
-            raise UserError(f"{name}: there is no such score.", option, f"{guess}There are {', '.join(METRICS)}.")
+            raise UserError(
+                where=option, problem=f"{name}: there is no such score.", fix=f"{guess}There are {', '.join(METRICS)}."
+            )
         if name in NEED_RAPIDFUZZ and find_spec("rapidfuzz") is None:
-            raise UserError(f"{name} needs rapidfuzz.", option, 'Install it: pip install "vlm-tuning[metrics]"')
+            raise UserError(
+                where=option, problem=f"{name} needs rapidfuzz.", fix='Install it: pip install "vlm-tuning[metrics]"'
+            )
 
 
 def check_right_answers(names: Sequence[str], answers: Iterable[tuple[str, str]]) -> None:
@@ -211,7 +215,9 @@ def read_right_json(right: str, where: str = "") -> dict | list:
     wanted = _read_json(right)
     if not isinstance(wanted, dict | list):
         fix = "Mend the row, or choose other scores."
-        raise UserError(f"json_field_accuracy needs JSON as the right answer, not {right[:60]!r}.", where, fix)
+        raise UserError(
+            where=where, problem=f"json_field_accuracy needs JSON as the right answer, not {right[:60]!r}.", fix=fix
+        )
     return wanted
 
 

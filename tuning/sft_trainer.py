@@ -187,9 +187,9 @@ def check_launcher(config: RunConfig) -> None:
     check_processes(config.training.world_size)
     if str(processes) != "1" and not was_launched():
         raise UserError(
-            f"num_processes {processes} needs a launcher.",
-            "accelerate_launch_args",
-            f"Run accelerate launch --num_processes={processes} tuning/sft_trainer.py with the same options.",
+            where="accelerate_launch_args",
+            problem=f"num_processes {processes} needs a launcher.",
+            fix=f"Run accelerate launch --num_processes={processes} tuning/sft_trainer.py with the same options.",
         )
 
 
@@ -277,7 +277,7 @@ def prepare_output(config: RunConfig, progress: Progress, identity: dict[str, An
         write_json(output_dir / CONFIG_FILE, config.to_dict())
         return lock
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}.", f"output_dir {output_dir}") from error
+        raise UserError(where=f"output_dir {output_dir}", problem=f"cannot be written: {error.strerror}.") from error
 
 
 def options_of_trainer(config: RunConfig) -> dict[str, Any]:
@@ -331,7 +331,9 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
     metrics: dict[str, float] = {}
     if len(set(trainer.processes.share([progress.global_step])[:, 0].tolist())) > 1:
         where = f"output_dir {config.training.output_dir}"
-        raise UserError("the machines find different checkpoints here.", where, "Give one that all of them share.")
+        raise UserError(
+            where=where, problem="the machines find different checkpoints here.", fix="Give one that all of them share."
+        )
     if progress.folder and progress.trained_to_end:
         say(f"{progress.folder} is the end of training: only the final model remains to be saved.")
         trainer.take_state(progress.folder)

@@ -85,7 +85,7 @@ def test_a_run_that_goes_on_continues_its_page(make_options, pages, tmp_path):
 
 
 def test_a_run_that_fails_says_so_on_its_page(make_options, rows, pages, monkeypatch, tmp_path):
-    fail = UserError("the loss became nan.", "row 3", "Look at it.")
+    fail = UserError(where="row 3", problem="the loss became nan.", fix="Look at it.")
 
     def meet_error(self, *rest):
         if self.state.global_step == 2:

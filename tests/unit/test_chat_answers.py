@@ -191,7 +191,7 @@ def test_each_speaker_is_asked_its_own_conversation_without_questions_left_open(
 
 def test_an_error_of_one_is_shown_in_its_place_and_the_other_answers():
     talk = Talk([asked("q", "", "")])
-    for _ in answer(talk, [Fake("Half", UserError("there is no room.", fix="Mend it.")), Fake("Whole.")]):
+    for _ in answer(talk, [Fake("Half", UserError(problem="there is no room.", fix="Mend it.")), Fake("Whole.")]):
         pass
     assert talk.shown(0)[-1]["content"] == "Half\n\n⚠ There is no room."
     assert talk.shown(1)[-1]["content"] == "Whole."

@@ -264,7 +264,7 @@ def test_facts_count_what_is_in_the_batch(layout):
 
 def test_error_among_the_samples_is_what_the_batch_tells():
     encoder = encoder_of("llava15")
-    error = UserError("is broken.", "row 7")
+    error = UserError(where="row 7", problem="is broken.")
     batch = probe_collator(encoder.processor)([encoder.encode(mixed_rows()[0]), error])
     assert list(batch) == ["facts"]
     assert batch["facts"].error is error

@@ -12,7 +12,7 @@ def no_log_file(monkeypatch):
 
 
 def fail_by_user():
-    raise UserError("is not JSON.", "rows.json, row 3", "Mend it.")
+    raise UserError(where="rows.json, row 3", problem="is not JSON.", fix="Mend it.")
 
 
 def fail_by_bug():
@@ -73,9 +73,9 @@ def test_success_writes_no_termination_log(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "shown"),
     [
-        (UserError("went wrong."), "went wrong."),
-        (UserError("went wrong.", where="here"), "here: went wrong."),
-        (UserError("went wrong.", fix="Do so."), "went wrong. Do so."),
+        (UserError(problem="went wrong."), "went wrong."),
+        (UserError(where="here", problem="went wrong."), "here: went wrong."),
+        (UserError(problem="went wrong.", fix="Do so."), "went wrong. Do so."),
     ],
 )
 def test_message_has_only_what_is_known(error, shown):
@@ -83,5 +83,5 @@ def test_message_has_only_what_is_known(error, shown):
 
 
 def test_user_error_survives_pickling():
-    error = pickle.loads(pickle.dumps(UserError("is not JSON.", "rows.json", "Mend it.")))
-    assert (error.what, error.where, error.fix) == ("is not JSON.", "rows.json", "Mend it.")
+    error = pickle.loads(pickle.dumps(UserError(where="rows.json", problem="is not JSON.", fix="Mend it.")))
+    assert (error.problem, error.where, error.fix) == ("is not JSON.", "rows.json", "Mend it.")

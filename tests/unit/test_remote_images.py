@@ -114,7 +114,7 @@ def refused(url: str, rules=ALLOWED) -> str:
         load_image(url, None, WHERE, rules)
     assert caught.value.where == WHERE
     assert caught.value.kind == "remote image"
-    return caught.value.what
+    return caught.value.problem
 
 
 def test_nothing_is_fetched_unless_allowed(server):

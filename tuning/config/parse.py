@@ -42,7 +42,7 @@ def read_options(
             return read_json(path)
         if encoded := environ.get("SFT_TRAINER_CONFIG_JSON_ENV_VAR"):
             return _decode_json(encoded)
-        raise UserError("no options were given.", fix="Give flags or a JSON config file; --help lists them.")
+        raise UserError(problem="no options were given.", fix="Give flags or a JSON config file; --help lists them.")
     if not arguments[0].startswith("--"):
         options = read_json(arguments.pop(0))
     name = None
@@ -54,7 +54,7 @@ def read_options(
         elif name is not None and isinstance(options[name], _Values):
             options[name].append(argument)
         else:
-            raise UserError(f"'{argument}' is neither a flag nor the value of one.", fix="Flags begin with --.")
+            raise UserError(problem=f"'{argument}' is neither a flag nor the value of one.", fix="Flags begin with --.")
     return dict(_finish_flag(name, value, known) for name, value in options.items())
 
 
@@ -76,7 +76,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read the config file: {error.strerror}.", where=str(path)) from error
+        raise UserError(where=str(path), problem=f"cannot read the config file: {error.strerror}.") from error
     return _load_object(text, where=str(path))
 
 
@@ -85,7 +85,9 @@ def _decode_json(encoded: str) -> dict[str, Any]:
     try:
         text = base64.b64decode(encoded, validate=True).decode("utf-8")
     except (binascii.Error, UnicodeDecodeError) as error:
-        raise UserError("is not base64 of JSON text.", where, "Encode it with: base64 -w0 config.json") from error
+        raise UserError(
+            where=where, problem="is not base64 of JSON text.", fix="Encode it with: base64 -w0 config.json"
+        ) from error
     return _load_object(text, where)
 
 
@@ -94,10 +96,12 @@ def _load_object(text: str, where: str) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"not valid JSON: {error.msg}.", f"{where}, line {error.lineno}, column {error.colno}"
+            where=f"{where}, line {error.lineno}, column {error.colno}", problem=f"not valid JSON: {error.msg}."
         ) from error
     if not isinstance(value, dict):
-        raise UserError(f"expected a JSON object with option names, found a {type(value).__name__}.", where)
+        raise UserError(
+            where=where, problem=f"expected a JSON object with option names, found a {type(value).__name__}."
+        )
     return value
 
 
@@ -117,7 +121,7 @@ def build_config(options: Mapping[str, Any]) -> RunConfig:
         training_arguments = TrainingArguments(**(TRAINING_DEFAULTS | training))
         return RunConfig(**sections, training=training_arguments, notes=notes, group_by_length=groups_by_length(values))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(str(error), "config") from error
+        raise UserError(where="config", problem=str(error)) from error
 
 
 def check_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -172,7 +176,7 @@ def _coerce_all(options: Mapping[str, Any], types_of: Mapping[str, Any], problem
 def _raise_all(problems: list[str]) -> None:
     if problems:
         listed = "\n  - ".join([f"{len(problems)} problems:", *problems])
-        raise UserError(problems[0] if len(problems) == 1 else listed, "config")
+        raise UserError(where="config", problem=problems[0] if len(problems) == 1 else listed)
 
 
 def _translate_names(options: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

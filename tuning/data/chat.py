@@ -48,7 +48,7 @@ class ChatFormat:
         self.template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
         if not isinstance(self.template, str):
             raise UserError(
-                "the model has no chat template.", fix="Give one with chat_template: a Jinja file or its text."
+                problem="the model has no chat template.", fix="Give one with chat_template: a Jinja file or its text."
             )
         self.image_token: str = getattr(processor, "image_token", None) or ""
         self.end_of_turn = ""
@@ -78,9 +78,9 @@ class ChatFormat:
             text, marked = self._render(messages)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(
-                f"the chat template refuses this conversation: {error}",
-                where,
-                "Change the row or give a chat_template.",
+                where=where,
+                problem=f"the chat template refuses this conversation: {error}",
+                fix="Change the row or give a chat_template.",
                 kind="refused by the chat template",
             ) from error
         answers = None if self.has_markers else self._locate(messages, text, ROLES)  # every word is in its place
@@ -89,9 +89,9 @@ class ChatFormat:
             answers = self._marked_answers(text, marked) if self.has_markers else self._locate(messages, text)
         if answers is None:
             raise UserError(
-                "the chat template rewrites the assistant's words, so they cannot be located.",
-                where,
-                "Give a chat_template with {% generation %} markers.",
+                where=where,
+                problem="the chat template rewrites the assistant's words, so they cannot be located.",
+                fix="Give a chat_template with {% generation %} markers.",
                 kind="refused by the chat template",
             )
         return self._finish(text, answers)
@@ -103,7 +103,7 @@ class ChatFormat:
             return self._render(joined, add_generation_prompt=True)[0]
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(
-                f"the chat template refuses to ask for an answer: {error}", fix="Give another chat_template."
+                problem=f"the chat template refuses to ask for an answer: {error}", fix="Give another chat_template."
             ) from error
 
     def count_placeholders(self, text: str) -> int | None:
@@ -174,9 +174,11 @@ class ChatFormat:
                 if words.strip() in text or all(word in text for word in words.split()):
                     continue
                 raise UserError(
-                    f"the chat template leaves out words of this {message['role']} message: {words.strip()[:60]!r}.",
-                    f"{where}, message {index}",
-                    "Change the row or give a chat_template.",
+                    where=f"{where}, message {index}",
+                    problem=(
+                        f"the chat template leaves out words of this {message['role']} message: {words.strip()[:60]!r}."
+                    ),
+                    fix="Change the row or give a chat_template.",
                     kind="words left out by the chat template",
                 )
 
@@ -223,7 +225,7 @@ class ChatFormat:
         question, mark = _message("user", "q"), PROBE.format(0)
         if mark not in self._try_render([question, _message("assistant", mark)]):
             raise UserError(
-                "the chat template does not render an assistant's answer.", fix="Give another chat_template."
+                problem="the chat template does not render an assistant's answer.", fix="Give another chat_template."
             )
         text, marked = self._render([question, _message("assistant", mark)])
         before, after = text.split(mark)

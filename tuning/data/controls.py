@@ -42,9 +42,9 @@ class ControlTokens:
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         if any(self._hidden.search(text) for text in texts):
             raise UserError(
-                f"holds private-use characters from U+{FIRST_STAND_IN:X} on.",
-                where,
-                "Remove them.",
+                where=where,
+                problem=f"holds private-use characters from U+{FIRST_STAND_IN:X} on.",
+                fix="Remove them.",
                 kind="odd characters",
             )
         if not self._typed.search("".join(texts)):
@@ -61,7 +61,10 @@ class ControlTokens:
             if found := typed.search(joined):  # only where parts meet is one left
                 advice = "Make one text of the parts."
                 raise UserError(
-                    f"{found[0]} is spread over two text parts.", where, advice, kind="control token across parts"
+                    where=where,
+                    problem=f"{found[0]} is spread over two text parts.",
+                    fix=advice,
+                    kind="control token across parts",
                 )
             parts.append(part)
         return {**message, "content": parts}

@@ -103,9 +103,9 @@ class Encoder:
         with blame_field(text_field):
             if len(messages) > self.max_messages:
                 raise UserError(
-                    f"{len(messages)} messages are more than max_messages_per_row {self.max_messages}.",
-                    where,
-                    "Split the row, or raise max_messages_per_row.",
+                    where=where,
+                    problem=f"{len(messages)} messages are more than max_messages_per_row {self.max_messages}.",
+                    fix="Split the row, or raise max_messages_per_row.",
                     kind="too many messages",
                 )
             chat = self.chat.render(messages, where)
@@ -321,21 +321,19 @@ class Encoder:
 
 def _blame_text(prepared: Prepared, what: str, advice: str, *, kind: str) -> UserError:
     field = prepared.row.form.text_fields[-1]
-    error = UserError(what, f"{prepared.row.where}, field '{field}'", advice, kind=kind)
-    error.field = field
-    return error
+    where = f"{prepared.row.where}, field '{field}'"
+    return UserError(where=where, problem=what, fix=advice, field=field, kind=kind)
 
 
 def wrong_number_of_images(row: Row, placeholders: int, images: int) -> UserError:
     fields = [f"'{name}'" for name in (row.form.text_fields[0], row.form.image_field) if name]
-    error = UserError(
-        f"the messages have {placeholders} image placeholders, but there are {images} images.",
-        f"{row.where}, field{'s'[: len(fields) - 1]} {' and '.join(fields)}",
-        'Give one {"type": "image"} part for each image.',
+    return UserError(
+        where=f"{row.where}, field{'s'[: len(fields) - 1]} {' and '.join(fields)}",
+        problem=f"the messages have {placeholders} image placeholders, but there are {images} images.",
+        fix='Give one {"type": "image"} part for each image.',
+        field=row.form.image_field or row.form.text_fields[0],
         kind="wrong number of images",
     )
-    error.field = row.form.image_field or row.form.text_fields[0]
-    return error
 
 
 def _expansions(inputs: dict[str, Any]) -> list[dict]:

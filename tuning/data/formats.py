@@ -55,9 +55,13 @@ class RowFormat:
             with blame_field(field):
                 if value and not isinstance(value, (str, list, tuple)):
                     found = f"{type(value).__name__} {str(value)[:60]}"
-                    raise UserError(f"expected text or messages, found {found}.", place, kind="malformed content")
+                    raise UserError(
+                        where=place, problem=f"expected text or messages, found {found}.", kind="malformed content"
+                    )
                 if not value:
-                    raise UserError("is empty.", place, "Fill it in or drop the row.", kind="empty content")
+                    raise UserError(
+                        where=place, problem="is empty.", fix="Fill it in or drop the row.", kind="empty content"
+                    )
             values.append([{"role": role, "content": value}] if isinstance(value, str) else list(value))
         prompt, completion = values
         with blame_field(self.text_fields[1]):
@@ -65,13 +69,20 @@ class RowFormat:
             messages = read_messages([*prompt, *completion], place, image_strings=self.image_strings)
             if not any(message["role"] == "assistant" for message in messages[len(prompt) :]):
                 place = f"{where}, field '{self.text_fields[1]}'"
-                raise UserError("has no assistant turn.", place, "Add an answer or drop the row.", kind="no answer")
+                raise UserError(
+                    where=place,
+                    problem="has no assistant turn.",
+                    fix="Add an answer or drop the row.",
+                    kind="no answer",
+                )
         if stored and not any(part["type"] == "image" for message in messages for part in message["content"]):
             first = next((i for i, message in enumerate(messages[: len(prompt)]) if message["role"] != "system"), None)
             if first is None:
                 with blame_field(self.text_fields[0]):
                     place = f"{where}, field '{self.text_fields[0]}'"
-                    raise UserError("has no user message for the images to be in.", place, kind="no question")
+                    raise UserError(
+                        where=place, problem="has no user message for the images to be in.", kind="no question"
+                    )
             images = [{"type": "image"} for _ in stored]  # a prompt that does not place its images has them first
             messages[first] = {**messages[first], "content": [*images, *messages[first]["content"]]}
         return Conversation(*take_images(messages, stored), trained_from=len(prompt))
@@ -110,7 +121,7 @@ def _find_text_fields(names: Sequence[str], text_field: str, where: str) -> tupl
 
 
 def _missing(option: str, field: str, names: Sequence[str], where: str) -> UserError:
-    return UserError(f"has no column '{field}'; it has: {', '.join(names)}.", where, f"Set {option}.")
+    return UserError(where=where, problem=f"has no column '{field}'; it has: {', '.join(names)}.", fix=f"Set {option}.")
 
 
 def describe_format(form: RowFormat, text_field: str, image_field: str) -> str | None:

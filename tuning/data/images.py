@@ -131,9 +131,11 @@ def _open(content: Image.Image | Path | bytes, where: str, rules: ImageRules) ->
         raise UnidentifiedImageError
     if image.width * image.height > rules.max_pixels:
         raise UserError(
-            f"the image has {image.width}×{image.height} pixels, more than max_image_pixels {rules.max_pixels}.",
-            where,
-            "Make it smaller, drop the row, or raise max_image_pixels.",
+            where=where,
+            problem=(
+                f"the image has {image.width}×{image.height} pixels, more than max_image_pixels {rules.max_pixels}."
+            ),
+            fix="Make it smaller, drop the row, or raise max_image_pixels.",
             kind="image too large",
         )
     return image
@@ -159,13 +161,15 @@ def _find_encoded(stored: Any, folder: Path | None, where: str, rules: ImageRule
         return _check_bytes(stored, where, rules)
     if not isinstance(stored, str) or not stored:
         found = f"{type(stored).__name__} {str(stored)[:60]!r}"
-        raise UserError(f"expected an image, found {found}.", where, kind="not an image")
+        raise UserError(where=where, problem=f"expected an image, found {found}.", kind="not an image")
     if stored.startswith("data:"):
         return _check_bytes(_decode_base64(stored.partition(",")[2]), where, rules)
     if stored.startswith(("http://", "https://")):
         if not rules.allow_remote:
             advice = "Download the images, or set allow_remote_images true."
-            raise UserError(f"the image is on the network: {stored[:200]}.", where, advice, kind="remote image")
+            raise UserError(
+                where=where, problem=f"the image is on the network: {stored[:200]}.", fix=advice, kind="remote image"
+            )
         return fetch_image(stored, where, max_bytes=rules.max_bytes)
     start = Path(rules.folder).expanduser() if rules.folder else folder or Path(".")
     name = unquote(stored.removeprefix("file://")) if stored.startswith("file://") else stored
@@ -179,7 +183,9 @@ def _find_encoded(stored: Any, folder: Path | None, where: str, rules: ImageRule
     decoded = _decode_base64(stored) if len(stored) >= 64 else b""
     if not decoded:
         advice = "Relative paths start from the data file's folder, or from image_folder."
-        raise UserError(f"there is no image file {str(path)[:500]}.", where, advice, kind="missing image file")
+        raise UserError(
+            where=where, problem=f"there is no image file {str(path)[:500]}.", fix=advice, kind="missing image file"
+        )
     return _check_bytes(decoded, where, rules)
 
 
@@ -191,9 +197,9 @@ def _check_bytes(data: bytes, where: str, rules: ImageRules) -> bytes:
 def _check_size(size: int, where: str, rules: ImageRules) -> None:
     if size > rules.max_bytes:
         raise UserError(
-            f"the image has {size / 1e6:.1f} MB, more than max_image_megabytes {rules.max_bytes / 1e6:g}.",
-            where,
-            "Make it smaller, drop the row, or raise max_image_megabytes.",
+            where=where,
+            problem=f"the image has {size / 1e6:.1f} MB, more than max_image_megabytes {rules.max_bytes / 1e6:g}.",
+            fix="Make it smaller, drop the row, or raise max_image_megabytes.",
             kind="image too large",
         )
 
@@ -202,9 +208,11 @@ def _check_place(path: Path, start: Path, where: str, rules: ImageRules) -> None
     """A data file must not make a run read, and a model learn, what lies elsewhere on the machine."""
     if not rules.allow_outside and not _is_inside(path, start):
         raise UserError(
-            f"the image {str(path)[:500]} lies outside {'image_folder' if rules.folder else 'the folder'} {start}.",
-            where,
-            "Set image_folder to a folder that holds all images, or allow_outside_paths true.",
+            where=where,
+            problem=(
+                f"the image {str(path)[:500]} lies outside {'image_folder' if rules.folder else 'the folder'} {start}."
+            ),
+            fix="Set image_folder to a folder that holds all images, or allow_outside_paths true.",
             kind="image outside image_folder",
         )
 
@@ -227,7 +235,10 @@ def _unreadable(error: BaseException, where: str) -> UserError:
     else:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
     return UserError(
-        f"the image cannot be read: {reason}.", where, "Replace it or drop the row.", kind="unreadable image"
+        where=where,
+        problem=f"the image cannot be read: {reason}.",
+        fix="Replace it or drop the row.",
+        kind="unreadable image",
     )
 
 

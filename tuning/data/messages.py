@@ -37,15 +37,15 @@ def read_messages(value: Any, where: str, *, image_strings: bool = False, needs_
     text, an empty answer, or, with `needs_answer`, a conversation without an assistant turn.
     """
     if not isinstance(value, (list, tuple)) or not value:
-        raise UserError(f"expected a list of messages, found {_brief(value)}.", where, kind="no messages")
+        raise UserError(where=where, problem=f"expected a list of messages, found {_brief(value)}.", kind="no messages")
     messages = [
         _read_message(message, f"{where}, message {index}", image_strings) for index, message in enumerate(value)
     ]
     if needs_answer and not any(message["role"] == "assistant" for message in messages):
         raise UserError(
-            "has no assistant turn, so there is nothing to train.",
-            where,
-            "Add an answer or drop the row.",
+            where=where,
+            problem="has no assistant turn, so there is nothing to train.",
+            fix="Add an answer or drop the row.",
             kind="no answer",
         )
     return messages
@@ -54,49 +54,69 @@ def read_messages(value: Any, where: str, *, image_strings: bool = False, needs_
 def _read_message(message: Any, where: str, image_strings: bool) -> Message:
     if not isinstance(message, dict):
         raise UserError(
-            f"expected an object with role and content, found {_brief(message)}.", where, kind="malformed message"
+            where=where,
+            problem=f"expected an object with role and content, found {_brief(message)}.",
+            kind="malformed message",
         )
     role, content = message.get("role"), message.get("content")
     if (speaker := message.get("from")) is not None:
         role = ROLES_OF_FROM.get(speaker, speaker) if isinstance(speaker, str) else speaker
         content = message.get("value")
     if role not in ROLES:
-        raise UserError(f"unknown role {role!r}.", where, f"Use one of {', '.join(ROLES)}.", kind="unknown role")
+        raise UserError(
+            where=where, problem=f"unknown role {role!r}.", fix=f"Use one of {', '.join(ROLES)}.", kind="unknown role"
+        )
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
         raise UserError(
-            f"content must be text or a list of parts, found {_brief(content)}.", where, kind="malformed content"
+            where=where,
+            problem=f"content must be text or a list of parts, found {_brief(content)}.",
+            kind="malformed content",
         )
     parts = [_read_part(part, f"{where}, part {index}") for index, part in enumerate(content)]
     if image_strings:
         parts = [piece for part in parts for piece in split_image_strings(part)]
     if role == "assistant" and not "".join(part.get("text", "") for part in parts).strip():
-        raise UserError("the assistant's answer is empty.", where, "Fill it in or drop the row.", kind="empty answer")
+        raise UserError(
+            where=where,
+            problem="the assistant's answer is empty.",
+            fix="Fill it in or drop the row.",
+            kind="empty answer",
+        )
     if not parts:
-        raise UserError("content is empty.", where, "Fill it in or drop the row.", kind="empty content")
+        raise UserError(
+            where=where, problem="content is empty.", fix="Fill it in or drop the row.", kind="empty content"
+        )
     return {"role": role, "content": parts}
 
 
 def _read_part(part: Any, where: str) -> dict[str, Any]:
     if not isinstance(part, dict):
-        raise UserError(f"expected an object with a type, found {_brief(part)}.", where, kind="malformed part")
+        raise UserError(
+            where=where, problem=f"expected an object with a type, found {_brief(part)}.", kind="malformed part"
+        )
     kind = part.get("type")
     if kind in ("image", "image_url"):
         source = find_source(part)
         if kind == "image_url" and source is None:
             raise UserError(
-                f"an image_url part needs image_url, found {_brief(part.get('image_url'))}.",
-                where,
+                where=where,
+                problem=f"an image_url part needs image_url, found {_brief(part.get('image_url'))}.",
                 kind="malformed part",
             )
         return {"type": "image"} if source is None else {"type": "image", "source": source}
     if kind != "text":
         raise UserError(
-            f"unknown part type {kind!r}.", where, "Use one of text, image, image_url.", kind="unknown part type"
+            where=where,
+            problem=f"unknown part type {kind!r}.",
+            fix="Use one of text, image, image_url.",
+            kind="unknown part type",
         )
     if not isinstance(part.get("text"), str):
-        raise UserError(f"a text part needs text, found {_brief(part.get('text'))}.", where, kind="malformed part")
+        raise UserError(
+            where=where, problem=f"a text part needs text, found {_brief(part.get('text'))}.", kind="malformed part"
+        )
     return {"type": "text", "text": part["text"]}
 
 

@@ -38,9 +38,9 @@ def fetch_image(url: str, where: str, *, max_bytes: int) -> bytes:
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         raise UserError(
-            f"the image {url[:200]} cannot be fetched: {reason}.",
-            where,
-            "Download it or drop the row.",
+            where=where,
+            problem=f"the image {url[:200]} cannot be fetched: {reason}.",
+            fix="Download it or drop the row.",
             kind="remote image",
         ) from error
 

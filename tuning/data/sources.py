@@ -172,7 +172,10 @@ def read_part(part: Part) -> Iterator[Row | UserError]:
             row = next(rows, None)
         except UNREADABLE as error:
             yield UserError(
-                f"cannot be read: {str(error).splitlines()[0]}", part.name, "Mend the file.", kind="unreadable"
+                where=part.name,
+                problem=f"cannot be read: {str(error).splitlines()[0]}",
+                fix="Mend the file.",
+                kind="unreadable",
             )
             return
         if row is None:
@@ -217,7 +220,7 @@ def open_source(
         parts = [_open_hub(path, split or "train", config_name, streaming)]
     prepared = [_prepare(part, text_field, image_field, more_fields) for part in parts]
     if all(next(read_part(part), None) is None for part in prepared):
-        raise UserError("has no rows.", where=path)
+        raise UserError(where=path, problem="has no rows.")
     return Source(prepared)
 
 
@@ -225,10 +228,12 @@ def _open_file(file: Path, name: str, streaming: bool) -> Part:
     builder = BUILDERS.get(file.suffix)
     if builder is None:
         raise UserError(
-            f"cannot read {file.suffix or 'this kind of'} files.", name, f"Use one of {', '.join(BUILDERS)}."
+            where=name,
+            problem=f"cannot read {file.suffix or 'this kind of'} files.",
+            fix=f"Use one of {', '.join(BUILDERS)}.",
         )
     if not file.stat().st_size:
-        raise UserError("the file is empty.", where=name)
+        raise UserError(where=name, problem="the file is empty.")
     try:
         if builder == "arrow":
             rows = datasets.Dataset.from_file(str(file))
@@ -271,16 +276,18 @@ def _names_in_json(file: Path) -> list[str]:
 def _unreadable(file: Path, name: str, error: Exception) -> UserError:
     """Find the line that is to blame where there are lines."""
     if "corresponds to no data" in str(error):
-        return UserError("has no rows.", where=name)
+        return UserError(where=name, problem="has no rows.")
     if file.suffix == ".jsonl":
         with open(file, encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(line for line in lines if line.strip()):
                 try:
                     json.loads(line)
                 except json.JSONDecodeError as fault:
-                    return UserError(f"not valid JSON: {fault.msg} (column {fault.colno}).", f"{name}, row {number}")
+                    return UserError(
+                        where=f"{name}, row {number}", problem=f"not valid JSON: {fault.msg} (column {fault.colno})."
+                    )
     reason = error.__cause__ or error
-    return UserError(f"cannot be read as {file.suffix[1:]}: {str(reason).splitlines()[0]}", where=name)
+    return UserError(where=name, problem=f"cannot be read as {file.suffix[1:]}: {str(reason).splitlines()[0]}")
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -291,10 +298,12 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         chosen = [file for file in files if named[file] == split]
         if files and not chosen:
             found = ", ".join(sorted({word for word in named.values() if word}))
-            raise UserError(f"has no split '{split}'; it has: {found}.", str(folder), "Set dataset_split.")
+            raise UserError(
+                where=str(folder), problem=f"has no split '{split}'; it has: {found}.", fix="Set dataset_split."
+            )
         files = chosen
     if not files:
-        raise UserError(f"holds no {', '.join(BUILDERS)} file.", where=str(folder))
+        raise UserError(where=str(folder), problem=f"holds no {', '.join(BUILDERS)} file.")
     return files
 
 
@@ -307,7 +316,7 @@ def _open_saved(folder: Path, split: str | None, streaming: bool) -> Part:
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, IndexError) as error:  # IndexError: saved without a row
-        raise UserError(f"cannot be read as a saved dataset: {error}.", where=str(folder)) from error
+        raise UserError(where=str(folder), problem=f"cannot be read as a saved dataset: {error}.") from error
     rows = _pick_split(saved, str(folder), split or "train")
     return Part(str(folder), rows.to_iterable_dataset() if streaming else rows, folder)
 
@@ -316,7 +325,9 @@ def _pick_split(loaded: datasets.Dataset | datasets.DatasetDict, name: str, spli
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if split not in loaded:
-        raise UserError(f"has no split '{split}'; it has: {', '.join(loaded)}.", name, "Set dataset_split.")
+        raise UserError(
+            where=name, problem=f"has no split '{split}'; it has: {', '.join(loaded)}.", fix="Set dataset_split."
+        )
     return loaded[split]
 
 
@@ -326,8 +337,8 @@ def _open_hub(name: str, split: str, config_name: str | None, streaming: bool) -
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"is neither a local file or folder nor a dataset that could be loaded: {reason}",
             where=name,
+            problem=f"is neither a local file or folder nor a dataset that could be loaded: {reason}",
             fix="Check the name, dataset_config_name and dataset_split.",
         ) from error
     return Part(name, rows, Path(datasets.config.HF_CACHE_HOME))  # where downloaded image files lie
@@ -340,13 +351,15 @@ def _prepare(part: Part, text_field: str, image_field: str, more_fields: Sequenc
     try:
         first = list(rows.take(LOOKED_AT)) if streaming else list(rows.select(_choose_rows(len(rows))))
     except UNREADABLE as error:
-        raise UserError(f"cannot be read: {str(error).splitlines()[0]}", part.name, "Mend the file.") from error
+        raise UserError(
+            where=part.name, problem=f"cannot be read: {str(error).splitlines()[0]}", fix="Mend the file."
+        ) from error
     names = list(first[0]) if streaming and first else rows.column_names or []
     if not names:
-        raise UserError("has no rows.", where=part.name)
+        raise UserError(where=part.name, problem="has no rows.")
     form = detect_format(names, first, text_field=text_field, image_field=image_field, where=part.name)
     if missing := [name for name in more_fields if name not in names]:
-        raise UserError(f"has no column '{missing[0]}'; it has: {', '.join(names)}.", part.name)
+        raise UserError(where=part.name, problem=f"has no column '{missing[0]}'; it has: {', '.join(names)}.")
     columns = list(dict.fromkeys([*form.columns, *more_fields]))
     return Part(part.name, rows.select_columns(columns), part.folder, form)
 

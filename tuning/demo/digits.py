@@ -93,7 +93,9 @@ def load_digits(output_dir: Path):
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("the demo needs scikit-learn.", fix='Install it: pip install "vlm-tuning[demo]"') from error
+        raise UserError(
+            problem="the demo needs scikit-learn.", fix='Install it: pip install "vlm-tuning[demo]"'
+        ) from error
     import numpy as np
     from PIL import Image
 

@@ -54,10 +54,14 @@ def find_adapter(name: str, base: str | None = None) -> Adapter | None:
     folder = Path(config_file).parent
     weights = folder / ADAPTER_WEIGHTS if local.exists() else cached_file(name, ADAPTER_WEIGHTS, **OPTIONAL)
     if weights is None or not Path(weights).is_file():
-        raise UserError(f"is an adapter without {ADAPTER_WEIGHTS}.", name)
+        raise UserError(where=name, problem=f"is an adapter without {ADAPTER_WEIGHTS}.")
     base = base or _read_config(folder).base_model_name_or_path
     if not base:
-        raise UserError("names no base model.", f"{folder}/adapter_config.json", "Set base_model_name_or_path in it.")
+        raise UserError(
+            where=f"{folder}/adapter_config.json",
+            problem="names no base model.",
+            fix="Set base_model_name_or_path in it.",
+        )
     return Adapter(folder, base)
 
 
@@ -79,7 +83,7 @@ def load_base_config(source: ModelSource, adapter: Adapter | None) -> tuple[Mode
         if adapter is None:
             raise
         place = f"{adapter.folder}/adapter_config.json, base_model_name_or_path {adapter.base}"
-        raise UserError(error.what, place, error.fix) from error
+        raise UserError(where=place, problem=error.problem, fix=error.fix) from error
     processor = load.load_processor(base, config)
     if adapter and has_processor(adapter.folder):
         own = load.load_processor(replace(source, model_name_or_path=str(adapter.folder)), config)
@@ -96,9 +100,9 @@ def check_same_model(own: Any, of_base: Any, adapter: Adapter) -> None:
     kinds = [f"{type(one).__name__} with {len(one.tokenizer):,} tokens" for one in (own, of_base)]
     if kinds[0] != kinds[1]:
         raise UserError(
-            f"was trained on a model with {kinds[0]}, and {adapter.base} has {kinds[1]}.",
-            str(adapter.folder),
-            "Name the model that it was trained on.",
+            where=str(adapter.folder),
+            problem=f"was trained on a model with {kinds[0]}, and {adapter.base} has {kinds[1]}.",
+            fix="Name the model that it was trained on.",
         )
 
 
@@ -151,6 +155,8 @@ def wrap(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:  # a target that is not there
-            raise UserError(f"does not fit the model: {str(error).splitlines()[0]}", str(adapter.folder)) from error
+            raise UserError(
+                where=str(adapter.folder), problem=f"does not fit the model: {str(error).splitlines()[0]}"
+            ) from error
     adapted.peft_config["default"].target_modules = targets
     return adapted

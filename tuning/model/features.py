@@ -47,7 +47,7 @@ class FeatureFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot be made: {error.strerror}.", f"{option} {folder}") from error
+            raise UserError(where=f"{option} {folder}", problem=f"cannot be made: {error.strerror}.") from error
         return cls(path)
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:

@@ -56,9 +56,9 @@ def choose_wrap_classes(model: PreTrainedModel, wanted: Sequence[str] = ()) -> l
     """The classes the user named, else those of `find_wrap_classes`. Raises `UserError` for one the model lacks."""
     if missing := set(wanted) - {type(module).__name__ for module in model.modules()}:
         raise UserError(
-            f"{type(model).__name__} contains no {', '.join(sorted(missing))}.",
-            "fsdp_transformer_layer_cls_to_wrap",
-            f"Leave it out, or choose from {', '.join(find_wrap_classes(model))}.",
+            where="fsdp_transformer_layer_cls_to_wrap",
+            problem=f"{type(model).__name__} contains no {', '.join(sorted(missing))}.",
+            fix=f"Leave it out, or choose from {', '.join(find_wrap_classes(model))}.",
         )
     return list(wanted) or find_wrap_classes(model)
 

@@ -30,20 +30,20 @@ def load_config(model: ModelSource) -> PreTrainedConfig:
     """The checkpoint's configuration. Raises `UserError` unless it is an image-text-to-text model."""
     name = model.model_name_or_path
     if (Path(name).expanduser() / "adapter_config.json").is_file():
-        raise UserError("is a LoRA adapter, not a model.", name, "Merge it first: vlm-tuning export.")
+        raise UserError(where=name, problem="is a LoRA adapter, not a model.", fix="Merge it first: vlm-tuning export.")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot be loaded as a model: {str(error).splitlines()[0]}",
-            f"model_name_or_path {name}",
-            "Give a local folder with a config.json, or a hub id.",
+            where=f"model_name_or_path {name}",
+            problem=f"cannot be loaded as a model: {str(error).splitlines()[0]}",
+            fix="Give a local folder with a config.json, or a hub id.",
         ) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not model.trust_remote_code:
         raise UserError(
-            f"is a {config.model_type} model, which does not take images and text.",
-            f"model_name_or_path {name}",
-            "Give an image-text-to-text model.",
+            where=f"model_name_or_path {name}",
+            problem=f"is a {config.model_type} model, which does not take images and text.",
+            fix="Give an image-text-to-text model.",
         )
     return config
 
@@ -61,10 +61,14 @@ def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
         )
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"has no usable processor: {str(error).splitlines()[0]}", f"model_name_or_path {name}"
+            where=f"model_name_or_path {name}", problem=f"has no usable processor: {str(error).splitlines()[0]}"
         ) from error
     if not hasattr(processor, "image_processor"):
-        raise UserError("has no image processor.", f"model_name_or_path {name}", "Give an image-text-to-text model.")
+        raise UserError(
+            where=f"model_name_or_path {name}",
+            problem="has no image processor.",
+            fix="Give an image-text-to-text model.",
+        )
     _complete(processor, config)
     _apply_settings(model.processor_kwargs, processor, config)
     if model.chat_template:
@@ -89,14 +93,17 @@ def _apply_settings(settings: dict[str, Any], processor: Any, config: PreTrained
     if unknown:
         known = ", ".join(sorted(image_processor.to_dict()))
         kind = type(image_processor).__name__
-        raise UserError(f"unknown settings {', '.join(unknown)} for {kind}; it has: {known}.", "processor_kwargs")
+        raise UserError(
+            where="processor_kwargs", problem=f"unknown settings {', '.join(unknown)} for {kind}; it has: {known}."
+        )
     for name, value in settings.items():
         if hasattr(config, name):
             setattr(config, name, value)
     tiles = getattr(getattr(config, "vision_config", None), "max_num_tiles", None)
     if tiles is not None and getattr(image_processor, "max_image_tiles", tiles) != tiles:
         raise UserError(
-            f"max_image_tiles must stay {tiles}: the model has learned a position for each of them.", "processor_kwargs"
+            where="processor_kwargs",
+            problem=f"max_image_tiles must stay {tiles}: the model has learned a position for each of them.",
         )
 
 
@@ -106,7 +113,7 @@ def _read_template(template: str) -> str:
     try:
         return Path(template).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}.", f"chat_template {template}") from error
+        raise UserError(where=f"chat_template {template}", problem=f"cannot be read: {error.strerror}.") from error
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -179,18 +186,20 @@ def load_model(
         )
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot be loaded: {str(error).splitlines()[0]}",
-            f"model_name_or_path {name}",
-            "The weights must be there, whole, as safetensors.",
+            where=f"model_name_or_path {name}",
+            problem=f"cannot be loaded: {str(error).splitlines()[0]}",
+            fix="The weights must be there, whole, as safetensors.",
         ) from error
     for problem, keys in (("lacks", report["missing_keys"]), ("does not fit", report["mismatched_keys"])):
         if keys:
             listed = sorted(str(key) for key in keys)
             raise UserError(
-                f"the checkpoint {problem} {len(listed)} of the model's weights: {', '.join(listed[:3])}"
-                f"{', …' if len(listed) > 3 else ''}.",
-                f"model_name_or_path {name}",
-                "They would be random. Use a complete checkpoint.",
+                where=f"model_name_or_path {name}",
+                problem=(
+                    f"the checkpoint {problem} {len(listed)} of the model's weights: {', '.join(listed[:3])}"
+                    f"{', …' if len(listed) > 3 else ''}."
+                ),
+                fix="They would be random. Use a complete checkpoint.",
             )
     settle_quantised(loaded)
     try:

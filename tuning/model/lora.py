@@ -38,7 +38,7 @@ def resolve_targets(model: PreTrainedModel, parts: Parts, lora: LoraArguments, o
     within = [name for name in adaptable if parts.of(name) in open_parts]
     targets = lora.target_modules
     if not targets:
-        raise UserError(f"LoRA needs to know what to adapt. {offer(model, parts)}", "target_modules")
+        raise UserError(where="target_modules", problem=f"LoRA needs to know what to adapt. {offer(model, parts)}")
     if targets == "all-linear":
         head = model.get_output_embeddings()
         return [name for name in within if isinstance(adaptable[name], nn.Linear) and adaptable[name] is not head]
@@ -49,7 +49,9 @@ def resolve_targets(model: PreTrainedModel, parts: Parts, lora: LoraArguments, o
     if missing := [target for target, names in matches.items() if not names]:
         elsewhere = sorted({parts.of(name) for name in adaptable for target in missing if name.endswith(f".{target}")})
         hint = f" It is only in the {' and '.join(elsewhere)}: set freeze_{elsewhere[0]} false." if elsewhere else ""
-        raise UserError(f"{', '.join(missing)} matches no module.{hint} {offer(model, parts)}", "target_modules")
+        raise UserError(
+            where="target_modules", problem=f"{', '.join(missing)} matches no module.{hint} {offer(model, parts)}"
+        )
     chosen = {name for names in matches.values() for name in names}
     return [name for name in within if name in chosen]
 
@@ -58,10 +60,14 @@ def _match_expression(expression: str, names: list[str], model: PreTrainedModel,
     try:
         pattern = re.compile(expression)
     except re.error as error:
-        raise UserError(f"{expression!r} is not a regular expression: {error}.", "target_modules") from error
+        raise UserError(
+            where="target_modules", problem=f"{expression!r} is not a regular expression: {error}."
+        ) from error
     matched = [name for name in names if pattern.fullmatch(name)]
     if not matched:
-        raise UserError(f"the expression {expression!r} matches no module. {offer(model, parts)}", "target_modules")
+        raise UserError(
+            where="target_modules", problem=f"the expression {expression!r} matches no module. {offer(model, parts)}"
+        )
     return matched
 
 
@@ -85,7 +91,9 @@ def check_modules_to_save(model: PreTrainedModel, names: list[str] | None) -> No
     missing = [name for name in names or [] if not any(m == name or m.endswith(f".{name}") for m in modules)]
     if missing:
         tops = sorted({name for name in modules if name and name.count(".") < 2})
-        raise UserError(f"{', '.join(missing)} matches no module; there are {', '.join(tops)}.", "modules_to_save")
+        raise UserError(
+            where="modules_to_save", problem=f"{', '.join(missing)} matches no module; there are {', '.join(tops)}."
+        )
 
 
 def check_dora(model: PreTrainedModel, targets: list[str], dtype: torch.dtype) -> None:
@@ -94,9 +102,9 @@ def check_dora(model: PreTrainedModel, targets: list[str], dtype: torch.dtype) -
     if convolutions and dtype.itemsize == 2:
         half = str(dtype).removeprefix("torch.")
         raise UserError(
-            f"DoRA cannot adapt a convolution ({convolutions[0]}) whose weights are {half}.",
-            "use_dora",
-            "Leave it out of target_modules, or set dtype float32 or bf16 true.",
+            where="use_dora",
+            problem=f"DoRA cannot adapt a convolution ({convolutions[0]}) whose weights are {half}.",
+            fix="Leave it out of target_modules, or set dtype float32 or bf16 true.",
         )
 
 
@@ -105,17 +113,21 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     try:
         saved = load_file(folder / "adapter_model.safetensors")
     except SafetensorError as error:
-        raise UserError(f"adapter_model.safetensors is damaged: {error}.", str(folder), "Copy it again.") from error
+        raise UserError(
+            where=str(folder), problem=f"adapter_model.safetensors is damaged: {error}.", fix="Copy it again."
+        ) from error
     try:
         outcome = set_peft_model_state_dict(model, saved)
     except (KeyError, RuntimeError) as error:  # PEFT looks modules_to_save up; PyTorch compares shapes
         lines = [line.strip() for line in str(error).splitlines()]
-        raise UserError(f"does not fit the model: {lines[-1]}", str(folder)) from error
+        raise UserError(where=str(folder), problem=f"does not fit the model: {lines[-1]}") from error
     mine = get_peft_model_state_dict(model)
     wrong = sorted([*outcome.unexpected_keys, *(mine.keys() - saved.keys())])
     if wrong:
         listed = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
-        raise UserError(f"holds an adapter for another model or other modules than this one: {listed}.", str(folder))
+        raise UserError(
+            where=str(folder), problem=f"holds an adapter for another model or other modules than this one: {listed}."
+        )
 
 
 def add_lora(model: PreTrainedModel, lora: LoraArguments, targets: list[str]) -> PeftModel:

@@ -93,7 +93,8 @@ def plan_merge(base: Checkpoint, config: PreTrainedConfig, adapter: Adapter) -> 
     tied_names = {name for group in tied for name in group}
     if lost := sorted(changes.keys() - stored - tied_names):
         raise UserError(
-            f"the checkpoint has no weights for what the adapter changes: {', '.join(lost[:3])}.", str(base.folder)
+            where=str(base.folder),
+            problem=f"the checkpoint has no weights for what the adapter changes: {', '.join(lost[:3])}.",
         )
     return Merge(base, adapted, shards, untied=[name for group in broken for name in sorted(group)])
 
@@ -155,15 +156,15 @@ def check_mergeable(adapter: Adapter) -> None:
     config = PeftConfig.from_pretrained(str(adapter.folder))
     where = f"{adapter.folder}/adapter_config.json"
     if not isinstance(config, LoraConfig):
-        raise UserError(f"peft_type {config.peft_type} cannot be merged; only LoRA can.", where)
+        raise UserError(where=where, problem=f"peft_type {config.peft_type} cannot be merged; only LoRA can.")
     if changes_base(config.init_lora_weights):
         raise UserError(
-            f"init_lora_weights {config.init_lora_weights} changed the base model when training began.",
-            where,
-            "Turn it into a plain adapter first: PEFT's save_pretrained, path_initial_model_for_weight_conversion.",
+            where=where,
+            problem=f"init_lora_weights {config.init_lora_weights} changed the base model when training began.",
+            fix="Turn it into a plain adapter first: PEFT's save_pretrained, path_initial_model_for_weight_conversion.",
         )
     if config.layer_replication or getattr(config, "alora_invocation_tokens", None):
-        raise UserError("layer_replication and activated LoRA cannot be merged.", where)
+        raise UserError(where=where, problem="layer_replication and activated LoRA cannot be merged.")
 
 
 def changes_base(init: bool | str | None) -> bool:
@@ -175,19 +176,21 @@ def check_storage(key: str, entry: Entry, *, converted: bool) -> None:
     """Raises `UserError` where a tensor that changes cannot take the base's place as it is stored."""
     if converted:
         raise UserError(
-            f"the adapter changes {entry.name}, which this checkpoint stores in another layout.",
-            key,
-            IN_MEMORY,
+            where=key,
+            problem=f"the adapter changes {entry.name}, which this checkpoint stores in another layout.",
+            fix=IN_MEMORY,
         )
     if entry.source.dtype not in DTYPES:
         raise UserError(
-            f"is stored as {entry.source.dtype}: a quantised checkpoint cannot take up an adapter.",
-            f"{entry.source.file}, {key}",
-            "Give the unquantised base model with --base.",
+            where=f"{entry.source.file}, {key}",
+            problem=f"is stored as {entry.source.dtype}: a quantised checkpoint cannot take up an adapter.",
+            fix="Give the unquantised base model with --base.",
         )
     if isinstance(entry.change, torch.Tensor) and tuple(entry.change.shape) != entry.source.shape:
         what = f"the adapter has {tuple(entry.change.shape)} for it, the base model {entry.source.shape}."
-        raise UserError(what, entry.name, "It was trained on another model: name the right one with --base.")
+        raise UserError(
+            where=entry.name, problem=what, fix="It was trained on another model: name the right one with --base."
+        )
 
 
 def find_changes(adapted: PeftModel) -> dict[str, LoraLayer | torch.Tensor]:
@@ -214,7 +217,11 @@ def find_changes(adapted: PeftModel) -> dict[str, LoraLayer | torch.Tensor]:
             elif "bias" in base and not base["bias"].is_meta:
                 changes[f"{name}.bias"] = base["bias"].detach()
         elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise UserError(f"an adapter of the kind {type(module).__name__} cannot be merged here.", name, IN_MEMORY)
+            raise UserError(
+                where=name,
+                problem=f"an adapter of the kind {type(module).__name__} cannot be merged here.",
+                fix=IN_MEMORY,
+            )
         else:
             own = module.named_parameters(prefix=name, recurse=False)
             changes |= {end: value.detach() for end, value in own if not value.is_meta}
@@ -250,7 +257,7 @@ def merge_layer(layer: LoraLayer, weights: dict[str, torch.Tensor], name: str) -
         try:
             layer.merge(safe_merge=True, adapter_names=[NAME])  # in a copy: `weights` stay as they are
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise UserError(f"cannot be merged: {error}", name) from error
+            raise UserError(where=name, problem=f"cannot be merged: {error}") from error
         return {end: parameter.detach() for end, parameter in base.named_parameters(recurse=False)}
 
 

@@ -63,7 +63,7 @@ def find_folder(name: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=["*/*", "*.bin", "*.pth", "*.gguf"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise UserError(
-            f"cannot be loaded: {str(error).splitlines()[0]}", name, "Give a folder or a hub id."
+            where=name, problem=f"cannot be loaded: {str(error).splitlines()[0]}", fix="Give a folder or a hub id."
         ) from error
 
 
@@ -76,7 +76,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, {file: read_header(folder / file) for file in files})
     except (OSError, ValueError, KeyError, struct.error) as error:
         what = f"has no readable weights: {error}."
-        raise UserError(what, str(folder), "The weights must be there as safetensors.") from error
+        raise UserError(where=str(folder), problem=what, fix="The weights must be there as safetensors.") from error
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -159,4 +159,4 @@ def publish_name(skeleton: PreTrainedModel, name: str, like: dict[str, Place]) -
     for key in candidates:
         if key not in like and find_places(skeleton, [key])[key].name == name:
             return key
-    raise UserError("cannot be stored beside the weights of the base model.", name)
+    raise UserError(where=name, problem="cannot be stored beside the weights of the base model.")

@@ -65,7 +65,11 @@ def plan_quantization(
     nothing, or where bitsandbytes is missing or does not run on `device`.
     """
     if getattr(model.config, "quantization_config", None):
-        raise UserError("the checkpoint is quantised already.", f"quantization {kind}", "Give the original weights.")
+        raise UserError(
+            where=f"quantization {kind}",
+            problem="the checkpoint is quantised already.",
+            fix="Give the original weights.",
+        )
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     head, saved = model.get_output_embeddings(), tuple(modules_to_save or ())
     layers = [
@@ -75,9 +79,9 @@ def plan_quantization(
     ]
     if not layers:
         raise UserError(
-            "there is no linear layer in the language model that stays as it is.",
-            f"quantization {kind}",
-            "Remove it, or name less in modules_to_save.",
+            where=f"quantization {kind}",
+            problem="there is no linear layer in the language model that stays as it is.",
+            fix="Remove it, or name less in modules_to_save.",
         )
     try_quantised_layer(kind, compute, device)
     chosen = set(layers)
@@ -93,7 +97,11 @@ def try_quantised_layer(kind: str, compute: torch.dtype, device: torch.device) -
     """Run a small quantised layer forward and backward. Raises `UserError` where this machine cannot."""
     where = f"quantization {kind}"
     if not is_bitsandbytes_available():
-        raise UserError("needs bitsandbytes, which is not there or too old.", where, "Run pip install -U bitsandbytes.")
+        raise UserError(
+            where=where,
+            problem="needs bitsandbytes, which is not there or too old.",
+            fix="Run pip install -U bitsandbytes.",
+        )
     try:
         with torch.random.fork_rng(devices=[]):  # the adapters of this run begin as those of any other
             layer = _make_layer(kind, compute).to(device)
@@ -105,9 +113,11 @@ def try_quantised_layer(kind: str, compute: torch.dtype, device: torch.device) -
         problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if problem:
         raise UserError(
-            f"a quantised layer does not run on {device} with the installed bitsandbytes and PyTorch: {problem}.",
-            where,
-            "Update bitsandbytes (pip install -U bitsandbytes), try the other of 4bit and 8bit, or remove it.",
+            where=where,
+            problem=(
+                f"a quantised layer does not run on {device} with the installed bitsandbytes and PyTorch: {problem}."
+            ),
+            fix="Update bitsandbytes (pip install -U bitsandbytes), try the other of 4bit and 8bit, or remove it.",
         )
 
 

@@ -138,15 +138,23 @@ def probe_tower(skeleton: PreTrainedModel | PeftModel, batch: dict[str, torch.Te
     """
     tower = find_tower(skeleton)
     if tower is None:
-        raise UserError("this model has no vision tower of its own.", CACHE, "Remove it.")
+        raise UserError(where=CACHE, problem="this model has no vision tower of its own.", fix="Remove it.")
     if any(parameter.requires_grad for parameter in tower.parameters()):
-        raise UserError("the vision tower trains, so that its features change.", CACHE, "Freeze it, or remove this.")
+        raise UserError(
+            where=CACHE,
+            problem="the vision tower trains, so that its features change.",
+            fix="Freeze it, or remove this.",
+        )
     if sharded:
         raise UserError(
-            "FSDP and DeepSpeed need every process to run the vision tower every time.", CACHE, "Remove it."
+            where=CACHE,
+            problem="FSDP and DeepSpeed need every process to run the vision tower every time.",
+            fix="Remove it.",
         )
     if noise := _noise(tower):
-        raise UserError(f"the features of an image are not always the same: {noise}.", CACHE, "Remove it.")
+        raise UserError(
+            where=CACHE, problem=f"the features of an image are not always the same: {noise}.", fix="Remove it."
+        )
     outputs: list[tuple[TreeSpec, bool]] = []
     cut: list[Any] = []
 
@@ -161,14 +169,16 @@ def probe_tower(skeleton: PreTrainedModel | PeftModel, batch: dict[str, torch.Te
     try:
         reached = find_leaves(run_without_weights(skeleton, batch))
     except (*CANNOT_SIMULATE, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"this model does not run without weights: {error}", CACHE, "Remove it.") from error
+        raise UserError(
+            where=CACHE, problem=f"this model does not run without weights: {error}", fix="Remove it."
+        ) from error
     finally:
         hook.remove()
     if len(outputs) != 1 or not outputs[0][1]:
         raise UserError(
-            "this model's vision tower takes more than images, so that none has features of its own.",
-            CACHE,
-            "Remove it.",
+            where=CACHE,
+            problem="this model's vision tower takes more than images, so that none has features of its own.",
+            fix="Remove it.",
         )
     return TowerOutput(outputs[0][0], tuple(place for place, leaf in enumerate(cut) if id(leaf) in reached))
 

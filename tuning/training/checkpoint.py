@@ -91,9 +91,9 @@ def check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
         return
     listed = "; ".join(f"{name} was {_brief(before.get(name))}, is {_brief(now[name])}" for name in changed)
     raise UserError(
-        f"this run cannot be continued, because {listed}.",
-        str(folder),
-        "Restore it, give another output_dir, or set overwrite_output_dir true to start over.",
+        where=str(folder),
+        problem=f"this run cannot be continued, because {listed}.",
+        fix="Restore it, give another output_dir, or set overwrite_output_dir true to start over.",
     )
 
 
@@ -124,7 +124,7 @@ def find_progress(config: RunConfig, identity: dict[str, Any]) -> Progress:
     output_dir = Path(config.training.output_dir)
     if isinstance(wanted, str):
         if not is_complete(Path(wanted)):
-            raise UserError("is not a complete checkpoint.", f"resume_from_checkpoint {wanted}")
+            raise UserError(where=f"resume_from_checkpoint {wanted}", problem="is not a complete checkpoint.")
         return _progress_at(Path(wanted), identity, patience)
     checkpoints = list_checkpoints(output_dir)
     complete = [folder for folder in checkpoints if is_complete(folder)]
@@ -134,9 +134,9 @@ def find_progress(config: RunConfig, identity: dict[str, Any]) -> Progress:
         return Progress(notes=notes)
     if wanted is False and (complete or (output_dir / COMPLETE_FILE).exists()):
         raise UserError(
-            "holds an earlier run, and resume_from_checkpoint is false.",
-            str(output_dir),
-            "Give another output_dir, set overwrite_output_dir true to start over, or let the run continue.",
+            where=str(output_dir),
+            problem="holds an earlier run, and resume_from_checkpoint is false.",
+            fix="Give another output_dir, set overwrite_output_dir true to start over, or let the run continue.",
         )
     if finished := read_json(output_dir / COMPLETE_FILE):
         check_identity(output_dir, finished, identity)
@@ -144,14 +144,16 @@ def find_progress(config: RunConfig, identity: dict[str, Any]) -> Progress:
             return Progress(finished_steps=finished["global_step"], files=tuple(finished.get("files", ())))
         if not complete:
             raise UserError(
-                f"holds a finished run with another {' or '.join(SCHEDULE)}, and no checkpoint to go on from.",
-                str(output_dir),
-                "Give another output_dir, or set overwrite_output_dir true to start over.",
+                where=str(output_dir),
+                problem=f"holds a finished run with another {' or '.join(SCHEDULE)}, and no checkpoint to go on from.",
+                fix="Give another output_dir, or set overwrite_output_dir true to start over.",
             )
     if complete:
         return _progress_at(complete[-1], identity, patience, notes)
     if wanted:
-        raise UserError("resume_from_checkpoint is true, but there is no complete checkpoint.", str(output_dir))
+        raise UserError(
+            where=str(output_dir), problem="resume_from_checkpoint is true, but there is no complete checkpoint."
+        )
     return Progress(notes=notes)
 
 
@@ -181,9 +183,9 @@ def check_schedule(folder: Path, state: dict[str, Any], before: dict[str, Any], 
     end = now[name] if name == "max_steps" else math.ceil(now[name] * step / state["epoch"] - 1e-6)
     if step > end:
         raise UserError(
-            f"is past the end that {name} {now[name]} sets, step {end}.",
-            str(folder),
-            f"Let {name} be greater, remove the checkpoints after step {end}, or give another output_dir.",
+            where=str(folder),
+            problem=f"is past the end that {name} {now[name]} sets, step {end}.",
+            fix=f"Let {name} be greater, remove the checkpoints after step {end}, or give another output_dir.",
         )
 
 

@@ -57,7 +57,7 @@ def begin_epoch(
     if isinstance(batches, TokenBatches) and padding and not batches.padded:
         if not batches.endless or state.global_step:
             what = "this model's batches must be padded, which shows only now; they were filled as if they were not."
-            raise UserError(what, "max_tokens_per_batch", "Set padding_free false.")
+            raise UserError(where="max_tokens_per_batch", problem=what, fix="Set padding_free false.")
         batches.padded = True  # nothing was measured or packed yet
     epoch, accumulated = int(state.epoch or 0), training.gradient_accumulation_steps
     if isinstance(batches, TokenBatches):

@@ -25,7 +25,7 @@ def out_of_memory(
     """What was tried in step `step` when memory ran out, and what may help. `max_tokens`: max_tokens_per_batch."""
     tokens = ", ".join(f"{batch.tokens:,}" for batch in batches)
     return UserError(
-        f"the {training.device.type.upper()} has no memory left in step {step}, on batches of {tokens} tokens.",
+        problem=f"the {training.device.type.upper()} has no memory left in step {step}, on batches of {tokens} tokens.",
         fix=f"What helps, most first: {'; '.join(_remedies(training, lora, max_tokens))}.",
     )
 
@@ -57,7 +57,7 @@ def worker_killed() -> Iterator[None]:
         if not found:
             raise
         raise UserError(
-            f"a process that reads data (pid {found[1].strip()}) {found[2].strip()}.",
-            "dataloader_num_workers",
-            "Most often the machine had no memory left: use fewer workers, or a lower dataloader_prefetch_factor.",
+            where="dataloader_num_workers",
+            problem=f"a process that reads data (pid {found[1].strip()}) {found[2].strip()}.",
+            fix="Most often the machine had no memory left: use fewer workers, or a lower dataloader_prefetch_factor.",
         ) from error

@@ -61,12 +61,16 @@ class HubRepo:
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
         except CANNOT_UPLOAD as error:
             raise UserError(
-                f"nothing can be uploaded to {self.repo_id}: {explain(error)}.",
-                "push_to_hub",
-                "Mend that, or set push_to_hub false and upload the model later (hf upload).",
+                where="push_to_hub",
+                problem=f"nothing can be uploaded to {self.repo_id}: {explain(error)}.",
+                fix="Mend that, or set push_to_hub false and upload the model later (hf upload).",
             ) from error
         if role == "read":
-            raise UserError("the token may only read.", "push_to_hub", "Give one that may write to " + self.repo_id)
+            raise UserError(
+                where="push_to_hub",
+                problem="the token may only read.",
+                fix="Give one that may write to " + self.repo_id,
+            )
 
     @property
     def uploading(self) -> Path | None:
@@ -107,9 +111,9 @@ class HubRepo:
         except CANNOT_UPLOAD as error:
             left = " ".join(f"--exclude {name!r}" for name in (*KEPT_HERE, *OF_THE_RUN))
             raise UserError(
-                f"the model is saved in {folder}, but was not uploaded to {self.repo_id}: {explain(error)}.",
-                "push_to_hub",
-                f"Run the same command again, which only uploads; or hf upload {self.repo_id} {folder} . {left}",
+                where="push_to_hub",
+                problem=f"the model is saved in {folder}, but was not uploaded to {self.repo_id}: {explain(error)}.",
+                fix=f"Run the same command again, which only uploads; or hf upload {self.repo_id} {folder} . {left}",
             ) from error
         say(f"Uploaded to {self.api.endpoint}/{self.repo_id}.")
 

@@ -85,7 +85,7 @@ def install_supervised_loss(model: PreTrainedModel) -> None:
     wrapping, which act on `forward`, are kept. Raises `UserError` for models whose head does not follow their body.
     """
     if model.base_model is model or model.get_output_embeddings() is None:
-        raise UserError(f"{type(model).__name__} has no body and head of its own; it cannot be tuned here.")
+        raise UserError(problem=f"{type(model).__name__} has no body and head of its own; it cannot be tuned here.")
     stock = model.forward
     arithmetic = logit_arithmetic(model.config)
     positions_at_once = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)

@@ -123,10 +123,12 @@ class ResumableTrainer(Trainer):
             failure = next(iter(failure.failures.values()))[0]
         reason = getattr(failure, "strerror", None) or str(failure).splitlines()[0]
         return UserError(
-            f"cannot be written: {reason}.",
-            str(folder),
-            "Make room (save_total_limit keeps fewer checkpoints), or see to the permissions; then run the same command"
-            f" again: it {f'continues from {complete[-1]}' if complete else 'starts anew'}.",
+            where=str(folder),
+            problem=f"cannot be written: {reason}.",
+            fix=(
+                "Make room (save_total_limit keeps fewer checkpoints), or see to the permissions; then run the same"
+                f" command again: it {f'continues from {complete[-1]}' if complete else 'starts anew'}."
+            ),
         )
 
     def _write_model(self, folder: Path) -> None:
@@ -259,7 +261,7 @@ class ResumableTrainer(Trainer):
         saved = torch.load(file, map_location="cpu", mmap=self.is_fsdp_enabled, weights_only=True)
         groups, stored = saved["param_groups"], saved.get("names", names)  # another tool's go by number alone
         if sorted(stored) != sorted(names) or sum(len(group["params"]) for group in groups) != len(names):
-            raise UserError("holds the state of other parameters than are trained now.", str(file))
+            raise UserError(where=str(file), problem="holds the state of other parameters than are trained now.")
         by_name = {stored[number]: state for number, state in saved["state"].items()}
         if not holds_master_weights(optimizer):
             masters = {name: state.pop(MASTER) for name, state in by_name.items() if MASTER in state}
@@ -268,9 +270,9 @@ class ResumableTrainer(Trainer):
                 set_model_state_dict(self.model, masters if self.processes.rank == 0 else {}, options=SENT_IN_PART)
         if len(groups) != len(optimizer.param_groups):
             raise UserError(
-                f"has {len(groups)} groups of parameters, this run has {len(optimizer.param_groups)}.",
-                str(file),
-                "Keep vision_tower_learning_rate, projector_learning_rate and weight_decay as they were.",
+                where=str(file),
+                problem=f"has {len(groups)} groups of parameters, this run has {len(optimizer.param_groups)}.",
+                fix="Keep vision_tower_learning_rate, projector_learning_rate and weight_decay as they were.",
             )
         if self.is_fsdp_enabled and by_name:
             groups = [{**group, "params": [stored[number] for number in group["params"]]} for group in groups]

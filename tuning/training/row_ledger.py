@@ -69,10 +69,12 @@ class RowLedger:
         rows = len(dataset) if known else max(rows_seen, FEW_STREAMED_ROWS)
         if len(bad) > self.max_bad_fraction * rows:
             raise UserError(
-                f"{len(bad)} of {rows} rows{'' if known else ' so far'} are bad, more than max_bad_fraction"
-                f" {self.max_bad_fraction:g}; the last one: {bad[-1].reason}",
-                str(self.file.path),
-                "Mend them (vlm-tuning check lists all), or raise max_bad_fraction.",
+                where=str(self.file.path),
+                problem=(
+                    f"{len(bad)} of {rows} rows{'' if known else ' so far'} are bad, more than max_bad_fraction"
+                    f" {self.max_bad_fraction:g}; the last one: {bad[-1].reason}"
+                ),
+                fix="Mend them (vlm-tuning check lists all), or raise max_bad_fraction.",
             )
 
     def report(self) -> None:
@@ -88,9 +90,9 @@ class RowLedger:
             say(f"The answers of {cut} rows were cut to max_seq_length.")
         if seen and not supervised:
             raise UserError(
-                "every row was left out, so nothing was trained and nothing is saved.",
-                str(self.file.path),
-                "It names the rows and the reasons.",
+                where=str(self.file.path),
+                problem="every row was left out, so nothing was trained and nothing is saved.",
+                fix="It names the rows and the reasons.",
             )
 
 

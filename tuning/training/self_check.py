@@ -162,7 +162,7 @@ def words(part: str) -> str:
 
 
 def broken(part: str, what: str, first: str, advice: str) -> UserError:
-    return UserError(f"the {words(part)} {what} (first: {first}).", "self-check", f"{advice}.")
+    return UserError(where="self-check", problem=f"the {words(part)} {what} (first: {first}).", fix=f"{advice}.")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

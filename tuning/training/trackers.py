@@ -41,7 +41,9 @@ def make_trackers(config: RunConfig) -> list[TrainerCallback]:
             tracker = _make_aim() if name == AIM else INTEGRATION_TO_CALLBACK[name]()
         except (RuntimeError, ImportError) as error:
             raise UserError(
-                f"{name} cannot be used: {str(error).strip()}", "report_to", "Mend that, or leave it out."
+                where="report_to",
+                problem=f"{name} cannot be used: {str(error).strip()}",
+                fix="Mend that, or leave it out.",
             ) from error
         if name == "tensorboard":  # stock, every start has a folder of its own
             folder = Path(config.training.output_dir, "runs", config.training.run_name or "run")
@@ -70,7 +72,7 @@ def _begin(name: str, tracker: Any, begin: Any, options: dict[str, Any], args, s
             begin(AllOptions(args, options), state, control, **kwargs)
     except _errors_of(name) as error:
         raise UserError(
-            f"{name} cannot be used: {str(error).strip()}", "report_to", "Mend that, or leave it out."
+            where="report_to", problem=f"{name} cannot be used: {str(error).strip()}", fix="Mend that, or leave it out."
         ) from error
     run = _find_run(name, tracker) if state.is_world_process_zero else None
     if run:

@@ -127,7 +127,9 @@ class SupervisedTrainer(ResumableTrainer):
         if self.processes.share([obstacle != ""]).any():
             obstacle = obstacle or "it fails without padding on another process"
         if obstacle and self.padding_free is True:
-            raise UserError(f"cannot be true for this model: {obstacle}.", "padding_free", "Leave it out.")
+            raise UserError(
+                where="padding_free", problem=f"cannot be true for this model: {obstacle}.", fix="Leave it out."
+            )
         self.collator.padding_free = not obstacle
         self.identity[PADDED] = self.order_is_padded
         if not obstacle:
@@ -272,9 +274,9 @@ class SupervisedTrainer(ResumableTrainer):
 
     def _bad_number(self, what: str, batches: list[BatchFacts]) -> UserError:
         return UserError(
-            f"{what} at step {self.state.global_step + 1}, before the optimizer's step.",
-            "; ".join(row for batch in batches for row in batch.rows),
-            "Look at these rows; lower learning_rate or max_grad_norm; use bf16 instead of fp16.",
+            where="; ".join(row for batch in batches for row in batch.rows),
+            problem=f"{what} at step {self.state.global_step + 1}, before the optimizer's step.",
+            fix="Look at these rows; lower learning_rate or max_grad_norm; use bf16 instead of fp16.",
         )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -321,7 +323,9 @@ class SupervisedTrainer(ResumableTrainer):
             with torch.no_grad(), self.accelerator.autocast():
                 loss = model(**inputs, num_items_in_batch=1).loss
             if not torch.isfinite(loss):
-                broken = broken or UserError(f"the validation loss became {loss.item()}.", "; ".join(facts.rows))
+                broken = broken or UserError(
+                    where="; ".join(facts.rows), problem=f"the validation loss became {loss.item()}."
+                )
             total += torch.tensor([loss.item(), facts.supervised_tokens], dtype=torch.float64)
             rows += len(facts.rows)
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -330,7 +334,7 @@ class SupervisedTrainer(ResumableTrainer):
         summed = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").cpu()
         tokens = int(summed[1].item())
         if not tokens:
-            raise UserError("no token of the validation rows is supervised.", "validation_data_path")
+            raise UserError(where="validation_data_path", problem="no token of the validation rows is supervised.")
         metrics = {f"{metric_key_prefix}_loss": summed[0].item() / tokens, f"{metric_key_prefix}_tokens": tokens}
         metrics |= scores
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
