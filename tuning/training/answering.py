@@ -61,7 +61,7 @@ class CannotAnswer(UserError):
 
     def __init__(self, cause: Exception | None):
         reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}" if cause else "another process failed"
-        super().__init__(f"This model cannot answer by generation here ({reason}).")
+        super().__init__(problem=f"This model cannot answer by generation here ({reason}).")
 
 
 @dataclass
