@@ -73,10 +73,10 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
     import datasets
     from tiny_models import save_layout
 
-    from tuning.check import measure_all
+    from tuning.commands.check import measure_all
     from tuning.config.parse import build_config
-    from tuning.data.measure import RowMeter
-    from tuning.data_paths import make_encoder, open_rows
+    from tuning.data.from_config import make_encoder, open_rows
+    from tuning.data.row_lengths import RowMeter
     from tuning.model import load
 
     datasets.config.HF_DATASETS_CACHE = folder / "cache"

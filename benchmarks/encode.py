@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peers import TRL_VERSION, install_trl
-from record import describe_environment, median, print_line, run_child, say
+from record import describe_environment, median, print0, print_line, run_child
 from step import BATCH, check_counts, make_spec
 from workloads import SMALL_PICTURES, save_model, write_rows
 
@@ -29,10 +29,10 @@ def measure_layout(arguments: argparse.Namespace, layout: str, folder: Path, env
     rows = write_rows(folder / "rows" / "rows.jsonl", sizes, words=[100], answer_words=[20])
     spec = make_spec(model, rows, "full", steps=arguments.rows // BATCH, output=folder / "out")
     spec["threads"] = 1  # as a DataLoader's worker has it
-    say(f"{layout}: ours …")
+    print0(f"{layout}: ours …")
     results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
     if "trl" in arguments.peers:
-        say(f"{layout}: trl …")
+        print0(f"{layout}: trl …")
         spec = {**spec, "contender": "trl_collator"}
         results["trl"] = run_child("contender.py", spec, folder, paths=(install_trl(),))
         check_counts(results["ours"], results["trl"], "trl")

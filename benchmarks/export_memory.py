@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from record import describe_environment, peak_rss_bytes, print_line, say
+from record import describe_environment, peak_rss_bytes, print0, print_line
 from workloads import make_config_and_processor
 
 TEXT = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
@@ -40,7 +40,7 @@ def save_base_and_adapter(folder: Path, layers: int) -> int:
 
 def merge(folder: Path) -> None:
     """In a process of its own: merge, and print what it needed."""
-    from tuning import export
+    from tuning.commands import export
 
     before = peak_rss_bytes()
     export.compare = lambda *_: None
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     environment = describe_environment()
     for layers in arguments.layers:
-        say(f"{layers} layers …")
+        print0(f"{layers} layers …")
         with tempfile.TemporaryDirectory() as folder:
             size = save_base_and_adapter(Path(folder), layers)
             command = [sys.executable, __file__, "--merge", folder]

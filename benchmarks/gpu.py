@@ -24,7 +24,7 @@ from typing import Any
 
 from flops import RowShape, count_step, peak_of, utilisation
 from peers import TRL_VERSION, install_trl
-from record import ChildFailed, describe_environment, median, print_line, run_child, say
+from record import ChildFailed, describe_environment, median, print0, print_line, run_child
 from step import LORA, check_equal
 from workloads import LARGE_PICTURES, SMALL_PICTURES, save_model, write_rows
 
@@ -73,7 +73,7 @@ def compare(arguments: argparse.Namespace, name: str, folder: Path, model: Path)
     for checkpointing in arguments.checkpointing:
         ours = None
         for contender in ("ours", *arguments.peers):
-            say(f"{name}, checkpointing {checkpointing}: {contender} …")
+            print0(f"{name}, checkpointing {checkpointing}: {contender} …")
             output = folder / f"{contender}_{checkpointing}"
             spec = make_spec(arguments, model, rows, name, checkpointing == "on", output)
             paths: tuple[Path, ...] = ()
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             layout, size, *_ = RUNS[name]
             model = Path(models, layout)
             if made != (layout, size):
-                say(f"making {layout} {size} …")
+                print0(f"making {layout} {size} …")
                 save_model(
                     model,
                     layout,

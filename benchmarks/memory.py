@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from record import describe_environment, print_line, run_child, say
+from record import describe_environment, print0, print_line, run_child
 from step import make_spec
 from workloads import save_model, write_rows
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [("ours", trained) for trained in arguments.trained] + [(peer, "answers") for peer in arguments.peers]
     for contender, trained in runs:
         for vocabulary, tokens in dict.fromkeys(points):
-            say(f"{contender}, {trained} trained: vocabulary {vocabulary}, {tokens} tokens …")
+            print0(f"{contender}, {trained} trained: vocabulary {vocabulary}, {tokens} tokens …")
             with tempfile.TemporaryDirectory() as folder:
                 line = measure_point(contender, trained, vocabulary, tokens, Path(folder))
             print_line("memory", environment, **line)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from record import ROOT, say
+from record import ROOT, print0
 
 TRL_VERSION = "1.16.0"
 PEERS = ROOT / "benchmarks" / ".peers"
@@ -18,7 +18,7 @@ def install_trl() -> Path:
     """
     folder = PEERS / f"trl-{TRL_VERSION}"
     if not (folder / "trl").is_dir():
-        say(f"Installing TRL {TRL_VERSION} …")
+        print0(f"Installing TRL {TRL_VERSION} …")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
         subprocess.run([*command, f"trl=={TRL_VERSION}"], check=True, stdout=sys.stderr)
     return folder

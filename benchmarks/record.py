@@ -48,7 +48,7 @@ def print_line(benchmark: str, environment: Mapping[str, Any], **figures: Any) -
     print(json.dumps({"benchmark": benchmark, **figures, **environment}), flush=True)
 
 
-def say(text: str) -> None:
+def print0(text: str) -> None:
     """Progress, on stderr: stdout holds the JSON lines alone."""
     print(text, file=sys.stderr, flush=True)
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from record import describe_environment, median, print_line, run_child, say
+from record import describe_environment, median, print0, print_line, run_child
 from workloads import save_model
 
 WRITTEN_AT_ONCE = 10_000
@@ -77,14 +77,14 @@ def measure(folder: Path, counts: list[int], repeats: int) -> list[dict[str, Any
     files, lines = {}, []
     for count in counts:
         files[count] = write_parquet(folder / f"{count}.parquet", count)
-        say(f"converting {count} rows …")
+        print0(f"converting {count} rows …")
         spec = {"contender": "conversion", "rows": str(files[count]), "threads": 1}
         seconds = run_child("contender.py", spec, folder)["seconds"]
         lines.append({"rows": count, "conversion_seconds": round(seconds, 3), "starts": []})
     for _ in range(repeats):
         for line in lines:
             line["starts"].append(time_start(folder, model, files[line["rows"]]))
-            say(f"{line['rows']} rows: {line['starts'][-1]['total']:.2f} s")
+            print0(f"{line['rows']} rows: {line['starts'][-1]['total']:.2f} s")
     for line in lines:
         starts = line.pop("starts")
         for name, kind in (("seconds_to_first_step", "total"), ("seconds_after_imports", "after_imports")):

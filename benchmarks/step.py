@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import TRL_VERSION, install_trl
-from record import describe_environment, median, print_line, run_child, say
+from record import describe_environment, median, print0, print_line, run_child
 from workloads import LARGE_PICTURES, LAYOUTS, SHAPES, SMALL_PICTURES, save_model, write_rows
 
 LORA = {
@@ -46,10 +46,10 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
     )
     spec = make_spec(model, rows, method, steps=steps, output=folder / "ours")
     spec["threads"] = None if large else 1  # in so small models more threads wait for each other
-    say(f"{layout} {size} {method}: ours …")
+    print0(f"{layout} {size} {method}: ours …")
     results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
     if large:
-        say(f"{layout} {size} {method}: ours, with gradient_checkpointing …")
+        print0(f"{layout} {size} {method}: ours, with gradient_checkpointing …")
         less = {**spec["training"], "gradient_checkpointing": True}
         less_memory = {**spec, "contender": "ours", "training": less, "output": str(folder / "checkpointing")}
         results[CHECKPOINTING] = run_child("contender.py", less_memory, folder)
@@ -63,7 +63,7 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
             plain = save_model(folder / "plain", layout, size, logits_scaling=1.0)
             once = make_spec(plain, rows, method, steps=1, output=folder / "plain_out")
             expected = run_child("contender.py", {**once, "contender": "ours"}, folder)
-        say(f"{layout} {size} {method}: {peer} …")
+        print0(f"{layout} {size} {method}: {peer} …")
         paths = (install_trl(),) if peer == "trl" else ()
         results[peer] = run_child("contender.py", peer_spec, folder, paths=paths)
         check_equal(expected, results[peer], peer)

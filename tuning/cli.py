@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from tuning.errors import EXIT_USER_ERROR
+from tuning.exit_codes import EXIT_USER_ERROR
 
 USAGE = """\
 usage: vlm-tuning COMMAND …
@@ -20,14 +20,13 @@ usage: vlm-tuning COMMAND …
 
 vlm-tuning train --help lists every option."""
 
-
 COMMANDS = {
     "train": "tuning.sft_trainer",
-    "check": "tuning.check",
-    "predict": "tuning.predict",
-    "convert": "tuning.convert",
-    "export": "tuning.export",
-    "chat": "tuning.chat",
+    "check": "tuning.commands.check",
+    "predict": "tuning.commands.predict",
+    "convert": "tuning.commands.convert",
+    "export": "tuning.commands.export",
+    "chat": "tuning.commands.chat",
     "demo": "tuning.demo.digits",
 }
 

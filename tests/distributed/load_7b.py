@@ -40,10 +40,10 @@ def main() -> None:
     dist.init_process_group("fake", rank=RANK, world_size=WORLD, store=FakeStore())
     from accelerate import Accelerator
 
-    from tuning.config.arguments import ModelArguments
+    from tuning.config.options import ModelArguments
+    from tuning.distributed.fsdp import choose_wrap_classes, materialize_meta_params
     from tuning.model import load
-    from tuning.model.fsdp import choose_wrap_classes, give_addresses
-    from tuning.training.loss import install_supervised_loss
+    from tuning.model.loss import patch_supervised_loss
 
     tower = CLIPVisionConfig(
         hidden_size=1024,
@@ -59,11 +59,11 @@ def main() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = peak_resident()
     model = load.load_model(ModelArguments(), config, dtype=torch.bfloat16, attention="sdpa")
-    install_supervised_loss(model)
+    patch_supervised_loss(model)
     whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     classes = choose_wrap_classes(model)
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = classes
-    give_addresses(model)
+    materialize_meta_params(model)
     optimizer = torch.optim.SGD(model.parameters())
     model, optimizer = accelerator.prepare(model, optimizer)
     parameters = list(model.parameters())

@@ -128,6 +128,6 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    from tuning.training.processes import leave
+    from tuning.distributed.processes import exit_process
 
-    leave(0)
+    exit_process(0)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from launches import ROOT, outcomes, run_jobs
 
-from tuning.training.checkpoint import is_complete, list_checkpoints
+from tuning.training.checkpoint_files import is_complete, list_checkpoints
 
 SHORT = {"max_steps": 6, "save_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0, "optim": "sgd"}
 SHORT |= {"report_samples": 0}

@@ -6,11 +6,11 @@ import sys
 PROGRAM = """
 import atexit, sys, tempfile
 import torch.distributed as dist
-from tuning.training.processes import leave
+from tuning.distributed.processes import exit_process
 dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
 atexit.register(lambda: print("registered"))
 sys.stdout.write("last words, ")
-leave(143)
+exit_process(143)
 """
 
 

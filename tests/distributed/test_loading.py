@@ -10,7 +10,7 @@ import torch
 from tiny_models import build_model, build_processor
 from transformers import AutoConfig
 
-from tuning.config.arguments import ModelArguments
+from tuning.config.options import ModelArguments
 from tuning.model import load
 
 

@@ -10,7 +10,7 @@ from launches import run_jobs
 from safetensors.torch import load_file
 
 import tuning
-from tuning.training.checkpoint import SHARDED_MODEL, SHARDED_OPTIMIZER
+from tuning.files import SHARDED_MODEL, SHARDED_OPTIMIZER
 
 LORA = {
     "peft_method": "lora",

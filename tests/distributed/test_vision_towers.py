@@ -12,7 +12,7 @@ import tuning
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4, "lora_dropout": 0.0}
 # Chunks of two tiles, so that the processes would run their layers a different number of times.
-TWO_TILES = {"tuning.model.vision.CHUNK_PIXELS": 2 * IMAGE_SIZE**2}
+TWO_TILES = {"tuning.model.vision_tower.CHUNK_PIXELS": 2 * IMAGE_SIZE**2}
 COMMON = {"constants": TWO_TILES, "optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"}
 COMMON |= {"dataloader_num_workers": 0, "num_train_epochs": 1, "train_sampling_strategy": "sequential"}
 CASES = {

@@ -198,7 +198,7 @@ def _conversation_cases():
         "pair, more marks than images",
         Case(GOOD_PAIR, in_pair("<image><image>q", "a"), "fields 'prompt' and 'images'", "have 2 image placeholders"),
     )
-    for form, good, make, asks, answers, name in (
+    for format, good, make, asks, answers, name in (
         ("parts", GOOD_PARTS, in_parts, "user", "assistant", "messages"),
         ("strings", GOOD_STRINGS, in_strings, "user", "assistant", "messages"),
         ("llava", GOOD_LLAVA, in_llava, "human", "gpt", "conversations"),
@@ -207,13 +207,13 @@ def _conversation_cases():
         many = make(*[(asks, "q"), (answers, "a")] * 2, images=[])
         ruled = make(("system", "Be brief."), (asks, "q"), (answers, "a"), images=[])
         blamed = f"field '{name}'"
-        yield f"{form}, too long", Case(good, long, blamed, "tokens are more than max_seq_length 60", SHORT_ROWS)
+        yield f"{format}, too long", Case(good, long, blamed, "tokens are more than max_seq_length 60", SHORT_ROWS)
         yield (
-            f"{form}, too many messages",
+            f"{format}, too many messages",
             Case(good, many, blamed, "4 messages are more than max_messages_per_row 3", FEW_MESSAGES),
         )
         yield (
-            f"{form}, refused by the template",
+            f"{format}, refused by the template",
             Case(good, ruled, blamed, "the chat template refuses this conversation: No system role!", UNSYSTEMATIC),
         )
     yield (

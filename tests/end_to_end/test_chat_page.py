@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from scripted import save_scripted
 
-from tuning.chat_page import serve
+from tuning.pages.chat_page import serve
 
 DROP = """([bytes, target]) => {
   const data = new DataTransfer();

@@ -11,11 +11,11 @@ from tiny_models import LAYOUTS
 
 import tuning
 from tuning import cli
-from tuning.check import check
+from tuning.commands.check import check
 from tuning.config.parse import build_config
 from tuning.data.encode import IGNORED
-from tuning.data.measure import RowMeter
-from tuning.data_paths import make_encoder, open_rows
+from tuning.data.from_config import make_encoder, open_rows
+from tuning.data.row_lengths import RowMeter
 from tuning.model import load
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 from pyarrow import parquet
 from tiny_models import build_processor
 
-from tuning import cli, convert
-from tuning.data.chat import ChatFormat
+from tuning import cli
+from tuning.commands import convert
+from tuning.data.chat_template import ChatFormat
 from tuning.data.encode import Encoder
 from tuning.data.images import ImageRules
 from tuning.data.sources import Source, open_source
@@ -160,8 +161,8 @@ def test_every_form_is_trained_as_before(encoder, folder, suffix, rows):
     for row in open_rows(after):
         assert set(row.columns) == {"messages", "images"}
         assert all(part["type"] in ("text", "image") for m in row.columns["messages"] for part in m["content"])
-        assert row.form.name == "messages"
-        assert not row.form.image_strings
+        assert row.format.name == "messages"
+        assert not row.format.image_strings
 
 
 @pytest.mark.parametrize("before_suffix", SUFFIXES)

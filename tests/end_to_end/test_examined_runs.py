@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tiny_models import LAYOUTS
 
 from tuning import train
+from tuning.commands.predict import main as predict
 from tuning.errors import UserError
-from tuning.predict import main as predict
 
 
 def read_lines(path):
@@ -117,7 +117,7 @@ def give_scores(monkeypatch):
                 raise value
             return {"exact_match": value}
 
-        monkeypatch.setattr("tuning.training.answering.mean_scores", score)
+        monkeypatch.setattr("tuning.training.evaluation.mean_scores", score)
 
     return give
 
@@ -180,7 +180,7 @@ def test_a_run_killed_after_it_stopped_early_only_saves(learn, give_scores, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tuning.training.resumable.ResumableTrainer.save_final", die)
+        patch.setattr("tuning.training.checkpointing.ResumableTrainer.save_final", die)
         with pytest.raises(KeyboardInterrupt):
             learn(**EARLY)
     assert learn(**EARLY)[1].global_step == 5 * 4
@@ -203,7 +203,7 @@ def test_a_model_that_cannot_write_answers_is_trained_all_the_same(make_options,
     def fail(*_, **__):
         raise ValueError("no cache for this model")
 
-    monkeypatch.setattr("tuning.training.answering.answer", fail)
+    monkeypatch.setattr("tuning.training.evaluation.answer", fail)
     options = make_options("llava15", report_samples=2, max_steps=2, save_strategy="no")
     train(options)
     assert "The report shows no samples. This model cannot answer by generation here" in capsys.readouterr().out

@@ -20,11 +20,12 @@ from tiny_models import build_model, build_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tuning
-from tuning import cli, export
-from tuning.config.arguments import ModelSource
-from tuning.model import merged_files
-from tuning.model.adapters import load_answering
-from tuning.model_card import MARK
+from tuning import cli
+from tuning.commands import export
+from tuning.commands.export import merged_model
+from tuning.config.options import ModelSource
+from tuning.model.lora import load_answering
+from tuning.pages.model_card import MARK
 
 QV = ["q_proj", "v_proj"]
 
@@ -121,7 +122,7 @@ def leave_first(write):
     def written(plan, entry, dtype):
         if entry.change is not None and not seen:
             seen.append(entry)
-            return merged_files.read_bytes(entry.source)
+            return merged_model.read_bytes(entry.source)
         return write(plan, entry, dtype)
 
     return written
@@ -159,10 +160,10 @@ def lose_setting(copy):
 
 
 FAULTS = {
-    "halved": (merged_files, "value_of", halve, r"proj.weight is not what base and adapter make of it \(12 faults\)"),
-    "a layer is not merged": (merged_files, "written_bytes", leave_first, r"q_proj.weight is not .* \(1 faults\)"),
-    "a key is dropped": (merged_files, "write_shard", drop_a_key, "language_model.model.norm.weight is missing"),
-    "a tensor of the base is changed": (merged_files, "read_bytes", blank, r"is not what base and adapter make of it"),
+    "halved": (merged_model, "value_of", halve, r"proj.weight is not what base and adapter make of it \(12 faults\)"),
+    "a layer is not merged": (merged_model, "written_bytes", leave_first, r"q_proj.weight is not .* \(1 faults\)"),
+    "a key is dropped": (merged_model, "write_shard", drop_a_key, "language_model.model.norm.weight is missing"),
+    "a tensor of the base is changed": (merged_model, "read_bytes", blank, r"is not what base and adapter make of it"),
     "PEFT merges nothing": (LoraLinear, "merge", merge_nothing, "the layer does not give what base and adapter give"),
     "a setting is lost": (export, "copy_files", lose_setting, r"its logits differ by [\d.]+% of the largest"),
 }
@@ -193,7 +194,7 @@ def test_what_is_interrupted_leaves_nothing(error, adapter, run, tmp_path, monke
         file.write_bytes(next(iter(data)))
         raise error
 
-    monkeypatch.setattr(merged_files, "write_shard", fail)
+    monkeypatch.setattr(merged_model, "write_shard", fail)
     code, said = run("--adapter", adapter)
     assert (code, "No space left" in said) == ((1, True) if isinstance(error, OSError) else (130, False))
     assert list(tmp_path.iterdir()) == []

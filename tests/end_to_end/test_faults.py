@@ -28,10 +28,11 @@ from safetensors.torch import load_file
 import tuning
 from tuning import sft_trainer
 from tuning.data import encode
-from tuning.errors import EXIT_STOPPED, RunEnded, UserError
-from tuning.training import checkpoint, resumable
-from tuning.training.interruption import Interruption
-from tuning.training.resumable import ResumableTrainer
+from tuning.distributed.interruption import Interruption
+from tuning.errors import RunEnded, UserError
+from tuning.exit_codes import EXIT_STOPPED
+from tuning.training import checkpoint_files, checkpointing
+from tuning.training.checkpointing import ResumableTrainer
 from tuning.training.trainer import SupervisedTrainer
 
 # LoRA with dropout: data order, dropout, optimizer and schedule all have to be where they were.
@@ -91,15 +92,15 @@ MOMENTS = {
     "in a later step": (die_at(SupervisedTrainer, "training_step", 4), 2),
     "before the model is written": (die_at(ResumableTrainer, "_write_model", 2), 2),
     "before the optimizer is written": (die_at(ResumableTrainer, "_write_training_state", 2), 2),
-    "with half of the optimizer written": (die_at(resumable, "_save_tensors", 4), 2),
+    "with half of the optimizer written": (die_at(checkpointing, "_save_tensors", 4), 2),
     "before the last file": (die_at(ResumableTrainer, "_write_trainer_state", 2), 2),
-    "before the checkpoint has its name": (die_at(resumable, "put_in_place", 2), 2),
-    "when the checkpoint has its name": (die_at(resumable, "put_in_place", 2, after=True), 4),
-    "before an old checkpoint is deleted": (die_at(checkpoint.shutil, "rmtree", 1), 6),
-    "when an old checkpoint is no longer one": (die_at(checkpoint.shutil, "rmtree", 2), 6),
+    "before the checkpoint has its name": (die_at(checkpointing, "put_in_place", 2), 2),
+    "when the checkpoint has its name": (die_at(checkpointing, "put_in_place", 2, after=True), 4),
+    "before an old checkpoint is deleted": (die_at(checkpoint_files.shutil, "rmtree", 1), 6),
+    "when an old checkpoint is no longer one": (die_at(checkpoint_files.shutil, "rmtree", 2), 6),
     "before the final model is saved": (die_at(ResumableTrainer, "save_final", 1), 6),
-    "before the final model is in its place": (die_at(resumable, "move_into_place", 1), 6),
-    "before the run is marked as complete": (die_at(resumable, "move_into_place", 1, after=True), 6),
+    "before the final model is in its place": (die_at(checkpointing, "move_into_place", 1), 6),
+    "before the run is marked as complete": (die_at(checkpointing, "move_into_place", 1, after=True), 6),
 }
 
 
@@ -135,7 +136,9 @@ def test_twenty_kills_at_random_moments_change_nothing(workers, whole, tmp_path)
         time.sleep(chance.uniform(0, 0.3))
         kill(process)
         assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed twenty times"
-        complete = [f for f in checkpoint.list_checkpoints(Path(options["output_dir"])) if checkpoint.is_complete(f)]
+        complete = [
+            f for f in checkpoint_files.list_checkpoints(Path(options["output_dir"])) if checkpoint_files.is_complete(f)
+        ]
         steps.append(int(complete[-1].name.split("-")[1]) if complete else 0)
     assert steps == sorted(steps)
     assert len(set(steps)) > 5  # they were killed all over the run
@@ -193,7 +196,7 @@ def test_ctrl_c_ends_a_run_at_once_and_says_what_is_kept(save_steps, kept, optio
 def test_a_second_run_in_the_same_place_is_refused_while_the_first_is_at_work(options, monkeypatch, capsys):
     process = start_run({**options, "max_steps": 10_000, "save_steps": 10_000})
     wait_for_log(process, options, 1)
-    monkeypatch.setattr(checkpoint, "LOCK_PATIENCE", 1)
+    monkeypatch.setattr(checkpoint_files, "LOCK_PATIENCE", 1)
     with pytest.raises(RunEnded, match=f"Another run is still at work in {options['output_dir']}"):
         tuning.train(options)
     assert f"Another run is at work in {options['output_dir']}" in capsys.readouterr().out
@@ -246,7 +249,7 @@ def test_steps_that_are_done_open_no_image_again(options, monkeypatch):
 def assert_nothing_is_broken(options: dict) -> None:
     output_dir = Path(options["output_dir"])
     assert [folder.name for folder in output_dir.glob("*checkpoint-*")] == ["checkpoint-2"]
-    assert checkpoint.is_complete(output_dir / "checkpoint-2")
+    assert checkpoint_files.is_complete(output_dir / "checkpoint-2")
     assert not (output_dir / ".complete").exists()
 
 
@@ -368,8 +371,8 @@ def test_the_only_complete_checkpoint_is_never_deleted(options, tmp_path):
     for name, complete in (("checkpoint-2", True), ("checkpoint-9", False)):
         (tmp_path / name).mkdir()
         if complete:
-            (tmp_path / name / checkpoint.STATE_FILE).write_text("{}")
-    checkpoint.remove_oldest(tmp_path, 1, keep=set())
+            (tmp_path / name / checkpoint_files.STATE_FILE).write_text("{}")
+    checkpoint_files.remove_oldest(tmp_path, 1, keep=set())
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-9"]
 
 
@@ -414,8 +417,8 @@ def test_a_stopped_run_keeps_its_last_checkpoint_beside_the_best(options, rows, 
     monkeypatch.setattr(Interruption, "check", lambda interruption: "a test" if len(read_losses(options)) == 3 else "")
     with pytest.raises(RunEnded, match="checkpoint-4 is complete"):
         tuning.train({**options, **changes})
-    left = {folder.name for folder in checkpoint.list_checkpoints(Path(options["output_dir"]))}
-    state = json.loads(Path(options["output_dir"], "checkpoint-4", checkpoint.STATE_FILE).read_text())
+    left = {folder.name for folder in checkpoint_files.list_checkpoints(Path(options["output_dir"]))}
+    state = json.loads(Path(options["output_dir"], "checkpoint-4", checkpoint_files.STATE_FILE).read_text())
     assert left == {"checkpoint-4", Path(state["best_model_checkpoint"]).name}
     assert len(left) == 2
 
@@ -458,7 +461,7 @@ def test_memory_that_the_optimizer_lacks_is_explained(options, monkeypatch):
 def test_a_checkpoint_whose_optimizer_goes_by_number_alone_goes_on(whole, options):
     with pytest.raises(RunEnded):
         tuning.train({**options, "save_before_walltime": 0.001})
-    file = Path(options["output_dir"], "checkpoint-1", checkpoint.OPTIMIZER_FILE)
+    file = Path(options["output_dir"], "checkpoint-1", checkpoint_files.OPTIMIZER_FILE)
     state = torch.load(file)
     del state["names"]  # as the stock trainer writes it
     torch.save(state, file)
@@ -469,7 +472,7 @@ def test_a_checkpoint_whose_optimizer_goes_by_number_alone_goes_on(whole, option
 def test_an_optimizer_of_other_parameters_is_refused(options):
     with pytest.raises(RunEnded):
         tuning.train({**options, "save_before_walltime": 0.001})
-    file = Path(options["output_dir"], "checkpoint-1", checkpoint.OPTIMIZER_FILE)
+    file = Path(options["output_dir"], "checkpoint-1", checkpoint_files.OPTIMIZER_FILE)
     state = torch.load(file)
     state["names"][0] = "another"
     torch.save(state, file)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import tuning
 from tuning.model.parts import PartSize
-from tuning.model_card import CardFacts, merge_card, write_card
+from tuning.pages.model_card import RunSummary, merge_card, write_card
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 16}
 BASE_CARD = "---\nlicense: other\nlicense_name: llama\nlicense_link: LICENSE\n---\n# Base\n"
@@ -89,7 +89,7 @@ def test_a_card_tells_the_scores_of_the_model_that_is_saved(rows, make_options, 
     assert f"| eval_loss | {losses[1]:.4g} |" in (result.model_dir / "README.md").read_text()
 
 
-def make_facts(**changes) -> CardFacts:
+def make_facts(**changes) -> RunSummary:
     options = {
         **{"peft_method": None, "assistant_only_loss": True, "gradient_accumulation_steps": 2, "seed": 1, "r": 8},
         **{"per_device_train_batch_size": 4, "learning_rate": 1e-4, "lr_scheduler_type": "cosine"},
@@ -111,7 +111,7 @@ def make_facts(**changes) -> CardFacts:
         **{"dtype": "bfloat16", "processes": 3, "rows": None, "rows_left_out": 2, "steps": 5, "epochs": 0.5},
         **{"log_history": [{"loss": 2.0, "step": 5}, {"eval_loss": 1.5, "eval_runtime": 3.0, "step": 5}]},
     }
-    return CardFacts(**(facts | changes))
+    return RunSummary(**(facts | changes))
 
 
 def test_names_of_the_hub_are_metadata():

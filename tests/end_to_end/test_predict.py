@@ -112,7 +112,7 @@ def test_two_models_stand_side_by_side_with_their_scores(predict, trained, model
 
 
 def test_what_was_answered_before_an_interruption_is_kept(predict, trained, rows, tmp_path, monkeypatch):
-    from tuning import predict as module
+    from tuning.commands import predict as module
 
     asked, answer = [], module.answer
 
@@ -305,7 +305,7 @@ def test_scores_without_right_answers_are_missed_aloud(predict, trained, rows):
 
 
 def test_what_would_fail_in_the_end_is_said_before_anything_is_answered(predict, trained, rows, monkeypatch):
-    from tuning import predict as module
+    from tuning.commands import predict as module
 
     monkeypatch.setattr(module, "load_answering", lambda *_, **__: pytest.fail("a model is loaded"))
     code, lines, printed = predict(trained / "full", metrics="json_field_accuracy")

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from tiny_models import save_layout
 
-from tuning.chat import ChatArguments
-from tuning.config.arguments import ModelSource
+from tuning.commands.chat import ChatArguments
+from tuning.config.options import ModelSource
 from tuning.config.parse import read_command
 
 ROOT = Path(__file__).parents[2]

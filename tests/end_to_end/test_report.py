@@ -6,10 +6,10 @@ import re
 import pytest
 
 from tuning.errors import UserError
-from tuning.report.curves import show_number
-from tuning.report.record import read_record
+from tuning.pages.charts import show_number
+from tuning.pages.run_record import read_record
 from tuning.sft_trainer import train
-from tuning.training.run_report import RunReport
+from tuning.training.callbacks import RunReport
 
 ANSWERS = {"report_samples": 2, "eval_generate_rows": 4, "eval_max_new_tokens": 4, "eval_metrics": "anls"}
 
@@ -24,7 +24,7 @@ def pages(monkeypatch):
         seen.append(re.search(r"<h1>(.*?)</h1>", (self.output_dir / "report.html").read_text())[1])
 
     monkeypatch.setattr(RunReport, "refresh", note)
-    monkeypatch.setattr("tuning.training.run_report.REST", 0)
+    monkeypatch.setattr("tuning.training.callbacks.REST", 0)
     return seen
 
 
@@ -103,7 +103,7 @@ def test_a_run_that_fails_says_so_on_its_page(make_options, rows, pages, monkeyp
 
 
 def test_a_page_that_cannot_be_written_ends_no_training(make_options, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("tuning.training.run_report.REST", 0)
+    monkeypatch.setattr("tuning.training.callbacks.REST", 0)
     (tmp_path / "out" / "report.html" / "in_the_way").mkdir(parents=True)
     assert train(make_options("llava15", max_steps=3)).global_step == 3
     assert capsys.readouterr().out.count("report.html cannot be written") == 1
@@ -111,14 +111,14 @@ def test_a_page_that_cannot_be_written_ends_no_training(make_options, monkeypatc
 
 def test_a_page_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("tuning.training.run_report.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("tuning.training.callbacks.time.monotonic", lambda: clock[0])
     written = []
 
     def write(folder):
         clock[0] += 0.1
         written.append(clock[0])
 
-    monkeypatch.setattr("tuning.training.run_report.write_report", write)
+    monkeypatch.setattr("tuning.training.callbacks.write_report", write)
     report = RunReport(tmp_path, writes=True)
     state = type("State", (), {"global_step": 0, "max_steps": 1000})
     report.on_train_begin(None, state, None)

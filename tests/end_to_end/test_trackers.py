@@ -99,7 +99,7 @@ def test_aims_own_callback_is_used_and_goes_on_with_its_run(make_options, monkey
     module = ModuleType("aim.hugging_face")
     module.AimCallback = AimCallback
     monkeypatch.setitem(sys.modules, "aim.hugging_face", module)
-    monkeypatch.setattr("tuning.config.trackers.find_spec", lambda name: True)
+    monkeypatch.setattr("tuning.config.rules.find_spec", lambda name: True)
     for steps in (1, 2):
         tuning.train(make_options("llava15", report_to="aim", max_steps=steps, **LORA))
     assert begun == [(None, 4, None), ("new", 4, None)]
@@ -114,7 +114,7 @@ def test_aims_own_callback_is_used_and_goes_on_with_its_run(make_options, monkey
     ],
 )
 def test_a_missing_or_unknown_tracker_is_said_at_once(report_to, said, make_options, monkeypatch):
-    monkeypatch.setattr("tuning.config.trackers.find_spec", lambda name: None if name != "tensorboard" else name)
+    monkeypatch.setattr("tuning.config.rules.find_spec", lambda name: None if name != "tensorboard" else name)
     with pytest.raises(UserError, match="config") as error:
         build_config(make_options("llava15", report_to=report_to))
     assert said in str(error.value)

@@ -13,10 +13,10 @@ from tiny_models import LAYOUTS, build_model, build_processor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import tuning
-from tuning import model_plan, sft_trainer
+from tuning import sft_trainer
 from tuning.config.parse import build_config
 from tuning.errors import UserError
-from tuning.model import load
+from tuning.model import build, load
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, VISION_TOWER, find_parts, freeze_parts, parameter_table
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
@@ -24,7 +24,7 @@ LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 
 def find_targets(options: dict) -> list[str]:
     config = build_config(options)
-    return model_plan.find_lora_targets(config, load.build_skeleton(load.load_config(config.model)))
+    return build.find_lora_targets(config, load.build_skeleton(load.load_config(config.model)))
 
 
 def part_of(name: str) -> str:

@@ -14,12 +14,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import tuning
-from tuning import model_plan
+from tuning.checking.memory import MemoryEstimate, estimate_memory
 from tuning.config.parse import build_config
-from tuning.model import dry_run, load
+from tuning.model import build, dry_run, load
 from tuning.model.quantize import quantise_skeleton
-from tuning.preview.memory import MemoryEstimate, estimate_memory
-from tuning.training.master_weights import hold_master_weights
+from tuning.training.optimizer import patch_master_weights
 from tuning.training.trainer import SupervisedTrainer
 
 TOLERANCE = 0.25
@@ -84,7 +83,7 @@ def estimate(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(load, "load_model", skeleton)
             model = make_model(config)
-        hold = hold_master_weights if config.model.keep_master_weights else None
+        hold = patch_master_weights if config.model.keep_master_weights else None
         return estimate_memory(model, batch, config.training, hold_masters=hold, **kwargs)
 
     return run
@@ -227,7 +226,7 @@ def test_a_model_that_cannot_be_simulated_has_an_estimate_without_activations(ma
 
     options = make_options("llava15")
     whole = estimate(options, make_batch())
-    monkeypatch.setattr(model_plan, "install_supervised_loss", lambda model: None)
+    monkeypatch.setattr(build, "install_supervised_loss", lambda model: None)
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", decides_by_a_number)
     estimated = estimate(options, make_batch())
     assert estimated.activations is None

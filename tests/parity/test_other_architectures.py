@@ -9,14 +9,15 @@ import transformers
 from tiny_models import CORPUS
 from transformers import AutoModelForImageTextToText
 
-from tuning.data.chat import ChatFormat
+from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder
 from tuning.demo.tokenizer import train_tokenizer
 from tuning.model.attention import choose_attention, set_decoder_attention
+from tuning.model.loss import patch_supervised_loss
 from tuning.model.packed_attention import PACKED
-from tuning.training.loss import install_supervised_loss
-from tuning.training.padding_free import find_obstacle
+from tuning.model.padding_free import why_padding_is_needed
+from tuning.training.data_loading import make_trial_batches
 
 TEXT = tiny_models._TEXT
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -143,13 +144,20 @@ def try_model(config, processor, dtype: torch.dtype) -> str:
         torch.nn.init.normal_(parameter, std=0.1) if not parameter.isfinite().all() else None
     settings = dict(use_flash_attn=True, attn_implementation=None, dtype=dtype, device_type="cpu")
     attention = choose_attention(type(model), **settings)
-    install_supervised_loss(model)
+    patch_supervised_loss(model)
 
     def forward(**batch):
         return model(**{k: v.to(dtype) if "pixel" in k else v for k, v in batch.items()})
 
-    probes, collator = Encoder(processor, ChatFormat(processor), 4096).probes, probe_collator(processor)
-    return find_obstacle(model, forward, probes, collator, attention, half=dtype == torch.bfloat16)
+    encoder, collator = Encoder(processor, ChatFormat(processor), 4096), probe_collator(processor)
+    return why_padding_is_needed(
+        model,
+        forward,
+        lambda: make_trial_batches(encoder.dummy_samples(), collator),
+        attention,
+        nested_images=collator.nested_images,
+        half=dtype == torch.bfloat16,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -162,13 +170,13 @@ def test_each_is_padded_for_its_own_reason_or_not_at_all(name, dtype):
 
 def test_a_chunked_mask_is_noticed_though_the_probes_are_shorter(monkeypatch):
     config, processor = ARCHITECTURES["Llama 4's chunks"][0]()
-    monkeypatch.setattr("tuning.training.padding_free.find_layer_obstacle", lambda config: "")
+    monkeypatch.setattr("tuning.model.padding_free.why_layers_need_padding", lambda config: "")
     assert "more than causal" in try_model(config, processor, torch.bfloat16)
 
 
 def test_a_convolution_is_noticed_where_nothing_names_it(monkeypatch):
     config, processor = ARCHITECTURES["LFM2's convolutions"][0]()
-    monkeypatch.setattr("tuning.training.padding_free.find_layer_obstacle", lambda config: "")
+    monkeypatch.setattr("tuning.model.padding_free.why_layers_need_padding", lambda config: "")
     assert "would change each other" in try_model(config, processor, torch.bfloat16)
 
 

@@ -8,13 +8,14 @@ import torch
 from test_supervised_loss import assert_same_gradients, gradients, make_batch
 from tiny_models import LAYOUTS, build_model, build_processor
 
-from tuning.data.chat import ChatFormat
+from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder
 from tuning.model.attention import Attention, set_decoder_attention
+from tuning.model.loss import patch_supervised_loss, supervised_loss
 from tuning.model.packed_attention import PACKED
-from tuning.training.loss import install_supervised_loss, supervised_loss
-from tuning.training.padding_free import Trial, find_obstacle, try_packed
+from tuning.model.padding_free import Trial, try_packed, why_padding_is_needed
+from tuning.training.data_loading import make_trial_batches
 
 PLAIN = [layout for layout in LAYOUTS if layout != "mllama"]
 ATTENTION = Attention("sdpa", PACKED, "")
@@ -35,7 +36,7 @@ def batches(layout: str) -> list[dict]:
 def test_loss_and_gradients_equal_padded_ones(layout):
     padded, packed = batches(layout)
     model = build_model(layout, dtype=torch.float64)
-    install_supervised_loss(model)
+    patch_supervised_loss(model)
     expected_loss = model(**padded).loss
     expected_loss.backward()
     expected = gradients(model)
@@ -53,7 +54,7 @@ def test_no_mask_of_tokens_by_tokens_is_made(layout):
     """No layer is given one."""
     packed = batches(layout)[1]
     model = build_model(layout, dtype=torch.float64)
-    install_supervised_loss(model)
+    patch_supervised_loss(model)
     set_decoder_attention(model, PACKED)
     masks = []
     for layer in model.get_decoder().layers:
@@ -70,21 +71,34 @@ def encoder_of(layout: str) -> Encoder:
     return Encoder(processor, ChatFormat(processor), 4096)
 
 
+def try_rows(model, forward, encoder, *, half: bool = False) -> str:
+    """Why this model needs padding, tried as training tries it."""
+    collator = probe_collator(encoder.processor)
+    return why_padding_is_needed(
+        model,
+        forward,
+        lambda: make_trial_batches(encoder.dummy_samples(), collator),
+        ATTENTION,
+        nested_images=collator.nested_images,
+        half=half,
+    )
+
+
 @pytest.mark.parametrize("layout", PLAIN)
 def test_a_right_model_is_found_right(layout):
     model, encoder = build_model(layout), encoder_of(layout)
-    install_supervised_loss(model)
-    collator = probe_collator(encoder.processor)
-    trial = try_packed(model, model, encoder.probes(), collator, ATTENTION)
+    patch_supervised_loss(model)
+    batches = make_trial_batches(encoder.dummy_samples(), probe_collator(encoder.processor))
+    trial = try_packed(model, model, batches, ATTENTION)
     assert trial.distance < 1e-5
     assert replace(trial, distance=0.0) == Trial(0.0, leaks=False, other_masks=False, other_positions=False)
-    assert find_obstacle(model, model, encoder.probes, collator, ATTENTION, half=False) == ""
+    assert try_rows(model, model, encoder) == ""
     assert model.config.get_text_config()._attn_implementation == "sdpa"  # as it was
 
 
 def test_mllama_is_padded_because_of_its_images():
     model, encoder = build_model("mllama"), encoder_of("mllama")
-    obstacle = find_obstacle(model, model, encoder.probes, probe_collator(encoder.processor), ATTENTION, half=False)
+    obstacle = try_rows(model, model, encoder)
     assert "images of each row apart" in obstacle
 
 
@@ -117,7 +131,7 @@ def test_a_model_that_mixes_samples_is_found_out(fault, dtype, monkeypatch):
         for parameter in model.get_decoder().parameters():
             parameter.mul_(8)  # random weights are so small that attention does nothing
     model.to(dtype)
-    install_supervised_loss(model)
+    patch_supervised_loss(model)
     decoder, stock = model.get_decoder(), AttentionInterface()[PACKED]
     if fault == "leak":
         monkeypatch.setitem(AttentionInterface()._global_mapping, PACKED, attend_across(stock))
@@ -125,15 +139,14 @@ def test_a_model_that_mixes_samples_is_found_out(fault, dtype, monkeypatch):
         monkeypatch.setattr(decoder, "forward", forget_positions(decoder.forward))
     else:
         monkeypatch.setitem(AttentionInterface()._global_mapping, PACKED, lambda *args, s_aux: None)
-    collator, probes = probe_collator(encoder.processor), encoder.probes
 
     def forward(**batch):
         return model(**{k: v.to(dtype) if "pixel" in k else v for k, v in batch.items()})
 
-    obstacle = find_obstacle(model, forward, probes, collator, ATTENTION, half=dtype == torch.bfloat16)
+    obstacle = try_rows(model, forward, encoder, half=dtype == torch.bfloat16)
     assert FAULTS[fault] in obstacle
     monkeypatch.undo()
-    assert find_obstacle(model, forward, probes, collator, ATTENTION, half=dtype == torch.bfloat16) == ""
+    assert try_rows(model, forward, encoder, half=dtype == torch.bfloat16) == ""
 
 
 @pytest.mark.parametrize("positions_at_once", [1, 3, 7, 8, 100])

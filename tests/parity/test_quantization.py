@@ -13,15 +13,14 @@ from tiny_models import LAYOUTS
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
 import tuning
-from tuning import model_plan
-from tuning.check import check
-from tuning.config.arguments import ModelSource
+from tuning.checking import memory
+from tuning.commands.check import check
+from tuning.config.options import ModelSource
 from tuning.config.parse import build_config
 from tuning.errors import UserError
-from tuning.model import load, quantize
-from tuning.model.adapters import load_answering
+from tuning.model import build, load, quantize
+from tuning.model.lora import load_answering
 from tuning.model.parts import find_parts, parameter_table
-from tuning.preview import memory
 
 if not HAS_BITSANDBYTES:
     pytest.skip("bitsandbytes is not installed", allow_module_level=True)
@@ -165,7 +164,7 @@ def test_a_skeleton_takes_the_bytes_of_the_loaded_model(kind, make_options):
     config = build_config(make_options("granite_vision", **LORA, quantization=kind, dtype="bfloat16"))
     model_config = load.load_config(config.model)
     skeleton = load.build_skeleton(model_config).to(torch.bfloat16)
-    plan = model_plan.find_quantization(config, model_config, skeleton)
+    plan = build.find_quantization(config, model_config, skeleton)
     quantize.quantise_skeleton(skeleton, plan)
     model = load.load_model(config.model, model_config, dtype=torch.bfloat16, attention="sdpa", quantization=plan)
     taken = memory.bytes_of(memory.tensors_of(model))
@@ -251,7 +250,7 @@ def test_8bit_weights_cannot_be_divided(make_options, monkeypatch):
     model_config = load.load_config(config.model)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=r"FSDP and ZeRO-3 cannot divide 8-bit weights.* Use quantization 4bit"):
-        model_plan.find_quantization(config, model_config, load.build_skeleton(model_config))
+        build.find_quantization(config, model_config, load.build_skeleton(model_config))
 
 
 def test_dora_trains_on_4bit_weights_and_is_refused_on_8bit_ones_here(make_options):

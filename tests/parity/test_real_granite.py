@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
-from tuning.data.chat import ChatFormat
+from tuning.config.families import find_family
+from tuning.data.chat_template import ChatFormat
 from tuning.data.encode import IGNORED, Encoder
 from tuning.data.sources import Row
-from tuning.model.families import find_family
 
 FOLDER = os.environ.get("GRANITE_VISION_PROCESSOR")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="GRANITE_VISION_PROCESSOR names no folder")

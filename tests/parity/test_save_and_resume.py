@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tuning
 from tuning.data.encode import Encoder
+from tuning.data.from_config import ROWS_CHECKED_FIRST
 from tuning.errors import UserError
-from tuning.sft_trainer import ROWS_CHECKED_FIRST
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 METHODS = {"full": {}, "lora": LORA}
@@ -101,9 +101,9 @@ BATCHES = {
 @pytest.mark.parametrize("batches", BATCHES)
 @pytest.mark.parametrize("stop", [1, 6])
 def test_a_run_goes_on_with_the_rows_it_would_have_had(batches, stop, make_options, tmp_path, monkeypatch):
-    monkeypatch.setattr("tuning.data.batching.STEPS_OF_WINDOW", 2)
-    monkeypatch.setattr("tuning.data.batching.LEAST_ROWS", 1)
-    monkeypatch.setattr("tuning.data.token_budget.WINDOW", 6)
+    monkeypatch.setattr("tuning.data.batch_sampler.STEPS_OF_WINDOW", 2)
+    monkeypatch.setattr("tuning.data.batch_sampler.LEAST_ROWS", 1)
+    monkeypatch.setattr("tuning.data.batch_sampler.WINDOW", 6)
     changes = {"max_steps": 12, "gradient_accumulation_steps": 2, "save_steps": 1, **BATCHES[batches]}
 
     def options(folder: str) -> dict:
@@ -126,7 +126,7 @@ def test_a_run_goes_on_with_the_rows_it_would_have_had(batches, stop, make_optio
 @pytest.mark.parametrize("changes", [{"per_device_train_batch_size": 2}, {"max_tokens_per_batch": 300}], ids=str)
 def test_a_run_that_must_pad_from_now_on_keeps_its_order(changes, make_options, tmp_path, monkeypatch):
     """What decides about padding (the start-up check, the attention) may come out otherwise the next time."""
-    monkeypatch.setattr("tuning.data.batching.LEAST_ROWS", 1)
+    monkeypatch.setattr("tuning.data.batch_sampler.LEAST_ROWS", 1)
     changes = {"max_steps": 6, "save_steps": 3, **changes}
     seen, encode = list[int](), Encoder.encode
     monkeypatch.setattr(Encoder, "encode", lambda encoder, row: seen.append(row.number) or encode(encoder, row))

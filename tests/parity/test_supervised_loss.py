@@ -7,13 +7,12 @@ from PIL import Image
 from tiny_models import LAYOUTS, build_model, build_processor
 from transformers import GraniteForCausalLM
 
-from tuning.data.chat import ChatFormat
+from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder
 from tuning.data.sources import Row
-from tuning.model.cross_attention import keep_rows_apart
-from tuning.model.logits import logit_arithmetic
-from tuning.training.loss import install_supervised_loss
+from tuning.model.loss import logit_arithmetic, patch_supervised_loss
+from tuning.model.mllama import patch_mllama_cross_attention
 
 SIZES = [(40, 40), (90, 30), (30, 80), (64, 64)]
 
@@ -70,7 +69,7 @@ def test_loss_and_gradients_equal_the_plain_reference(layout):
     expected = gradients(model)
     model.zero_grad()
 
-    install_supervised_loss(model)
+    patch_supervised_loss(model)
     loss = model(**inputs, labels=labels).loss
     loss.backward()
     assert abs(loss.item() - reference.item()) < 1e-6
@@ -92,8 +91,8 @@ def test_granite_logits_are_those_of_its_text_model():
 def test_one_batch_of_six_equals_six_of_one(layout):
     samples = make_batch(layout)
     model = build_model(layout, dtype=torch.float64)
-    keep_rows_apart(model)
-    install_supervised_loss(model)
+    patch_mllama_cross_attention(model)
+    patch_supervised_loss(model)
     together = model(**as_inputs(layout, samples)).loss
     together.backward()
     expected = gradients(model)
@@ -112,7 +111,7 @@ def test_no_logit_is_computed_where_nothing_is_trained():
     samples = make_batch("llava15")
     inputs = as_inputs("llava15", samples)
     model = build_model("llava15", dtype=torch.float64)
-    install_supervised_loss(model)
+    patch_supervised_loss(model)
     rows = []
     model.lm_head.register_forward_hook(lambda module, given, output: rows.append(output.shape[0]))
     model(**inputs)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import tuning
 from tuning import sft_trainer
-from tuning.config.arguments import ModelArguments
-from tuning.errors import EXIT_INTERNAL_ERROR, RunEnded, exit_code_of
-from tuning.training import verify
-from tuning.training.checkpoint import SHARDED_MODEL
+from tuning.config.options import ModelArguments
+from tuning.errors import RunEnded
+from tuning.exit_codes import EXIT_INTERNAL_ERROR, exit_code_of
+from tuning.files import SHARDED_MODEL
+from tuning.training import verify_save
 from tuning.training.trainer import SupervisedTrainer
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
@@ -148,12 +149,12 @@ def test_a_save_that_went_wrong_is_told(name, finished, tmp_path, models):
     folder = tmp_path / "saved"
     shutil.copytree(options["output_dir"], folder)
     settings = ModelArguments(model_name_or_path=str(models["llava15"]))
-    verify.verify_saved(trainer, folder, None, settings, wanted=None)
+    verify_save.verify_saved(trainer, folder, None, settings, wanted=None)
     fault(folder, models["llava15"])
     with pytest.raises(RunEnded, match=re.escape(f"The model saved in {folder} is not the one that was")) as ended:
-        verify.verify_saved(trainer, folder, None, settings, wanted=None)
+        verify_save.verify_saved(trainer, folder, None, settings, wanted=None)
     assert re.search(told, ended.value.message)
-    verify.verify_saved(trainer, folder, None, settings, wanted=False)
+    verify_save.verify_saved(trainer, folder, None, settings, wanted=False)
 
 
 def break_saves(patch: pytest.MonkeyPatch, fault, base: Path) -> None:
@@ -205,24 +206,24 @@ def test_a_checkpoint_that_cannot_be_read_is_told(finished, tmp_path):
     told = re.escape(f"it cannot be compared with {checkpoint} (")
     cut_off(checkpoint, folder)
     with pytest.raises(RunEnded, match=told):
-        verify.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
+        verify_save.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
     dcp.save({"model": trainer.model.state_dict()}, checkpoint_id=checkpoint / SHARDED_MODEL, no_dist=True)
-    verify.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
+    verify_save.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
     next((checkpoint / SHARDED_MODEL).glob("*.distcp")).write_bytes(b"")
     with pytest.raises(RunEnded, match=told):
-        verify.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
+        verify_save.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
 
 
 def test_the_first_process_alone_reads_a_checkpoint(finished, monkeypatch):
     """Every other one would have the whole model in memory."""
     options, trainer = finished["full"]
-    talk = SimpleNamespace(number=2, share=torch.tensor, fail_together=lambda error: None)
+    talk = SimpleNamespace(number=2, share=torch.tensor, raise_on_all_ranks=lambda error: None)
     monkeypatch.setattr(trainer, "processes", talk)
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     monkeypatch.setattr(type(trainer.args), "should_save", False)
-    monkeypatch.setattr(verify, "checkpoint_weights", None)
+    monkeypatch.setattr(verify_save, "checkpoint_weights", None)
     folder = Path(options["output_dir"])
-    verify.verify_saved(trainer, folder, folder / "checkpoint-1", ModelArguments(), wanted=None)
+    verify_save.verify_saved(trainer, folder, folder / "checkpoint-1", ModelArguments(), wanted=None)
 
 
 def test_the_trained_model_stays_as_it_was(make_options, trainers, capsys):
@@ -236,7 +237,7 @@ def test_the_trained_model_stays_as_it_was(make_options, trainers, capsys):
         trainer = trainers[-1]
         model = trainer.model.train()
         before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
-        verify.verify_saved(trainer, Path(trainer.args.output_dir), None, ModelArguments(), wanted=None)
+        verify_save.verify_saved(trainer, Path(trainer.args.output_dir), None, ModelArguments(), wanted=None)
         assert "its weights and logits are those that were trained." in capsys.readouterr().out
         after = dict(model.named_parameters())
         assert after.keys() == before.keys()
@@ -246,7 +247,7 @@ def test_the_trained_model_stays_as_it_was(make_options, trainers, capsys):
 
 
 def test_without_room_for_a_second_model_its_tensors_are_compared(make_options, monkeypatch, capsys):
-    monkeypatch.setattr(verify, "ROOM", 1e12)
+    monkeypatch.setattr(verify_save, "ROOM", 1e12)
     tuning.train(make_options("granite_vision", max_steps=1))
     said = capsys.readouterr().out
     assert "its weights are those that were trained. It was not loaded: there is no room for a second model." in said
@@ -257,28 +258,28 @@ def test_under_deepspeed_one_process_loads_no_adapter(finished, monkeypatch, cap
     options, trainer = finished["lora"]
     folder, settings = Path(options["output_dir"]), ModelArguments(model_name_or_path=options["model_name_or_path"])
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
-    monkeypatch.setattr(verify, "find_loading_fault", None)
-    verify.verify_saved(trainer, folder, None, settings, wanted=True)
+    monkeypatch.setattr(verify_save, "find_loading_fault", None)
+    verify_save.verify_saved(trainer, folder, None, settings, wanted=True)
     assert f"Read {folder} back: its files are whole. It was not loaded: under DeepSpeed" in capsys.readouterr().out
 
 
 def test_the_room_for_what_deepspeed_sharded_is_that_of_the_whole(finished, monkeypatch):
     _, trainer = finished["full"]
     model, size = torch.nn.ParameterList([torch.empty(0)]), psutil.virtual_memory().available
-    assert verify.has_room(trainer, model)
+    assert verify_save.has_room(trainer, model)
     monkeypatch.setattr(model[0], "ds_numel", size, raising=False)
-    assert not verify.has_room(trainer, model)
+    assert not verify_save.has_room(trainer, model)
 
 
 def test_a_containers_memory_is_what_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "CGROUP", tmp_path)
-    machine = verify.free_memory()
+    monkeypatch.setattr(verify_save, "CGROUP", tmp_path)
+    machine = verify_save.free_memory()
     assert machine > 2**20
     for name, text in {"current": "700\n", "stat": "anon 5\ninactive_file 60\nslab 7\n", "max": "1000\n"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    assert verify.free_memory() == 1000 - 700 + 60
+    assert verify_save.free_memory() == 1000 - 700 + 60
     (tmp_path / "memory.max").write_text("max\n")
-    assert verify.free_memory() > 2**20
+    assert verify_save.free_memory() > 2**20
 
 
 def test_a_full_model_takes_the_place_of_an_earlier_adapter(make_options, capsys):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LAYOUTS, build_model
 
 import tuning
-from tuning import model_plan, sft_trainer
+from tuning import sft_trainer
 from tuning.errors import UserError
-from tuning.model import features, vision
+from tuning.model import build, vision_tower
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 FROZEN = {"freeze_vision_tower": True}
@@ -32,7 +32,7 @@ def tower_runs(monkeypatch):
 
     def watched(*args):
         model = make_model(*args)
-        tower = vision.find_tower(model)
+        tower = vision_tower.find_tower(model)
         active = tower.modules_to_save["default"] if isinstance(tower, ModulesToSaveWrapper) else tower
         layers = next(module for module in active.modules() if isinstance(module, torch.nn.ModuleList))
         norm = next(module for module in layers[0].modules() if isinstance(module, torch.nn.LayerNorm))
@@ -41,7 +41,7 @@ def tower_runs(monkeypatch):
         norm.register_forward_pre_hook(lambda norm, args: current.update(layers=1, images=len(args[0])))
 
         def end(tower, args, output):
-            tensors = [value for value in vision.tree_leaves(output) if isinstance(value, torch.Tensor)]
+            tensors = [value for value in vision_tower.tree_leaves(output) if isinstance(value, torch.Tensor)]
             runs.append(Counter(current, graphs=sum(tensor.requires_grad for tensor in tensors)))
             current.clear()
 
@@ -91,12 +91,12 @@ def test_a_frozen_tower_has_no_graph_and_runs_once(layout, method, checkpointing
     spared = train(layout, **changes)
     assert len(tower_runs) == 4
     assert all(run["layers"] == 1 and run["graphs"] == 0 for run in tower_runs)
-    monkeypatch.setattr(model_plan, "spare_frozen_tower", lambda *args, **kwargs: None)
+    monkeypatch.setattr(build, "spare_frozen_tower", lambda *args, **kwargs: None)
     assert_equal_runs(spared, train(layout, **changes))
 
 
 def test_without_it_a_tower_under_checkpointing_would_run_twice(train, tower_runs, monkeypatch):
-    monkeypatch.setattr(model_plan, "spare_frozen_tower", lambda *args, **kwargs: None)
+    monkeypatch.setattr(build, "spare_frozen_tower", lambda *args, **kwargs: None)
     train("granite_vision", **LORA, gradient_checkpointing=True)
     assert all(run["graphs"] for run in tower_runs)
     assert tower_runs[1]["layers"] == 2  # of which one belongs to the backward before
@@ -112,17 +112,17 @@ TRAINING_TOWERS = {
 
 @pytest.mark.parametrize("case", TRAINING_TOWERS)
 def test_a_tower_that_trains_is_left_alone(case, train, tower_runs, monkeypatch):
-    monkeypatch.setattr(vision, "CHUNK_PIXELS", 1)
+    monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 1)
     found = train("llava15", **TRAINING_TOWERS[case])
     assert all(run["graphs"] and run["layers"] == 1 for run in tower_runs)
-    monkeypatch.setattr(model_plan, "spare_frozen_tower", lambda *args, **kwargs: None)
+    monkeypatch.setattr(build, "spare_frozen_tower", lambda *args, **kwargs: None)
     assert_equal_runs(found, train("llava15", **TRAINING_TOWERS[case]))
 
 
 def test_it_is_asked_in_every_call_whether_the_tower_trains():
     model = build_model("llava15")
-    vision.spare_frozen_tower(model, sharded=False)
-    tower, pixels = vision.find_tower(model), torch.rand(2, 3, 32, 32)
+    vision_tower.patch_frozen_tower_without_grad(model, sharded=False)
+    tower, pixels = vision_tower.find_tower(model), torch.rand(2, 3, 32, 32)
     assert tower(pixels).last_hidden_state.requires_grad
     tower.requires_grad_(False)
     assert not tower(pixels).last_hidden_state.requires_grad
@@ -137,7 +137,7 @@ def test_chunks_train_what_all_images_at_once_do(layout, train, tower_runs, monk
     whole = train(layout, **LORA)
     assert {run["layers"] for run in tower_runs} == {1}
     tower_runs.clear()
-    monkeypatch.setattr(vision, "CHUNK_PIXELS", 3 * 32 * 32)
+    monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 3 * 32 * 32)
     chunked = train(layout, **LORA)
     assert [run["layers"] for run in tower_runs] == [-(-run["images"] // 3) for run in tower_runs]
     assert max(run["layers"] for run in tower_runs) > 1
@@ -146,13 +146,13 @@ def test_chunks_train_what_all_images_at_once_do(layout, train, tower_runs, monk
 
 @pytest.mark.parametrize("layout", LAVAS)
 def test_every_output_of_the_tower_is_put_together(layout, monkeypatch):
-    tower = vision.find_tower(build_model(layout)).requires_grad_(False)
+    tower = vision_tower.find_tower(build_model(layout)).requires_grad_(False)
     pixels = torch.rand(7, 3, 32, 32)
     expected = tower(pixels, output_hidden_states=True)
     model = build_model(layout).requires_grad_(False)
-    vision.spare_frozen_tower(model, sharded=False)
-    monkeypatch.setattr(vision, "CHUNK_PIXELS", 2 * 32 * 32)
-    found = vision.find_tower(model)(pixel_values=pixels, output_hidden_states=True)
+    vision_tower.patch_frozen_tower_without_grad(model, sharded=False)
+    monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 2 * 32 * 32)
+    found = vision_tower.find_tower(model)(pixel_values=pixels, output_hidden_states=True)
     assert type(found) is type(expected)
     assert found.keys() == expected.keys()
     assert len(found.hidden_states) == 5
@@ -169,20 +169,20 @@ class Odd(torch.nn.Module):
 @pytest.mark.parametrize("call", [{}, {"grid": torch.ones(5)}], ids=["joined", "more tensors"])
 def test_images_that_cannot_be_divided_go_through_at_once(call, monkeypatch):
     model, tower = build_model("llava15"), Odd()
-    monkeypatch.setattr(vision, "find_tower", lambda model: tower)
-    vision.spare_frozen_tower(model, sharded=False)
-    monkeypatch.setattr(vision, "CHUNK_PIXELS", 1)
+    monkeypatch.setattr(vision_tower, "find_tower", lambda model: tower)
+    vision_tower.patch_frozen_tower_without_grad(model, sharded=False)
+    monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 1)
     pixels = torch.rand(5, 3, 4, 4)
     assert torch.equal(tower(pixels, **call), pixels.flatten(1)[None])
 
 
 def test_dropout_and_sharding_keep_the_images_together(monkeypatch):
-    monkeypatch.setattr(vision, "CHUNK_PIXELS", 1)
+    monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 1)
     for dropout, sharded, together in [(0.0, False, False), (0.1, False, True), (0.0, True, True)]:
         model = build_model("llava15").requires_grad_(False)
-        tower = vision.find_tower(model)
+        tower = vision_tower.find_tower(model)
         tower.config.attention_dropout = dropout
-        vision.spare_frozen_tower(model, sharded=sharded)
+        vision_tower.patch_frozen_tower_without_grad(model, sharded=sharded)
         sizes = []
         tower.encoder.layers[0].register_forward_hook(
             lambda layer, args, output, sizes=sizes: sizes.append(len(output))
@@ -282,7 +282,7 @@ def test_broken_files_are_replaced(train, tower_runs, tmp_path):
     assert_equal_runs(train("llava15", **options), expected, rtol=1e-5, atol=1e-6)
     assert sum(run["images"] for run in tower_runs) == 3
     assert kept(folder).keys() == whole.keys()
-    store = features.FeatureFolder(folder)
+    store = vision_tower.FeatureFolder(folder)
     assert all(store.load(name.replace("/", "").partition(".")[0]) for name in files)
 
 
@@ -290,7 +290,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    store = features.FeatureFolder.open(str(tmp_path), "option")
+    store = vision_tower.FeatureFolder.open(str(tmp_path), "option")
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -310,7 +310,7 @@ def test_a_full_disk_is_said_once_and_the_run_goes_on(train, tmp_path, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     expected = train("llava15", **LORA)
-    monkeypatch.setattr(features.Path, "write_bytes", full)
+    monkeypatch.setattr(vision_tower.Path, "write_bytes", full)
     found = train("llava15", **LORA, cache_vision_features=str(tmp_path / "features"))
     assert_equal_runs(found, expected, rtol=1e-5, atol=1e-6)
     assert len(attempts) == 1
@@ -332,7 +332,7 @@ def with_dropout(model_folder: Path, folder: Path) -> str:
 
 
 def test_features_that_would_change_are_not_kept(train, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_plan.load, "load_model", lambda *args, **kwargs: pytest.fail("too late"))
+    monkeypatch.setattr(build.load, "load_model", lambda *args, **kwargs: pytest.fail("too late"))
     cached = {"cache_vision_features": str(tmp_path / "features")}
     for case in ("expression", "saved in full"):
         with pytest.raises(UserError, match="cache_vision_features: the vision tower trains"):

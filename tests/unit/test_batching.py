@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuning.data import batching, token_budget
-from tuning.data.batching import RowOrder, SharedBatches
-from tuning.data.token_budget import TokenBatches, pack
+from tuning.data import batch_sampler
+from tuning.data.batch_sampler import RowOrder, SharedBatches, TokenBatches, pack
 
 any_data = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 LENGTHS = np.random.default_rng(0).lognormal(6, 1, 5000).astype(int) + 2
@@ -84,8 +83,8 @@ def test_a_step_has_the_same_rows_however_it_is_split(lengths, size, grouped, dr
     drop_last = drop_last and rows % per_step == 0  # what else is left out are incomplete batches, not steps
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, "STEPS_OF_WINDOW", 2)
-        patch.setattr(batching, "LEAST_ROWS", 1)
+        patch.setattr(batch_sampler, "STEPS_OF_WINDOW", 2)
+        patch.setattr(batch_sampler, "LEAST_ROWS", 1)
         for world, accumulated in SPLITS:
             order = RowOrder(rows, 3, Measured(lengths), per_step, grouped)
             ranks = shares(functools.partial(SharedBatches, order, size, drop_last=drop_last), world)
@@ -112,7 +111,7 @@ def test_accumulated_batches_wait_less_for_the_slowest_process(monkeypatch):
         return np.array(costs).reshape(2, -1, 4).sum(axis=2).max(axis=0).sum()
 
     turned = cost_of_slowest()
-    monkeypatch.setattr(batching, "place_in_turn", lambda rank, world, number: rank)
+    monkeypatch.setattr(batch_sampler, "place_in_turn", lambda rank, world, number: rank)
     assert turned < 0.99 * cost_of_slowest()
 
 
@@ -168,7 +167,7 @@ def test_packed_batches_hold_every_row_once_and_no_more_than_the_budget(lengths,
 def test_a_step_has_the_same_batches_however_it_is_split(lengths, budget, padded, epoch):
     found, measured = [], Measured(lengths)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_budget, "WINDOW", 16)
+        patch.setattr(batch_sampler, "WINDOW", 16)
         for world, accumulated in SPLITS:
 
             def make(accumulated=accumulated, **share):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import LAYOUTS, build_processor
 
-from tuning.data.chat import ChatFormat
+from tuning.data.chat_template import ChatFormat
 from tuning.data.encode import IGNORED, Encoder, Sample
 from tuning.data.messages import count_images, read_messages
 from tuning.data.sources import Row

@@ -12,17 +12,17 @@ from PIL import Image
 from scripted import save_scripted
 from tiny_models import LAYOUTS
 
-from tuning import chat, cli
-from tuning.chat import ChatArguments, is_base_of, make_speakers
-from tuning.chat_page import Answer, Talk, Turn, answer
-from tuning.config.arguments import ModelSource
-from tuning.data.questions import ask as read_question
+from tuning import cli
+from tuning.commands import chat
+from tuning.commands.chat import ChatArguments, is_base_of, make_speakers
+from tuning.config.options import ModelSource
+from tuning.data.prompts import ask as read_question
 from tuning.data.sources import Row
 from tuning.errors import UserError
-from tuning.model.adapters import load_answering
-from tuning.model.generate import generate_texts, greedy_settings
-from tuning.model.streaming import stream_text
-from tuning.training.answering import answer as answer_batch
+from tuning.model.generate import generate_texts, greedy_settings, stream_text
+from tuning.model.lora import load_answering
+from tuning.pages.chat_page import Answer, Talk, Turn, answer
+from tuning.training.evaluation import answer as answer_batch
 
 PICTURE = Image.new("RGB", (60, 40), "red")
 

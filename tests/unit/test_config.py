@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tuning import cli
-from tuning.config import names
+from tuning.config import legacy_names
 from tuning.config.parse import build_config, read_options
 from tuning.errors import UserError
 
@@ -282,7 +282,7 @@ def test_hub_ids_and_template_text_are_not_taken_for_paths(required):
         ("group_by_length", True, "training", "train_sampling_strategy", "group_by_length"),
         ("group_by_length", False, "training", "train_sampling_strategy", "random"),
         ("adafactor", "true", "training", "optim", "adafactor"),
-        ("gradient_checkpointing", True, "training", names.CHECKPOINTING, True),
+        ("gradient_checkpointing", True, "training", legacy_names.CHECKPOINTING, True),
     ],
 )
 def test_old_name_keeps_its_meaning(required, name, value, section, new_name, new_value):
@@ -321,7 +321,7 @@ def test_gradient_checkpointing_gives_no_warning_and_is_not_reentrant(required):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         config = build_config({**required, "gradient_checkpointing": True})
-    assert getattr(config.training, names.CHECKPOINTING_KWARGS) == {"use_reentrant": False}
+    assert getattr(config.training, legacy_names.CHECKPOINTING_KWARGS) == {"use_reentrant": False}
 
 
 def test_remove_unused_columns_is_never_true(required):
@@ -426,7 +426,7 @@ def test_documented_sample_parses(required, monkeypatch):
     assert config.training.bf16 is True
     assert config.training.per_device_train_batch_size == 8
     assert config.training.learning_rate == 1e-4
-    assert getattr(config.training, names.CHECKPOINTING) is True
+    assert getattr(config.training, legacy_names.CHECKPOINTING) is True
     noted = [note for note in config.notes if "accelerate_launch_args" in note]
     assert noted
     assert "fsdp_transformer_layer_cls_to_wrap" in noted[0]

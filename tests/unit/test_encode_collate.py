@@ -9,13 +9,13 @@ from PIL import Image
 from tiny_models import LAYOUTS, build_model, build_processor
 from torch.utils.data import DataLoader
 
-from tuning.data.chat import ChatFormat
+from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import pad_to_largest, probe_collator
 from tuning.data.dataset import EncodedRows
 from tuning.data.encode import IGNORED, Encoder, Sample, after_expansion
 from tuning.data.sources import Row, open_source
 from tuning.errors import UserError
-from tuning.model.cross_attention import keep_rows_apart
+from tuning.model.mllama import patch_mllama_cross_attention
 
 IMAGE = {"type": "image"}
 NOT_FOR_THE_MODEL = ("labels", "facts")
@@ -184,7 +184,7 @@ def mixed_rows() -> list[Row]:
 @functools.cache
 def model_of(layout: str):
     model = build_model(layout).eval()
-    keep_rows_apart(model)
+    patch_mllama_cross_attention(model)
     return model
 
 

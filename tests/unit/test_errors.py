@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from tuning.errors import UserError, exit_code_of
+from tuning.errors import UserError
+from tuning.exit_codes import exit_code_of
 
 
 @pytest.fixture(autouse=True)

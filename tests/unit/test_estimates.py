@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from tiny_models import LAYOUTS, build_model, build_processor
 
-from tuning.model.fsdp import find_wrap_classes
-from tuning.preview.estimates import Lengths
-from tuning.preview.rows import padding_share, token_texts
+from tuning.checking.estimates import Lengths
+from tuning.checking.report import padding_share, token_texts
+from tuning.distributed.fsdp import find_wrap_classes
 
 
 def lengths_of(tokens: list[int]) -> Lengths:

@@ -159,11 +159,11 @@ FORMS = {
 
 @pytest.mark.parametrize(("row", "messages", "images", "first", "sentence"), FORMS.values(), ids=FORMS)
 def test_each_form_is_detected_and_read(row, messages, images, first, sentence):
-    form = detect([row])
-    conversation = form.read(row, "rows.json, row 0")
+    format = detect([row])
+    conversation = format.read(row, "rows.json, row 0")
     assert (conversation.messages, conversation.images) == (messages, images)
     assert conversation.trained_from == first
-    assert describe_format(form, "messages", "images") == sentence
+    assert describe_format(format, "messages", "images") == sentence
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
@@ -179,10 +179,10 @@ def test_each_form_is_the_same_in_a_file(tmp_path, suffix, row, messages, images
         (tmp_path / "rows.json").write_text(json.dumps([row, row]))
         datasets.load_dataset("json", data_files=[str(tmp_path / "rows.json")], split="train").to_parquet(file)
     stored = open_source(str(file), text_field="messages", image_field="images")[1]
-    conversation = stored.form.read(stored.columns, stored.where)
+    conversation = stored.format.read(stored.columns, stored.where)
     assert (conversation.messages, conversation.images) == (messages, images)
     assert conversation.trained_from == first
-    assert describe_format(stored.form, "messages", "images") == sentence
+    assert describe_format(stored.format, "messages", "images") == sentence
 
 
 # --- parts and marks ---
@@ -317,8 +317,8 @@ def test_named_columns_are_never_replaced_by_others():
 
 
 def test_named_columns_may_hold_another_form():
-    form = detect([{"chat": llava("<image>q"), "photo": "x.png"}], text_field="chat", image_field="photo")
-    assert form == RowFormat(("chat",), "photo", image_strings=True, name="conversations with from and value")
+    format = detect([{"chat": llava("<image>q"), "photo": "x.png"}], text_field="chat", image_field="photo")
+    assert format == RowFormat(("chat",), "photo", image_strings=True, name="conversations with from and value")
 
 
 def test_the_messages_column_goes_before_others():
@@ -339,7 +339,7 @@ def test_images_inside_messages_are_not_decoded_when_a_row_is_read(tmp_path, str
     source = open_source(file, text_field="messages", image_field="images", streaming=streaming)
     part = source.parts[0]
     columns = next(iter(part.rows))
-    good, broken = part.form.read(columns, "row 0").images
+    good, broken = part.format.read(columns, "row 0").images
     assert good["bytes"] == PNG
     assert load_image(good, None, "row 0").size == (6, 4)
     with pytest.raises(UserError, match="cannot be read"):
@@ -368,7 +368,7 @@ def test_answers_that_are_dates_stay_as_they_are_written(tmp_path, suffix):
     file = tmp_path / f"rows{suffix}"
     file.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
     row = open_source(str(file), text_field="messages", image_field="images")[1]
-    assert row.form.read(row.columns, row.where).messages == asked(text("When?"), answer="2024-01-02")
+    assert row.format.read(row.columns, row.where).messages == asked(text("When?"), answer="2024-01-02")
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -379,7 +379,7 @@ def test_rows_far_on_may_be_of_another_type(tmp_path, suffix):
     file = tmp_path / f"rows{suffix}"
     file.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
     source = open_source(str(file), text_field="messages", image_field="images")
-    first, last = (row.form.read(row.columns, row.where) for row in (source[0], source[11_000]))
+    first, last = (row.format.read(row.columns, row.where) for row in (source[0], source[11_000]))
     assert (first.messages, first.images) == (asked(text("q" * 1000)), [])
     assert (last.messages, last.images) == (asked(IMAGE, text("q")), ["x.png"])
 

@@ -13,9 +13,11 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from tuning import errors, launch
-from tuning.errors import UserError, claim_file, claim_to_speak
-from tuning.launch import check_processes, ended, launch_flags, wanted_launch
+from tuning import exit_codes
+from tuning.distributed import launch
+from tuning.distributed.launch import check_processes, choose_launch_options, ended, launch_flags
+from tuning.errors import UserError
+from tuning.exit_codes import claim_error_output, claim_file
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = sorted((ROOT / "fixtures").glob("*.yaml"))
@@ -41,16 +43,16 @@ def no_launcher(monkeypatch):
 )
 def test_as_many_processes_as_asked_for_else_one_a_gpu(launch_args, gpus, processes, monkeypatch):
     monkeypatch.setattr(launch, "count_gpus", lambda: gpus)
-    wanted = wanted_launch(launch_args, all_gpus=True)
+    wanted = choose_launch_options(launch_args, all_gpus=True)
     assert wanted.get("num_processes") == processes
     assert not wanted or launch_args.items() <= wanted.items()
 
 
 def test_a_process_that_was_launched_launches_none(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # Kubeflow's; a launcher is still to be started
-    assert wanted_launch({"num_processes": 2}, all_gpus=True) == {"num_processes": 2}
+    assert choose_launch_options({"num_processes": 2}, all_gpus=True) == {"num_processes": 2}
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert wanted_launch({"num_processes": 2}, all_gpus=True) == {}
+    assert choose_launch_options({"num_processes": 2}, all_gpus=True) == {}
 
 
 def test_a_single_process_that_was_launched_launches_none(tmp_path):
@@ -61,13 +63,13 @@ def test_a_single_process_that_was_launched_launches_none(tmp_path):
     launch_args = {"config_file": str(tmp_path / "settings.yaml")}
     script = tmp_path / "script.py"
     script.write_text(
-        "import json, sys\nfrom pathlib import Path\nfrom tuning.launch import wanted_launch\n"
-        f"Path(sys.argv[1]).write_text(json.dumps(wanted_launch({launch_args}, all_gpus=True)))"
+        "import json, sys\nfrom pathlib import Path\nfrom tuning.distributed.launch import choose_launch_options\n"
+        f"Path(sys.argv[1]).write_text(json.dumps(choose_launch_options({launch_args}, all_gpus=True)))"
     )
-    assert wanted_launch(launch_args, all_gpus=True) == launch_args
+    assert choose_launch_options(launch_args, all_gpus=True) == launch_args
     launch.launch(launch_args, [str(tmp_path / "wanted.json")], script=script)
     assert json.loads((tmp_path / "wanted.json").read_text()) == {}
-    assert wanted_launch(launch_args, all_gpus=True) == launch_args
+    assert choose_launch_options(launch_args, all_gpus=True) == launch_args
 
 
 def test_several_processes_with_use_cpu_of_the_launcher_are_refused():
@@ -85,7 +87,7 @@ def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
 
 def test_several_gpus_are_used_by_the_command_only(monkeypatch):
     monkeypatch.setattr(launch, "count_gpus", lambda: 4)
-    assert wanted_launch({}, all_gpus=False) == {}
+    assert choose_launch_options({}, all_gpus=False) == {}
 
 
 def parse(launch_args: dict):
@@ -119,7 +121,7 @@ def test_a_config_file_of_the_user_is_taken_as_it_is():
 
 def test_an_unknown_option_is_answered_with_the_nearest():
     with pytest.raises(UserError, match="num_proceses: accelerate launch has no such option"):
-        wanted_launch({"num_proceses": 2}, all_gpus=True)
+        choose_launch_options({"num_proceses": 2}, all_gpus=True)
 
 
 @pytest.mark.parametrize(
@@ -148,12 +150,12 @@ def test_a_signal_before_training_is_no_fault():
 
 
 def test_only_the_first_process_of_a_launch_speaks(monkeypatch, tmp_path):
-    monkeypatch.setattr(errors.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(exit_codes.tempfile, "gettempdir", lambda: str(tmp_path))
     (tmp_path / "vlm-tuning-999999999-1.00").touch()  # of a launcher that is gone
     (tmp_path / "vlm-tuning-my-data").touch()  # somebody's own
-    assert [claim_to_speak(), claim_to_speak()] == [True, True]
+    assert [claim_error_output(), claim_error_output()] == [True, True]
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert [claim_to_speak(), claim_to_speak()] == [True, False]
+    assert [claim_error_output(), claim_error_output()] == [True, False]
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -186,5 +188,5 @@ def test_an_installed_package_brings_its_settings(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = zipfile.ZipFile(wheel)
-    place = launch.DEFAULTS.relative_to(Path(launch.__file__).parents[1])
+    place = launch.DEFAULTS.relative_to(Path(launch.__file__).parents[2])
     assert packed.read(str(place)) == (ROOT / "fixtures" / "accelerate_fsdp_defaults.yaml").read_bytes()

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from tiny_models import build_processor
 
-from tuning.data.chat import ChatFormat
+from tuning.data.chat_template import ChatFormat
 from tuning.data.encode import Encoder
-from tuning.data.lengths import RowLengths
+from tuning.data.row_lengths import RowLengths
 from tuning.data.sources import Mixture, Source, open_source
 
 SIZES = [(40, 40), (300, 90), (30, 180), (500, 400), (64, 64)]
@@ -49,7 +49,7 @@ def cut_off_pixels(folder) -> None:
 @pytest.mark.parametrize("layout", ["granite_vision", "llava15", "mllama"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_exact_lengths_are_those_of_encoded_rows(layout, workers, source, tmp_path, monkeypatch):
-    monkeypatch.setattr("tuning.data.lengths.FEW_CHUNKS", 0)
+    monkeypatch.setattr("tuning.data.row_lengths.FEW_CHUNKS", 0)
     encoder = encoder_of(layout)
     rows = [79, 3, 4, 70, 0, 3, 41]
     expected = [len(encoder.encode(source[row]).sequence["input_ids"]) for row in rows]
@@ -80,7 +80,7 @@ def test_estimates_put_rows_in_nearly_the_same_order(layout, source, tmp_path):
 def test_a_row_is_measured_once(source, monkeypatch):
     lengths = RowLengths(source, encoder_of("llava15"))
     first = lengths([3, 70])
-    monkeypatch.setattr("tuning.data.lengths.read_chunks", None)
+    monkeypatch.setattr("tuning.data.row_lengths.read_chunks", None)
     assert lengths([70, 3, 3]).tolist() == [first[1], first[0], first[0]]
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from tuning.training import master_weights
-from tuning.training.master_weights import explain_updates, hold_master_weights
+from tuning.training import optimizer
+from tuning.training.optimizer import explain_updates, patch_master_weights
 
 OPTIMIZERS = {
     "adamw fused": (torch.optim.AdamW, {"lr": 1e-5, "fused": True}),
@@ -50,7 +50,7 @@ def test_master_weights_learn_where_plain_bfloat16_stalls(name):
     make, settings = OPTIMIZERS[name]
     full, plain, kept = (make_model(dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
     start = flat(full.parameters())
-    optimizer = hold_master_weights(make(kept.parameters(), **settings))
+    optimizer = patch_master_weights(make(kept.parameters(), **settings))
     learn(full, make(full.parameters(), **settings))
     learn(plain, make(plain.parameters(), **settings))
     learn(kept, optimizer)
@@ -70,7 +70,7 @@ def clone_in_float(model: nn.Module) -> list[nn.Parameter]:
 @EVERY
 def test_masters_are_what_float32_weights_become_by_the_same_gradients(name, limit, dtype, monkeypatch):
     """Two groups with rates and decays of their own, a scheduler, clipped gradients."""
-    monkeypatch.setattr(master_weights, "NUMBERS_AT_ONCE", limit)
+    monkeypatch.setattr("tuning.training.optimizer.NUMBERS_AT_ONCE", limit)
     make, settings = OPTIMIZERS[name]
     settings = {**settings, "lr": 1e-3}
     model = make_model(dtype)
@@ -83,7 +83,7 @@ def test_masters_are_what_float32_weights_become_by_the_same_gradients(name, lim
         ]
         return make(groups, **settings)
 
-    optimizer, reference = hold_master_weights(optimizer_of(mine)), optimizer_of(twins)
+    optimizer, reference = patch_master_weights(optimizer_of(mine)), optimizer_of(twins)
     pairs = [(each, torch.optim.lr_scheduler.LinearLR(each, 1.0, 0.1, 5)) for each in (optimizer, reference)]
     places = [parameter.data_ptr() for parameter in mine]
     for step in range(6):
@@ -107,13 +107,13 @@ def test_masters_are_what_float32_weights_become_by_the_same_gradients(name, lim
 def test_states_are_saved_and_loaded_exactly(name):
     make, settings = OPTIMIZERS[name]
     model, again = make_model(torch.bfloat16), make_model(torch.bfloat16)
-    optimizer = hold_master_weights(make(model.parameters(), **settings))
+    optimizer = patch_master_weights(make(model.parameters(), **settings))
     learn(model, optimizer, 5)
     stored = io.BytesIO()
     torch.save(optimizer.state_dict(), stored)
     stored.seek(0)
     again.load_state_dict(model.state_dict())
-    continued = hold_master_weights(make(again.parameters(), **settings))
+    continued = patch_master_weights(make(again.parameters(), **settings))
     continued.load_state_dict(torch.load(stored))
     torch.testing.assert_close(continued.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
     learn(model, optimizer, 5)
@@ -127,7 +127,7 @@ def test_states_of_plain_bfloat16_go_on_with_masters():
     plain = torch.optim.AdamW(model.parameters(), lr=1e-3)
     learn(model, plain, 3)
     weights = flat(model.parameters())
-    optimizer = hold_master_weights(torch.optim.AdamW(model.parameters(), lr=0.0))
+    optimizer = patch_master_weights(torch.optim.AdamW(model.parameters(), lr=0.0))
     saved = plain.state_dict()
     saved["param_groups"][0]["lr"] = 0.0
     optimizer.load_state_dict(saved)
@@ -138,16 +138,16 @@ def test_states_of_plain_bfloat16_go_on_with_masters():
 
 
 def test_only_a_few_gradients_are_in_float32_at_once(monkeypatch):
-    seen, take = [], master_weights._WithMasters._stand_in
-    monkeypatch.setattr(master_weights, "NUMBERS_AT_ONCE", 70)
+    seen, take = [], optimizer._WithMasters._stand_in
+    monkeypatch.setattr("tuning.training.optimizer.NUMBERS_AT_ONCE", 70)
 
     def count(self, masters, shares):
         seen.append(sorted(master.numel() for master in masters.values()))
         take(self, masters, shares)
 
-    monkeypatch.setattr(master_weights._WithMasters, "_stand_in", count)
+    monkeypatch.setattr(optimizer._WithMasters, "_stand_in", count)
     model = make_model(torch.bfloat16)  # of 2048, 64, 64 and 1 numbers
-    learn(model, hold_master_weights(torch.optim.AdamW(model.parameters())), 1)
+    learn(model, patch_master_weights(torch.optim.AdamW(model.parameters())), 1)
     assert seen == [[2048], [64], [1, 64]]
 
 
@@ -162,9 +162,9 @@ class Counting(torch.optim.SGD):
 
 
 def test_an_optimizer_that_may_count_its_steps_takes_them_whole(monkeypatch):
-    monkeypatch.setattr(master_weights, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr("tuning.training.optimizer.NUMBERS_AT_ONCE", 1)
     model = make_model(torch.bfloat16)
-    optimizer = hold_master_weights(Counting(model.parameters(), lr=1e-3))
+    optimizer = patch_master_weights(Counting(model.parameters(), lr=1e-3))
     learn(model, optimizer, 3)
     assert optimizer.steps == 3
 
@@ -173,7 +173,7 @@ def test_tied_weights_stay_tied_and_float32_weights_have_no_master():
     tied = nn.ModuleList([nn.Linear(4, 4, bias=False).bfloat16(), nn.Linear(4, 4, bias=False).bfloat16()])
     tied[1].weight = tied[0].weight
     mixed = nn.Linear(4, 4)
-    optimizer = hold_master_weights(torch.optim.SGD([*tied.parameters(), *mixed.parameters()], lr=1e-4, momentum=0.9))
+    optimizer = patch_master_weights(torch.optim.SGD([*tied.parameters(), *mixed.parameters()], lr=1e-4, momentum=0.9))
     tied[1](tied[0](torch.ones(1, 4).bfloat16())).float().sum().backward()
     mixed(torch.ones(1, 4)).sum().backward()
     optimizer.step()
@@ -185,15 +185,15 @@ def test_tied_weights_stay_tied_and_float32_weights_have_no_master():
 def test_nothing_changes_where_all_weights_are_float32():
     model = make_model(torch.float32)
     optimizer = torch.optim.AdamW(model.parameters())
-    assert type(hold_master_weights(optimizer)) is torch.optim.AdamW
+    assert type(patch_master_weights(optimizer)) is torch.optim.AdamW
     assert explain_updates(model, kept=True, sharded=False) == ""
 
 
 def test_asking_twice_is_asking_once_and_what_happens_is_put_in_words():
     model = make_model(torch.bfloat16)
-    optimizer = hold_master_weights(torch.optim.AdamW(model.parameters()))
+    optimizer = patch_master_weights(torch.optim.AdamW(model.parameters()))
     kind = type(optimizer)
-    assert type(hold_master_weights(optimizer)) is kind
+    assert type(patch_master_weights(optimizer)) is kind
     assert isinstance(optimizer, torch.optim.AdamW)
     assert "2,177 trained numbers are bfloat16: the optimizer steps float32 copies" in explain_updates(
         model, kept=True, sharded=False

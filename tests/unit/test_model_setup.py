@@ -7,14 +7,15 @@ import torch
 from tiny_models import LAYOUTS, build_model, build_processor, save_layout
 from transformers import LlavaForConditionalGeneration
 
-from tuning.config.arguments import ModelArguments
+from tuning.config.options import ModelArguments
 from tuning.config.parse import build_config
+from tuning.distributed.fsdp import choose_wrap_classes
+from tuning.distributed.launch import configure_libraries
 from tuning.errors import UserError
 from tuning.model import attention, load
-from tuning.model.fsdp import choose_wrap_classes
+from tuning.model.build import wanted_wrap_classes
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, VISION_TOWER, find_parts
-from tuning.model_plan import wanted_wrap_classes
-from tuning.sft_trainer import options_of_trainer, settle_libraries
+from tuning.training.trainer import options_of_trainer
 
 WRAPPED = {
     "granite_vision": ["SiglipEncoderLayer", "GraniteDecoderLayer"],
@@ -99,7 +100,7 @@ def test_attention_is_chosen_and_explained(case):
 
 def test_without_a_launcher_one_of_several_gpus_is_used_and_said(capsys):
     arguments = SimpleNamespace(n_gpu=4, _n_gpu=4, disable_tqdm=False)
-    settle_libraries(arguments)
+    configure_libraries(arguments)
     assert arguments._n_gpu == 1
     assert "--num_processes=4" in capsys.readouterr().out
 

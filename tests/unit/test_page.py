@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tuning.preview.page import render_page
-from tuning.preview.report import IMAGE, SUPERVISED, TEXT, Problem, Report, SampleRow, Token
+from tuning.checking.report import IMAGE, SUPERVISED, TEXT, Problem, Report, SampleRow, Token
+from tuning.pages.check_page import render_page
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="

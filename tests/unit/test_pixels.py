@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_models import LAYOUTS, build_processor
 from transformers import AutoImageProcessor
 
-from tuning.data.pixels import quicken
+from tuning.data.pixels import patch_image_processor
 
 SIZES = [(32, 32), (40, 40), (90, 30), (31, 80), (640, 480)]
 
@@ -37,7 +37,7 @@ def test_same_pixels(layout, size):
     stock = build_processor(layout).image_processor
     for mode in ("RGB", "L"):
         image = [[photo(size, mode).convert("RGB")]]
-        assert_same(quicken(stock)(image, return_tensors="pt"), stock(image, return_tensors="pt"))
+        assert_same(patch_image_processor(stock)(image, return_tensors="pt"), stock(image, return_tensors="pt"))
 
 
 @pytest.mark.parametrize(
@@ -56,25 +56,25 @@ def test_same_pixels_under_other_settings(layout, changes):
     for name, value in changes.items():
         setattr(stock, name, value)
     image = [photo((32, 32))]
-    assert_same(quicken(stock)(image, return_tensors="pt"), stock(image, return_tensors="pt"))
+    assert_same(patch_image_processor(stock)(image, return_tensors="pt"), stock(image, return_tensors="pt"))
 
 
 def test_the_image_that_is_given_stays_as_it_is():
     stock = build_processor("llava15").image_processor
     given = np.array(photo((32, 32))).transpose(2, 0, 1).copy()
     before = given.copy()
-    quicken(stock)([given], return_tensors="pt")
+    patch_image_processor(stock)([given], return_tensors="pt")
     assert np.array_equal(given, before)
 
 
 def test_it_is_saved_as_the_stock_one_and_travels_to_workers(tmp_path):
     stock = build_processor("granite_vision").image_processor
-    quick = quicken(stock)
+    quick = patch_image_processor(stock)
     assert quick.to_dict() == stock.to_dict()
     quick.save_pretrained(tmp_path)
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is type(stock)
     image = [photo((90, 30))]
     expected = stock(image, return_tensors="pt")
-    for other in (pickle.loads(pickle.dumps(quick)), copy.deepcopy(quick), quicken(quick)):
+    for other in (pickle.loads(pickle.dumps(quick)), copy.deepcopy(quick), patch_image_processor(quick)):
         assert_same(other(image, return_tensors="pt"), expected)
     assert type(pickle.loads(pickle.dumps(quick))) is type(quick)

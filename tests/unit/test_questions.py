@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_models import LAYOUTS
 
-from tuning.config.arguments import ModelSource, RowArguments
+from tuning.config.options import ModelSource, RowArguments
 from tuning.data.collator import probe_collator
-from tuning.data.questions import ask, join_on_the_right
-from tuning.data_paths import make_encoder, open_path
-from tuning.model.adapters import load_answering
+from tuning.data.from_config import make_encoder, open_path
+from tuning.data.prompts import ask, join_on_the_right
 from tuning.model.generate import generate_texts
+from tuning.model.lora import load_answering
 
 IMAGE = {"type": "image"}
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from PIL import Image
 
-from tuning.data import remote
+from tuning.data import image_download
 from tuning.data.images import ImageRules, find_image, load_image, measure_image
 from tuning.errors import UserError
 
@@ -159,7 +159,7 @@ def test_another_answer_than_200_is_named(server, status, words):
     assert f"the server answers {words}" in refused(f"{server.url}/x.png")
 
 
-@pytest.mark.parametrize("status", remote.REDIRECTS)
+@pytest.mark.parametrize("status", image_download.REDIRECTS)
 def test_no_redirect_into_a_private_network(server, start_server, status):
     inner = start_server()
     inner.answers["/secret.png"] = send(PNG)
@@ -185,10 +185,10 @@ def test_no_redirect_to_the_same_server_if_it_is_private(server):
 
 def test_no_redirect_to_a_name_of_which_one_address_is_private(server, monkeypatch):
     entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, 80)) for number in ("93.184.216.34", "10.0.0.1")]
-    monkeypatch.setattr(remote.socket, "getaddrinfo", lambda *_, **__: entries)
-    monkeypatch.setattr(remote.socket, "create_connection", lambda *_: pytest.fail("connected"))
+    monkeypatch.setattr(image_download.socket, "getaddrinfo", lambda *_, **__: entries)
+    monkeypatch.setattr(image_download.socket, "create_connection", lambda *_: pytest.fail("connected"))
     with pytest.raises(ValueError, match=r"example.org \(10.0.0.1\), which is not a public address"):
-        remote._connect_to_public_address(("example.org", 80), 1.0)
+        image_download._connect_to_public_address(("example.org", 80), 1.0)
 
 
 def test_a_public_redirect_is_followed_to_the_address_that_was_checked(server, monkeypatch):
@@ -220,7 +220,9 @@ def test_no_redirect_to_anything_but_http(server, target):
 
 
 def test_redirects_come_to_an_end(server, monkeypatch):
-    monkeypatch.setattr(remote, "_connect_to_public_address", lambda address, *rest: socket.create_connection(address))
+    monkeypatch.setattr(
+        image_download, "_connect_to_public_address", lambda address, *rest: socket.create_connection(address)
+    )
     server.answers["/x.png"] = redirect("/x.png")
     assert "more than 5 redirects" in refused(f"{server.url}/x.png")
     assert len(server.asked) == 6
@@ -251,7 +253,7 @@ def test_an_image_that_breaks_off_is_refused(server):
 
 
 def test_a_server_that_does_not_answer_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(remote, "TIMEOUT", 0.2)
+    monkeypatch.setattr(image_download, "TIMEOUT", 0.2)
     server.answers["/x.png"] = hang
     start = time.monotonic()
     assert "no answer in time" in refused(f"{server.url}/x.png")
@@ -259,7 +261,7 @@ def test_a_server_that_does_not_answer_is_given_up(server, monkeypatch):
 
 
 def test_a_server_that_drips_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(remote, "DEADLINE", 0.3)
+    monkeypatch.setattr(image_download, "DEADLINE", 0.3)
     server.answers["/x.png"] = drip
     start = time.monotonic()
     assert "no answer in time" in refused(f"{server.url}/x.png")

@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 
-from tuning.config.arguments import default_options
-from tuning.page.html import round_up, shorten
-from tuning.report.curves import BUCKETS, average, render_curves, thin_out
-from tuning.report.page import format_duration, write_report
-from tuning.report.record import Series, read_record
+from tuning.config.options import default_options
+from tuning.pages.charts import BUCKETS, average, render_curves, thin_out
+from tuning.pages.render import round_up, shorten
+from tuning.pages.run_page import format_duration, write_report
+from tuning.pages.run_record import Series, read_record
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="

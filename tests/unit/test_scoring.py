@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuning.errors import UserError
-from tuning.scoring import METRICS, check_metrics, mean_scores, normalize_vqa, score_rows
+from tuning.metrics import METRICS, check_metrics, mean_scores, normalize_vqa, score_rows
 
 
 def score(metric: str, prediction: str, *references: str) -> float:
@@ -268,5 +268,5 @@ def test_rows_without_a_right_answer_are_a_bug_of_the_caller():
 
 
 def test_scores_need_neither_torch_nor_what_is_not_asked_for():
-    code = "import sys, tuning.scoring; print([name for name in ('torch', 'rapidfuzz') if name in sys.modules])"
+    code = "import sys, tuning.metrics; print([name for name in ('torch', 'rapidfuzz') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -260,7 +260,7 @@ def test_name_that_is_nowhere_is_named():
 
 def test_identity_tells_changed_data_apart(tmp_path):
     file = write_json(tmp_path / "rows.json", [{}, {}])
-    assert open_rows(file).identity() == [[str(file), 2]]
+    assert open_rows(file).fingerprint() == [[str(file), 2]]
 
 
 def test_a_saved_dataset_without_rows_or_damaged_is_named(tmp_path):

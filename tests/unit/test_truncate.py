@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tiny_models import LAYOUTS, build_processor
 
-from tuning.data.chat import ChatFormat
+from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
 from tuning.data.encode import IGNORED, Encoder, Sample
 from tuning.data.sources import Row

@@ -15,16 +15,16 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from tuning.config import names
-from tuning.config.arguments import SECTIONS, TRAINING_DEFAULTS, RunConfig
-from tuning.config.validate import adjust, find_problems, find_row_problems, groups_by_length
+from tuning.config import legacy_names
+from tuning.config.options import SECTIONS, TRAINING_DEFAULTS, RunConfig
+from tuning.config.rules import adjust, find_problems, find_row_problems, groups_by_length
 from tuning.errors import UserError
 
 OWN_FIELDS = {entry.name: section for section, kind in SECTIONS.items() for entry in dataclasses.fields(kind)}
 TYPES = typing.get_type_hints(TrainingArguments) | {"resume_from_checkpoint": bool | str | None}
 for _kind in SECTIONS.values():
     TYPES |= typing.get_type_hints(_kind)
-KNOWN = set(OWN_FIELDS) | set(names.TRAINING_FIELDS)
+KNOWN = set(OWN_FIELDS) | set(legacy_names.TRAINING_FIELDS)
 
 
 def read_options(
@@ -116,7 +116,7 @@ def build_config(options: Mapping[str, Any]) -> RunConfig:
         section: kind(**{key: value for key, value in values.items() if OWN_FIELDS.get(key) == section})
         for section, kind in SECTIONS.items()
     }
-    training = {key: value for key, value in values.items() if key in names.TRAINING_FIELDS}
+    training = {key: value for key, value in values.items() if key in legacy_names.TRAINING_FIELDS}
     try:
         training_arguments = TrainingArguments(**(TRAINING_DEFAULTS | training))
         return RunConfig(**sections, training=training_arguments, notes=notes, group_by_length=groups_by_length(values))
@@ -146,7 +146,7 @@ def read_command(argv: Sequence[str], *kinds: type, required: Sequence[str] = ()
     problems: list[str] = []
     current = {}
     for name, value in read_options(argv, environ={}, known=set(types_of)).items():
-        new_name = names.RENAMED.get(name, name)
+        new_name = legacy_names.RENAMED.get(name, name)
         if new_name in types_of:
             current[new_name] = value
         else:
@@ -182,21 +182,21 @@ def _raise_all(problems: list[str]) -> None:
 def _translate_names(options: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     current: dict[str, Any] = {}
     for name, value in options.items():
-        if name in names.REEXPRESSED and name not in KNOWN:
+        if name in legacy_names.REEXPRESSED and name not in KNOWN:
             try:
-                translated = names.REEXPRESSED[name](value)
+                translated = legacy_names.REEXPRESSED[name](value)
             except (TypeError, ValueError):
                 problems.append(f"{name}: {value!r} is not a valid value")
                 continue
-        elif name in names.RENAMED:
-            translated = {names.RENAMED[name]: value}
+        elif name in legacy_names.RENAMED:
+            translated = {legacy_names.RENAMED[name]: value}
         elif name in KNOWN:
             translated = {name: value}
-        elif name in names.REMOVED:
-            problems.append(f"{name}: is no longer an option. {names.REMOVED[name]}")
+        elif name in legacy_names.REMOVED:
+            problems.append(f"{name}: is no longer an option. {legacy_names.REMOVED[name]}")
             continue
         else:
-            candidates = KNOWN | set(names.RENAMED) | set(names.REEXPRESSED)
+            candidates = KNOWN | set(legacy_names.RENAMED) | set(legacy_names.REEXPRESSED)
             problems.append(f"{name}: unknown option.{_nearest(name, candidates)}")
             continue
         for new_name, new_value in translated.items():
@@ -285,7 +285,7 @@ def describe_options(usage: str) -> str:
     lines = [f"usage: {usage}", ""]
     for section, kind in SECTIONS.items():
         lines += [f"{section}:", *_describe_fields(kind)]
-    lines += ["", "training (transformers.TrainingArguments):", "  " + " ".join(sorted(names.TRAINING_FIELDS))]
+    lines += ["", "training (transformers.TrainingArguments):", "  " + " ".join(sorted(legacy_names.TRAINING_FIELDS))]
     return "\n".join(lines)
 
 

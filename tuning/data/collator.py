@@ -12,7 +12,7 @@ from tuning.errors import UserError
 
 
 @dataclass(frozen=True)
-class BatchFacts:
+class BatchInfo:
     """What the trainer tells of a batch; travels beside its tensors and never reaches the model.
 
     `tokens` counts real tokens, padding excluded. `rows_with_images`: of those that train. `cut`: rows whose answers
@@ -46,17 +46,17 @@ class Collator:
     pad_token_id: int
     nested_images: bool = False
     blank_image: dict[str, torch.Tensor] = field(default_factory=dict)
-    filler: Sample | None = None
+    dummy_image_sample: Sample | None = None
     padding_free: bool = False
 
     def __call__(self, samples: Sequence[Sample | UserError]) -> dict[str, Any]:
         for sample in samples:
             if isinstance(sample, UserError):
-                return {"facts": BatchFacts(error=sample)}
+                return {"facts": BatchInfo(error=sample)}
         good = [sample for sample in samples if isinstance(sample, Sample)]
         facts = gather_facts(good)
-        if self.filler and not any(sample.images for sample in good):
-            good.append(self.filler)
+        if self.dummy_image_sample and not any(sample.images for sample in good):
+            good.append(self.dummy_image_sample)
         return {**self._sequences(good), **self._images(good), "facts": facts}
 
     def _sequences(self, samples: list[Sample]) -> dict[str, Any]:
@@ -78,9 +78,9 @@ class Collator:
         }
 
 
-def gather_facts(samples: Sequence[Sample]) -> BatchFacts:
+def gather_facts(samples: Sequence[Sample]) -> BatchInfo:
     supervised = [int((sample.sequence["labels"] != IGNORED).sum()) for sample in samples]
-    return BatchFacts(
+    return BatchInfo(
         rows=[sample.where for sample in samples],
         tokens=sum(int(sample.sequence["attention_mask"].sum()) for sample in samples),
         supervised_tokens=sum(supervised),

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tuning.data.chat import ChatFormat, RenderedChat
+from tuning.data.chat_template import ChatFormat, RenderedChat
 from tuning.data.images import ImageRules, load_image
 from tuning.data.messages import Conversation, count_images, keep_first_images
-from tuning.data.pixels import quicken
+from tuning.data.pixels import patch_image_processor
 from tuning.data.sources import Row
-from tuning.errors import UserError, blame_field
+from tuning.errors import UserError, error_field
 
 IGNORED = -100
 """The label of a position that is not trained (PyTorch's and Hugging Face's convention)."""
@@ -60,7 +60,7 @@ class Prepared:
 
     @property
     def image_places(self) -> list[str]:
-        field = self.row.form.image_field or self.row.form.text_fields[0]
+        field = self.row.format.image_field or self.row.format.text_fields[0]
         return [f"{self.row.where}, field '{field}', image {index}" for index in range(len(self.images))]
 
 
@@ -81,7 +81,7 @@ class Encoder:
 
     def __post_init__(self):
         quick = copy.copy(self.processor)
-        quick.image_processor = quicken(quick.image_processor)
+        quick.image_processor = patch_image_processor(quick.image_processor)
         object.__setattr__(self, "processor", quick)
         names = frozenset(self.processor.image_processor.model_input_names)
         object.__setattr__(self, "image_names", names)
@@ -89,18 +89,18 @@ class Encoder:
 
     def prepare(self, row: Row) -> Prepared:
         """Read and render one row; its images stay closed. Raises `UserError` naming file, row and field."""
-        return self.prepare_conversation(row, row.form.read(row.columns, row.where))
+        return self.prepare_conversation(row, row.format.read(row.columns, row.where))
 
     def prepare_conversation(self, row: Row, conversation: Conversation) -> Prepared:
         """Render what was read of a row. See `prepare`."""
-        text_field = row.form.text_fields[-1]
+        text_field = row.format.text_fields[-1]
         where = f"{row.where}, field '{text_field}'"
         messages, images = conversation.messages, conversation.images
         dropped = 0
         if self.max_images is not None:
             dropped = max(0, len(images) - self.max_images)
             images, messages = images[: self.max_images], keep_first_images(messages, self.max_images)
-        with blame_field(text_field):
+        with error_field(text_field):
             if len(messages) > self.max_messages:
                 raise UserError(
                     where=where,
@@ -121,7 +121,7 @@ class Encoder:
     def encode(self, row: Row) -> Sample:
         """Render, tokenize and label one row. Raises `UserError` naming file, row and field of what is wrong."""
         prepared = self.prepare(row)
-        with blame_field(row.form.image_field or row.form.text_fields[0]):
+        with error_field(row.format.image_field or row.format.text_fields[0]):
             images = self.open_images(prepared)
         inputs = self.process(prepared.chat.text, images)
         excess = inputs["input_ids"].shape[1] - self.max_seq_length
@@ -151,7 +151,7 @@ class Encoder:
         controls, processor = self.chat.controls, self.processor
         if controls.is_hidden_in(text):
             processor = copy.copy(processor)
-            processor.tokenizer = controls.knowing_tokenizer
+            processor.tokenizer = controls.escaped_tokenizer
         made = processor(
             text=[text],
             images=list(images) or None,
@@ -165,7 +165,7 @@ class Encoder:
             name: value if torch.is_tensor(value) or name == EXPANSIONS else torch.from_numpy(np.asarray(value))
             for name, value in made.items()
         }
-        return controls.reveal(inputs) if processor is not self.processor else inputs
+        return controls.unescape(inputs) if processor is not self.processor else inputs
 
     def tokenizer_options(self, text: str) -> dict[str, bool]:
         """A template that writes the token a text begins with must not get a second one."""
@@ -280,7 +280,7 @@ class Encoder:
             kind=TOO_LONG,
         )
 
-    def filler(self) -> Sample:
+    def dummy_image_sample(self) -> Sample:
         """A blank image and no trained token: for a process that has no image, or no row, where others have some.
 
         Its vision tower then computes as theirs do. Without it the processes wait for each other for ever (FSDP), or
@@ -288,7 +288,7 @@ class Encoder:
         """
         return self._untrained(self._ask_about([Image.new("RGB", (32, 32))]))
 
-    def probes(self) -> list[Sample]:
+    def dummy_samples(self) -> list[Sample]:
         """Short rows that differ, one without an image between two with one, to try a model on."""
         images = Image.new("RGB", (48, 32), "red"), Image.new("RGB", (32, 48), "blue")
         inputs = [
@@ -320,18 +320,18 @@ class Encoder:
 
 
 def _blame_text(prepared: Prepared, what: str, advice: str, *, kind: str) -> UserError:
-    field = prepared.row.form.text_fields[-1]
+    field = prepared.row.format.text_fields[-1]
     where = f"{prepared.row.where}, field '{field}'"
     return UserError(where=where, problem=what, fix=advice, field=field, kind=kind)
 
 
 def wrong_number_of_images(row: Row, placeholders: int, images: int) -> UserError:
-    fields = [f"'{name}'" for name in (row.form.text_fields[0], row.form.image_field) if name]
+    fields = [f"'{name}'" for name in (row.format.text_fields[0], row.format.image_field) if name]
     return UserError(
         where=f"{row.where}, field{'s'[: len(fields) - 1]} {' and '.join(fields)}",
         problem=f"the messages have {placeholders} image placeholders, but there are {images} images.",
         fix='Give one {"type": "image"} part for each image.',
-        field=row.form.image_field or row.form.text_fields[0],
+        field=row.format.image_field or row.format.text_fields[0],
         kind="wrong number of images",
     )
 

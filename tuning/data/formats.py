@@ -6,7 +6,7 @@ from typing import Any
 
 from tuning.data.images import list_images
 from tuning.data.messages import IMAGE_STRING, Conversation, Message, find_source, read_messages, take_images
-from tuning.errors import UserError, blame_field
+from tuning.errors import UserError, error_field
 
 DEFAULT_TEXT_FIELD, DEFAULT_IMAGE_FIELD = "messages", "images"
 
@@ -37,7 +37,7 @@ class RowFormat:
         if len(self.text_fields) == 2:
             return self._read_pair(columns, stored, where)
         field = self.text_fields[0]
-        with blame_field(field):
+        with error_field(field):
             messages = read_messages(
                 columns[field],
                 f"{where}, field '{field}'",
@@ -52,7 +52,7 @@ class RowFormat:
         for field, role in zip(self.text_fields, ("user", "assistant"), strict=True):
             value = columns[field]
             place = f"{where}, field '{field}'"
-            with blame_field(field):
+            with error_field(field):
                 if value and not isinstance(value, (str, list, tuple)):
                     found = f"{type(value).__name__} {str(value)[:60]}"
                     raise UserError(
@@ -64,7 +64,7 @@ class RowFormat:
                     )
             values.append([{"role": role, "content": value}] if isinstance(value, str) else list(value))
         prompt, completion = values
-        with blame_field(self.text_fields[1]):
+        with error_field(self.text_fields[1]):
             place = f"{where}, fields '{self.text_fields[0]}' and '{self.text_fields[1]}'"
             messages = read_messages([*prompt, *completion], place, image_strings=self.image_strings)
             if not any(message["role"] == "assistant" for message in messages[len(prompt) :]):
@@ -78,7 +78,7 @@ class RowFormat:
         if stored and not any(part["type"] == "image" for message in messages for part in message["content"]):
             first = next((i for i, message in enumerate(messages[: len(prompt)]) if message["role"] != "system"), None)
             if first is None:
-                with blame_field(self.text_fields[0]):
+                with error_field(self.text_fields[0]):
                     place = f"{where}, field '{self.text_fields[0]}'"
                     raise UserError(
                         where=place, problem="has no user message for the images to be in.", kind="no question"
@@ -100,14 +100,14 @@ def detect_format(
     values = [row[field] for row in first_rows for field in text_fields]
     if any("from" in message and message["from"] is not None for value in values for message in _messages_of(value)):
         name = "conversations with from and value"
-    form = RowFormat(text_fields, None, name=name)
+    format = RowFormat(text_fields, None, name=name)
     if image_field in names:
-        form = replace(form, image_field=image_field)
+        format = replace(format, image_field=image_field)
     elif image_field == DEFAULT_IMAGE_FIELD and "image" in names:
-        form = replace(form, image_field="image")
+        format = replace(format, image_field="image")
     elif not any(_brings_image(part) for value in values for part in _parts_of(value)):
         raise _missing("dataset_image_field", image_field, names, where)
-    return replace(form, image_strings=_uses_image_strings(form, first_rows))
+    return replace(format, image_strings=_uses_image_strings(format, first_rows))
 
 
 def _find_text_fields(names: Sequence[str], text_field: str, where: str) -> tuple[tuple[str, ...], str]:
@@ -124,14 +124,14 @@ def _missing(option: str, field: str, names: Sequence[str], where: str) -> UserE
     return UserError(where=where, problem=f"has no column '{field}'; it has: {', '.join(names)}.", fix=f"Set {option}.")
 
 
-def describe_format(form: RowFormat, text_field: str, image_field: str) -> str | None:
+def describe_format(format: RowFormat, text_field: str, image_field: str) -> str | None:
     """One sentence on a form that was detected; None for the documented one under the names that were given."""
-    if form == RowFormat((text_field,), image_field):
+    if format == RowFormat((text_field,), image_field):
         return None
-    images = f"images in '{form.image_field}'" if form.image_field else "images inside the messages"
-    strings = f", {IMAGE_STRING} in the text marks their places" if form.image_strings else ""
-    fields = " and ".join(f"'{field}'" for field in form.text_fields)
-    return f"{form.name} in {fields}, {images}{strings}."
+    images = f"images in '{format.image_field}'" if format.image_field else "images inside the messages"
+    strings = f", {IMAGE_STRING} in the text marks their places" if format.image_strings else ""
+    fields = " and ".join(f"'{field}'" for field in format.text_fields)
+    return f"{format.name} in {fields}, {images}{strings}."
 
 
 def _messages_of(value: Any) -> Iterable[Message]:
@@ -148,16 +148,16 @@ def _brings_image(part: dict) -> bool:
     return part.get("type") in ("image", "image_url") and find_source(part) is not None
 
 
-def _uses_image_strings(form: RowFormat, first_rows: Sequence[Mapping[str, Any]]) -> bool:
+def _uses_image_strings(format: RowFormat, first_rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether `<image>` marks images: LLaVA's form, or most rows have as many as images, and none an image part."""
-    if form.name.startswith("conversations with"):
+    if format.name.startswith("conversations with"):
         return True
     fitting = 0
     for row in first_rows:
-        values = [row[field] for field in form.text_fields]
+        values = [row[field] for field in format.text_fields]
         if any(part.get("type") in ("image", "image_url") for value in values for part in _parts_of(value)):
             return False
-        stored = len(list_images(row[form.image_field])) if form.image_field else 0
+        stored = len(list_images(row[format.image_field])) if format.image_field else 0
         if stored:
             fitting += 1 if sum(str(value).count(IMAGE_STRING) for value in values) == stored else -1
     return fitting > 0

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tuning.data.remote import fetch_image
+from tuning.data.image_download import fetch_image
 from tuning.errors import UserError
 
 THUMBNAIL = (320, 320)

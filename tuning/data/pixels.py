@@ -8,7 +8,7 @@ import numpy as np
 BACKENDS = "transformers.image_processing_backends"  # whose steps are known; a processor with its own keeps them
 
 
-def quicken(image_processor: Any) -> Any:
+def patch_image_processor(image_processor: Any) -> Any:
     """A copy of an image processor whose slow steps on NumPy arrays are done otherwise.
 
     Steps on tensors (with torchvision installed) are quick as they are.
@@ -34,7 +34,7 @@ def _as_kind(image_processor: Any, kind: type) -> Any:
 
 def _reduce(self: Any) -> tuple:
     """Workers that are not forked get the stock one and make this of it: a class made here has no address."""
-    return quicken, (_as_kind(self, self.stock_kind),)
+    return patch_image_processor, (_as_kind(self, self.stock_kind),)
 
 
 def _resize(self: Any, image: Any, size: Any, *args: Any, **options: Any) -> Any:

@@ -44,7 +44,7 @@ class Row:
     file: str
     number: int
     folder: Path | None = None
-    form: RowFormat = RowFormat()
+    format: RowFormat = RowFormat()
 
     @property
     def where(self) -> str:
@@ -58,7 +58,7 @@ class Part:
     name: str
     rows: Any  # datasets.Dataset, or IterableDataset where rows are streamed
     folder: Path | None
-    form: RowFormat = RowFormat()
+    format: RowFormat = RowFormat()
 
     @property
     def size(self) -> int:
@@ -66,7 +66,7 @@ class Part:
         return len(self.rows) if isinstance(self.rows, datasets.Dataset) else 0
 
     def row(self, number: int, columns: Mapping[str, Any]) -> Row:
-        return Row(columns, self.name, number, self.folder, self.form)
+        return Row(columns, self.name, number, self.folder, self.format)
 
 
 class Source:
@@ -91,7 +91,7 @@ class Source:
     def __iter__(self) -> Iterator[Row]:
         return map(self.__getitem__, range(len(self)))
 
-    def identity(self) -> list[list]:
+    def fingerprint(self) -> list[list]:
         """Name and number of rows of every part: what tells changed data from the same data."""
         return [[part.name, len(part.rows)] for part in self.parts]
 
@@ -130,8 +130,8 @@ class Mixture:
     def __iter__(self) -> Iterator[Row]:
         return map(self.__getitem__, range(len(self)))
 
-    def identity(self) -> list[list]:
-        return [entry for source in self.sources for entry in source.identity()]
+    def fingerprint(self) -> list[list]:
+        return [entry for source in self.sources for entry in source.fingerprint()]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Stream:
                 continue
             yield row
 
-    def identity(self) -> list[list]:
+    def fingerprint(self) -> list[list]:
         return [[part.name] for part in self.parts]
 
 
@@ -357,11 +357,11 @@ def _prepare(part: Part, text_field: str, image_field: str, more_fields: Sequenc
     names = list(first[0]) if streaming and first else rows.column_names or []
     if not names:
         raise UserError(where=part.name, problem="has no rows.")
-    form = detect_format(names, first, text_field=text_field, image_field=image_field, where=part.name)
+    format = detect_format(names, first, text_field=text_field, image_field=image_field, where=part.name)
     if missing := [name for name in more_fields if name not in names]:
         raise UserError(where=part.name, problem=f"has no column '{missing[0]}'; it has: {', '.join(names)}.")
-    columns = list(dict.fromkeys([*form.columns, *more_fields]))
-    return Part(part.name, rows.select_columns(columns), part.folder, form)
+    columns = list(dict.fromkeys([*format.columns, *more_fields]))
+    return Part(part.name, rows.select_columns(columns), part.folder, format)
 
 
 def _choose_rows(count: int) -> list[int]:

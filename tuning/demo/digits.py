@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tuning.demo.page import Answered, write_page
-from tuning.errors import UserError, exit_code_of
+from tuning.errors import UserError
+from tuning.exit_codes import exit_code_of
 from tuning.files import read_lines
 
 HELD_OUT_SHARE = 0.2

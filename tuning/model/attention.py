@@ -53,7 +53,7 @@ def choose_attention(
     return Attention(loaded, PACKED_FLASH, f"Attention: {reason}, {own} elsewhere.")
 
 
-def find_layer_obstacle(config: PreTrainedConfig) -> str:
+def why_layers_need_padding(config: PreTrainedConfig) -> str:
     """The kind of layer by which tokens of one sample could reach another one laid beside it; "" if there is none."""
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     others = kinds - {"full_attention", "sliding_attention"}

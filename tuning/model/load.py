@@ -20,10 +20,10 @@ from transformers import (
 from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from tuning.config.arguments import ModelSource
+from tuning.config.options import ModelSource
+from tuning.distributed.fsdp import receives_weights
 from tuning.errors import UserError
-from tuning.model.fsdp import receives_weights
-from tuning.model.quantize import Quantization, settle_quantised
+from tuning.model.quantize import Quantization, keep_bnb_weights_trainable
 
 
 def load_config(model: ModelSource) -> PreTrainedConfig:
@@ -201,7 +201,7 @@ def load_model(
                 ),
                 fix="They would be random. Use a complete checkpoint.",
             )
-    settle_quantised(loaded)
+    keep_bnb_weights_trainable(loaded)
     try:
         loaded.generation_config.validate(strict=True)
     except ValueError:  # sampling settings without sampling, in some published checkpoints: they could not be saved

@@ -92,21 +92,3 @@ def parameter_table(model: nn.Module, parts: Parts) -> str:
         share = row.trained / max(row.parameters, 1)
         lines.append(f"{row.part:<22} {row.parameters:>15,} {row.trained:>15,} {share:>8.2%}")
     return "\n".join(lines)
-
-
-def parameter_groups(
-    model: nn.Module, parts: Parts, groups: list[dict], learning_rates: dict[str, float | None]
-) -> list[dict]:
-    """Split an optimizer's parameter groups so that each part with a learning rate of its own gets it.
-
-    `groups` are the optimizer's, `learning_rates` maps parts to rates; parts without one stay as they were.
-    """
-    part_of: dict[torch.Tensor, str] = {parameter: parts.of(name) for name, parameter in model.named_parameters()}
-    split = []
-    for group in groups:
-        by_rate: dict[float, list] = {}
-        for parameter in group["params"]:
-            rate = learning_rates.get(part_of[parameter])
-            by_rate.setdefault(group["lr"] if rate is None else rate, []).append(parameter)
-        split += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
-    return split

@@ -130,7 +130,7 @@ def _make_layer(kind: str, compute: torch.dtype) -> Any:
     return Linear4bit(*size, compute, compress_statistics=True, quant_type="nf4", quant_storage=compute)
 
 
-def settle_quantised(model: nn.Module) -> None:
+def keep_bnb_weights_trainable(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking weights, and from a warning for every layer's every call.
 
     A 4-bit layer that is evaluated on a CPU with AVX512-BF16 packs its weights for inference, for good: training after

@@ -10,28 +10,29 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from tuning.console import say
+from tuning.console import print0
 from tuning.errors import UserError
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR
-from tuning.training.master_weights import HALF, MASTER, holds_master_weights
+from tuning.training.optimizer import HALF, MASTER, holds_master_weights
 
 TRIES = 4  # times that the vision tower or the projector may be without a gradient though a row has an image
 ROW = 4093  # numbers of 8 bytes that are summed before they are weighed; prime, so that no matrix has rows of that size
 
 
 @dataclass(frozen=True)
-class Seen:
+class StepEffect:
     """What one optimizer step did to a part, on all processes.
 
-    `gradient`: some number of it has a gradient. `moved`: some trained number changed; `touched`: some frozen one did.
+    `gradient`: some number of it has a gradient. `moved`: some trained number changed; `frozen_changed`: some frozen one
+    did.
     `stepped`: its learning rate is above 0. `due`: some number had to change, since the step was not too small for it.
     """
 
     gradient: bool
     moved: bool
-    touched: bool
+    frozen_changed: bool
     stepped: bool
-    due: bool
+    should_move: bool
 
 
 class SelfCheck(TrainerCallback):
@@ -44,7 +45,7 @@ class SelfCheck(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self.trainer = weakref.proxy(trainer)  # see `LoopCallback`
-        self.open_parts: set[str] = set()
+        self.trainable_parts: set[str] = set()
         self.fine: list[str] = []
         self._gradients: dict[str, bool] = {}
         self._tries_left = TRIES
@@ -53,15 +54,17 @@ class SelfCheck(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.trainer.is_deepspeed_enabled or self.trainer.steps_in_backward:
-            say("No self-check after the first step: its optimizer keeps gradients and weights to itself.")
+            print0("No self-check after the first step: its optimizer keeps gradients and weights to itself.")
             return
-        self.open_parts = {self.trainer.parts.of(name) for name, p in model.named_parameters() if p.requires_grad}
+        self.trainable_parts = {self.trainer.parts.of(name) for name, p in model.named_parameters() if p.requires_grad}
         self.fine, self._tries_left = [], TRIES
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self._before = {}
-        tells = self.trainer.step_is_supervised and (self.trainer.step_has_images or LANGUAGE_MODEL in self.open_parts)
-        if self.open_parts and tells:
+        tells = self.trainer.step_is_supervised and (
+            self.trainer.step_has_images or LANGUAGE_MODEL in self.trainable_parts
+        )
+        if self.trainable_parts and tells:
             trained = [(self.trainer.parts.of(name), p) for name, p in model.named_parameters() if p.requires_grad]
             self._gradients = {part: any(has_gradient(p) for of, p in trained if of == part) for part in PARTS}
             self._before = fingerprints(stepped_weights(model, self._optimizer))
@@ -76,20 +79,20 @@ class SelfCheck(TrainerCallback):
         shared = self.trainer.processes.share([flag for seen in mine for flag in vars(seen).values()]).amax(dim=0)
         self._before = {}
         for part, found in zip(PARTS, shared.view(len(PARTS), -1).bool().tolist(), strict=True):
-            self._judge(part, Seen(*found), model, changed, state.global_step + 1)
-        if self.fine and not self.open_parts:
+            self._judge(part, StepEffect(*found), model, changed, state.global_step + 1)
+        if self.fine and not self.trainable_parts:
             self._report(model)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if left := " and ".join(f"the {words(part)}" for part in PARTS if part in self.open_parts):
-            say(f"Self-check: nothing is known of {left}: no step had both an image and a learning rate for it.")
-        self.open_parts = set()
+        if left := " and ".join(f"the {words(part)}" for part in PARTS if part in self.trainable_parts):
+            print0(f"Self-check: nothing is known of {left}: no step had both an image and a learning rate for it.")
+        self.trainable_parts = set()
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)  # accelerate's holds it
 
-    def _look(self, part: str, model: nn.Module, changed: set[str]) -> Seen:
+    def _look(self, part: str, model: nn.Module, changed: set[str]) -> StepEffect:
         """What this process saw of the step; a parameter that the optimizer does not know counts as one it steps."""
         groups = self._optimizer.param_groups
         rates = {p: float(group["lr"]) for group in groups for p in group["params"]}
@@ -97,24 +100,24 @@ class SelfCheck(TrainerCallback):
         named = {name: p for name, p in model.named_parameters() if self.trainer.parts.of(name) == part}
         trained = {name: (p, rates.get(p, fastest)) for name, p in named.items() if p.requires_grad}
         moved, masters = not changed.isdisjoint(trained), holds_master_weights(self._optimizer)
-        return Seen(
+        return StepEffect(
             gradient=self._gradients[part],
             moved=moved,
-            touched=not changed.isdisjoint(named.keys() - trained.keys()),
+            frozen_changed=not changed.isdisjoint(named.keys() - trained.keys()),
             stepped=any(rate > 0 for _, rate in trained.values()),
-            due=not moved and any(has_to_move(p, rate, masters=masters) for p, rate in trained.values()),
+            should_move=not moved and any(has_to_move(p, rate, masters=masters) for p, rate in trained.values()),
         )
 
-    def _judge(self, part: str, seen: Seen, model: nn.Module, changed: set[str], step: int) -> None:
+    def _judge(self, part: str, seen: StepEffect, model: nn.Module, changed: set[str], step: int) -> None:
         """Close the part's case, leave it open for another step, or stop the run."""
         of_part = {name: p.requires_grad for name, p in model.named_parameters() if self.trainer.parts.of(name) == part}
         first = next((name for name, trains in of_part.items() if trains), "")
-        if seen.touched:
+        if seen.frozen_changed:
             mine = [name for name, trains in of_part.items() if name in changed and not trains]
             advice = "Something beside the optimizer writes to it, such as code that comes with the model"
             error = broken(part, f"is frozen, but changed in step {step}", mine[0], advice) if mine else None
-            self.trainer.processes.fail_together(error)
-        if part not in self.open_parts:
+            self.trainer.processes.raise_on_all_ranks(error)
+        if part not in self.trainable_parts:
             return
         if not seen.gradient:
             if part != LANGUAGE_MODEL and not self.trainer.step_has_images:
@@ -129,7 +132,7 @@ class SelfCheck(TrainerCallback):
             self._close(part, explain_gates(part, gates))
         elif seen.moved:
             self._close(part)
-        elif seen.due:
+        elif seen.should_move:
             advice = "The optimizer leaves it out: look at optim and its options"
             raise broken(part, f"has a gradient, but did not change in step {step}", first, advice)
         elif seen.stepped:
@@ -142,9 +145,9 @@ class SelfCheck(TrainerCallback):
         return self.trainer.args.learning_rate if own is None else own
 
     def _close(self, part: str, remark: str = "") -> None:
-        self.open_parts.discard(part)
+        self.trainable_parts.discard(part)
         if remark:
-            say(f"Self-check: {remark}.")
+            print0(f"Self-check: {remark}.")
         else:
             self.fine.append(part)
 
@@ -153,7 +156,7 @@ class SelfCheck(TrainerCallback):
         frozen = {part for part, _ in parts} - {part for part, trains in parts if trains}
         learn = " and ".join(f"the {words(part)}" for part in PARTS if part in self.fine)
         stay = " and ".join(f"the {words(part)}" for part in PARTS if part in frozen)
-        say(f"Self-check: training moves {learn}{f', and nothing moves {stay}' if stay else ''}.")
+        print0(f"Self-check: training moves {learn}{f', and nothing moves {stay}' if stay else ''}.")
 
 
 def words(part: str) -> str:

@@ -11,12 +11,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from tuning.config.arguments import RunConfig
-from tuning.config.trackers import AIM
+from tuning.config.options import RunConfig
+from tuning.config.rules import AIM
 from tuning.errors import UserError
-from tuning.files import read_json, write_json
-
-RUNS_FILE = "tracker_runs.json"  # tracker → the id of this run there
+from tuning.files import RUNS_FILE, read_json, write_json
 
 
 class AllOptions(TrainingArguments):

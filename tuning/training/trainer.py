@@ -1,5 +1,6 @@
 """A thin `transformers.Trainer`: counts supervised tokens, deals out rows, and stops on bad rows and bad numbers."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,47 +15,51 @@ from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
-from tuning.console import say
-from tuning.data.batching import RowOrder, SharedBatches
-from tuning.data.collator import BatchFacts, Collator
+from tuning.config.options import RunConfig
+from tuning.console import print0
+from tuning.data.batch_sampler import RowOrder, SharedBatches, TokenBatches, pack_batches, share_batches
+from tuning.data.collator import BatchInfo, Collator
 from tuning.data.encode import Sample
-from tuning.data.lengths import RowLengths
-from tuning.data.token_budget import TokenBatches
-from tuning.errors import EXIT_STOPPED, RunEnded, UserError
+from tuning.data.row_lengths import RowLengths
+from tuning.distributed.failures import is_out_of_memory, name_killed_worker, out_of_memory
+from tuning.distributed.fsdp import (
+    cast_trainable_to_fp32,
+    is_fsdp_asked_for,
+    materialize_meta_params,
+    set_fsdp_param_dtype,
+)
+from tuning.distributed.interruption import Interruption, Workers
+from tuning.distributed.processes import Processes
+from tuning.errors import RunEnded, UserError
+from tuning.exit_codes import EXIT_STOPPED
 from tuning.model.attention import Attention, set_decoder_attention
-from tuning.model.compilation import compile_layers
-from tuning.model.fsdp import compute_in_half, give_addresses, raise_trained
-from tuning.model.parts import Parts, parameter_groups
-from tuning.training.answering import Examiner
-from tuning.training.callbacks import EarlyStopping, JsonLinesLog, LoopCallback
-from tuning.training.checkpoint import PADDED
-from tuning.training.epochs import pack_batches, share_batches
-from tuning.training.faults import is_out_of_memory, out_of_memory, worker_killed
-from tuning.training.interruption import Interruption, Workers
-from tuning.training.master_weights import HALF, explain_updates, hold_master_weights
-from tuning.training.meter import Meter
-from tuning.training.padding_free import find_obstacle, find_structural_obstacle
-from tuning.training.processes import Processes
-from tuning.training.resumable import ResumableTrainer
-from tuning.training.row_ledger import RowLedger
-from tuning.training.run_report import RunReport
+from tuning.model.build import compile_layers
+from tuning.model.padding_free import why_padding_is_needed, why_padding_is_needed_by_structure
+from tuning.model.parts import PROJECTOR, VISION_TOWER, Parts
+from tuning.training.callbacks import EarlyStopping, JsonLinesLog, LoopCallback, Meter, RunReport
+from tuning.training.checkpointing import ResumableTrainer
+from tuning.training.data_loading import make_trial_batches
+from tuning.training.evaluation import GenerationEvaluator
+from tuning.training.optimizer import HALF, explain_updates, parameter_groups, patch_master_weights
+from tuning.training.resume import PADDED
+from tuning.training.row_log import SkippedRows
 from tuning.training.self_check import SelfCheck
 
 
 class SupervisedTrainer(ResumableTrainer):
-    """Trains a model whose forward was given by `install_supervised_loss` on batches of `Collator`."""
+    """Trains a model whose forward was given by `patch_supervised_loss` on batches of `Collator`."""
 
     def __init__(
         self,
         *args,
         parts: Parts,
-        identity: dict[str, Any],
+        fingerprint: dict[str, Any],
         learning_rates: dict[str, float | None],
         interruption: Interruption,
         collator: Collator,
         attention: Attention,
         padding_free: bool | str,
-        probes: Callable[[], Sequence[Sample]],
+        dummy_samples: Callable[[], Sequence[Sample]],
         wrap_classes: list[str] | None = None,
         image_limit: int | None = None,
         max_bad_fraction: float = 0.0,
@@ -62,24 +67,29 @@ class SupervisedTrainer(ResumableTrainer):
         padded_before: bool | None = None,
         max_tokens_per_batch: int | None = None,
         keep_master_weights: bool = True,
-        examiner: Examiner | None = None,
+        examiner: GenerationEvaluator | None = None,
         early_stopping_patience: int | None = None,
         **kwargs,
     ):
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers' name for it
         super().__init__(*args, **kwargs)
-        self.parts, self.identity, self.learning_rates = parts, identity, learning_rates
-        self.collator, self.attention, self.padding_free, self.probes = collator, attention, padding_free, probes
+        self.parts, self.fingerprint, self.learning_rates = parts, fingerprint, learning_rates
+        self.collator, self.attention, self.padding_free, self.dummy_samples = (
+            collator,
+            attention,
+            padding_free,
+            dummy_samples,
+        )
         self.group_by_length, self.max_tokens_per_batch = group_by_length, max_tokens_per_batch
         self.padded_before, self.examiner = padded_before, examiner
         self.model_accepts_loss_kwargs = True  # our forward divides by num_items_in_batch
         self.processes, self.interruption = Processes(self.accelerator), interruption
         self.workers = Workers(self.args.dataloader_multiprocessing_context)
         self.meter = Meter()
-        self.rows = RowLedger(
+        self.rows = SkippedRows(
             self.processes, self.args.output_dir, image_limit=image_limit, max_bad_fraction=max_bad_fraction
         )
-        self.batches_of_step, self.step_has_images, self.step_is_supervised = list[BatchFacts](), False, False
+        self.batches_of_step, self.step_has_images, self.step_is_supervised = list[BatchInfo](), False, False
         self._losses_of_step = list[torch.Tensor]()
         self.stop_reason = ""
         self.wrap_classes = wrap_classes or []
@@ -103,17 +113,17 @@ class SupervisedTrainer(ResumableTrainer):
         mixed = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"  # its trained weights are float32
         how = explain_updates(self.model, kept=self.keep_master_weights or mixed, sharded=self.is_fsdp_enabled)
         if how and "stochastic_round" not in (self.args.optim_args or ""):
-            say(how)
+            print0(how)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = self.wrap_classes or None
-            if mixed or (self.keep_master_weights and compute_in_half(self.model, plugin)):
-                raise_trained(self.model)
+            if mixed or (self.keep_master_weights and set_fsdp_param_dtype(self.model, plugin)):
+                cast_trainable_to_fp32(self.model)
             if mixed:  # the loss is no activation: it would be rounded to 16 bits, or overflow
                 plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
-            give_addresses(self.model)
+            materialize_meta_params(self.model)
 
-    def settle_batches(self) -> None:
+    def decide_padding(self) -> None:
         """Before the first batch: are batches padding-free? All processes decide the same."""
 
         def forward(**batch: Any) -> Any:
@@ -123,7 +133,14 @@ class SupervisedTrainer(ResumableTrainer):
         obstacle, model = "padding_free is false", self.accelerator.unwrap_model(self.model)
         if self.padding_free is not False:
             half = self.accelerator.mixed_precision != "no" or not HALF.isdisjoint(self.dtypes.values())
-            obstacle = find_obstacle(model, forward, self.probes, self.collator, self.attention, half=half)
+            obstacle = why_padding_is_needed(
+                model,
+                forward,
+                lambda: make_trial_batches(self.dummy_samples(), self.collator),
+                self.attention,
+                nested_images=self.collator.nested_images,
+                half=half,
+            )
         if self.processes.share([obstacle != ""]).any():
             obstacle = obstacle or "it fails without padding on another process"
         if obstacle and self.padding_free is True:
@@ -131,19 +148,19 @@ class SupervisedTrainer(ResumableTrainer):
                 where="padding_free", problem=f"cannot be true for this model: {obstacle}.", fix="Leave it out."
             )
         self.collator.padding_free = not obstacle
-        self.identity[PADDED] = self.order_is_padded
+        self.fingerprint[PADDED] = self.length_grouped_order
         if not obstacle:
             set_decoder_attention(model, self.attention.packed)
         self.report.progress["batches"] = f"padded to their longest row: {obstacle}" if obstacle else "padding-free"
-        say(f"Batches are {self.report.progress['batches']}.")
+        print0(f"Batches are {self.report.progress['batches']}.")
         if self.args.torch_compile:
             backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
             layers = compile_layers(model, self.wrap_classes, backend=backend, mode=mode)
             what = f"{layers} layers are compiled ({backend}): the first steps take longer."
-            say(what if layers else "Nothing is compiled: no class of layers was found in this model.")
+            print0(what if layers else "Nothing is compiled: no class of layers was found in this model.")
 
     @property
-    def order_is_padded(self) -> bool:
+    def length_grouped_order(self) -> bool:
         """Whether rows are ordered as for padded batches: as before the checkpoint, whatever they are from now on."""
         return not self.collator.padding_free if self.padded_before is None else self.padded_before
 
@@ -153,7 +170,9 @@ class SupervisedTrainer(ResumableTrainer):
         if isinstance(rows, IterableDataset):  # rows that are streamed arrive as this process's share
             return self._make_loader(rows, self.data_collator, batch_size=args.train_batch_size)
         if self.max_tokens_per_batch:
-            obstacle = find_structural_obstacle(self.attention, self.collator, self.model.config)
+            obstacle = why_padding_is_needed_by_structure(
+                self.attention, self.model.config, nested_images=self.collator.nested_images
+            )
             padded = self.padding_free is False or obstacle != ""
             padded = padded if self.padded_before is None else self.padded_before
             workers = {"workers": args.dataloader_num_workers, "start_worker": self.workers.start}
@@ -211,22 +230,22 @@ class SupervisedTrainer(ResumableTrainer):
         self.meter.begin_step()
         batches, facts, error = [], [], None
         try:
-            with worker_killed():
+            with name_killed_worker():
                 batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
             facts = [self._take_facts(batch) for batch in batches]
         except UserError as found:
             error = found
         tokens, supervised = sum(fact.tokens for fact in facts), sum(fact.supervised_tokens for fact in facts)
         images = sum(fact.rows_with_images for fact in facts)
-        numbers = supervised, self.rows.untold, self.rows.rows_seen, images
-        counts = self.processes.fail_together(error, *numbers).sum(dim=0)
+        numbers = supervised, self.rows.unsynced, self.rows.rows_seen, images
+        counts = self.processes.raise_on_all_ranks(error, *numbers).sum(dim=0)
         self.rows.tell(int(counts[1]), self.train_dataset, int(counts[2]))
         self.meter.data_arrived(tokens, supervised)
         self.batches_of_step = facts
         self.step_is_supervised, self.step_has_images = bool(counts[0]), bool(counts[3])
         return batches, counts[0]
 
-    def _take_facts(self, batch: dict[str, Any], evaluating: bool = False) -> BatchFacts:
+    def _take_facts(self, batch: dict[str, Any], evaluating: bool = False) -> BatchInfo:
         facts = batch.pop("facts")
         if facts.error is not None:
             raise facts.error
@@ -270,9 +289,9 @@ class SupervisedTrainer(ResumableTrainer):
             number = broken.index(True)
             loss = self._losses_of_step[number].item()
             error = self._bad_number(f"the loss became {loss}", self.batches_of_step[number : number + 1])
-        self.processes.fail_together(error)
+        self.processes.raise_on_all_ranks(error)
 
-    def _bad_number(self, what: str, batches: list[BatchFacts]) -> UserError:
+    def _bad_number(self, what: str, batches: list[BatchInfo]) -> UserError:
         return UserError(
             where="; ".join(row for batch in batches for row in batch.rows),
             problem=f"{what} at step {self.state.global_step + 1}, before the optimizer's step.",
@@ -286,7 +305,7 @@ class SupervisedTrainer(ResumableTrainer):
             groups = parameter_groups(model or self.model, self.parts, optimizer.param_groups, self.learning_rates)
             optimizer.param_groups[:] = groups
         if self.keep_master_weights and not self.is_fsdp_enabled:  # it shards them in float32
-            hold_master_weights(optimizer)
+            patch_master_weights(optimizer)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -312,12 +331,12 @@ class SupervisedTrainer(ResumableTrainer):
         model.eval()
         total, tokens, rows, broken = torch.zeros(2, dtype=torch.float64), 0, 0, None
         for batch in dataloader:
-            facts, error = BatchFacts(), None
+            facts, error = BatchInfo(), None
             try:
                 facts = self._take_facts(batch, evaluating=True)
             except UserError as found:
                 error = found
-            left_out = self.processes.fail_together(error, self.rows.untold).sum()
+            left_out = self.processes.raise_on_all_ranks(error, self.rows.unsynced).sum()
             self.rows.tell(int(left_out), dataloader.dataset, rows, evaluating=True)
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
@@ -329,7 +348,7 @@ class SupervisedTrainer(ResumableTrainer):
             total += torch.tensor([loss.item(), facts.supervised_tokens], dtype=torch.float64)
             rows += len(facts.rows)
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        self.processes.fail_together(broken)
+        self.processes.raise_on_all_ranks(broken)
         scores = self._examine(metric_key_prefix)
         summed = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").cpu()
         tokens = int(summed[1].item())
@@ -360,7 +379,7 @@ class SupervisedTrainer(ResumableTrainer):
         return self.processes.number > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     @contextmanager
-    def explain_memory(self) -> Iterator[None]:
+    def raise_friendly_oom(self) -> Iterator[None]:
         """Turn running out of memory into a message; the optimizer's first step takes some, too."""
         try:
             yield
@@ -381,3 +400,32 @@ class SupervisedTrainer(ResumableTrainer):
                 f"{', without resume_from_checkpoint,' if named else ''} to continue.",
                 EXIT_STOPPED,
             )
+
+
+def options_of_trainer(config: RunConfig) -> dict[str, Any]:
+    """What the trainer is told of the config.
+
+    Its arguments are without what is done here instead: the Hub, whose token would be in every checkpoint, and the
+    trackers.
+    """
+    training, data, run = config.training, config.data, config.run
+    args = copy.copy(training)
+    args.push_to_hub, args.hub_token, args.report_to = False, None, []
+    if is_fsdp_asked_for() or args.fsdp:  # else every process adds up the gradient of the whole model
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        wanted = args.accelerator_config.gradient_accumulation_kwargs or {}
+        args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True} | wanted
+    return {
+        "args": args,
+        "learning_rates": {
+            VISION_TOWER: run.vision_tower_learning_rate,
+            PROJECTOR: run.projector_learning_rate,
+        },
+        "padding_free": data.padding_free,
+        "interruption": Interruption(run.save_before_walltime),
+        "max_bad_fraction": data.max_bad_fraction,
+        "group_by_length": config.group_by_length,
+        "max_tokens_per_batch": data.max_tokens_per_batch,
+        "keep_master_weights": config.model.keep_master_weights,
+        "early_stopping_patience": config.answers.early_stopping_patience,
+    }

@@ -1,0 +1,125 @@
+"""Lengths of all rows → what an epoch costs, and how much of it is padding."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tuning.checking.memory import MemoryEstimate
+from tuning.checking.report import padding_share
+from tuning.config.options import RunConfig
+from tuning.data.batch_sampler import RowOrder
+from tuning.data.sources import Mixture
+
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Figures of every good row, arrays of equal length: where it stands, and its tokens."""
+
+    part: np.ndarray
+    number: np.ndarray
+    tokens: np.ndarray
+    image_tokens: np.ndarray
+    supervised_tokens: np.ndarray
+
+    def by_role(self) -> dict[str, np.ndarray]:
+        return {
+            "total": self.tokens,
+            "text": self.tokens - self.image_tokens,
+            "image": self.image_tokens,
+            "supervised": self.supervised_tokens,
+        }
+
+    def spread(self, count: int) -> list[int]:
+        """The positions of `count` rows from all over the data, the first among them, and the longest row."""
+        if not len(self.tokens) or count < 1:
+            return []
+        longest = int(self.tokens.argmax())
+        even = np.linspace(0, len(self.tokens) - 1, min(count, len(self.tokens))).round().astype(int).tolist()
+        if longest not in even and len(even) > 1:
+            even[-2 if len(even) > 2 else -1] = longest
+        return sorted(set(even))
+
+    def padding_shares(self, batch_size: int, seed: int, group: int) -> dict[str, float]:
+        """Padding in batches of random rows, and in those of rows of similar length. `group`: rows of a step."""
+        rows = len(self.tokens)
+        by_length = RowOrder(rows, seed, lambda chosen: self.tokens[list(chosen)], group)
+        orders = {
+            "train_sampling_strategy random": np.array(list(RowOrder(rows, seed)), dtype=np.int64),
+            "train_sampling_strategy group_by_length": np.array(list(by_length), dtype=np.int64),
+        }
+        return {name: padding_share(self.tokens, batch_size, order) for name, order in orders.items()}
+
+
+def count_processes(config: RunConfig) -> int:
+    """How many processes the run will have: those running now, or those that its config asks to launch."""
+    if config.training.world_size > 1:
+        return config.training.world_size
+    return int(config.run.accelerate_launch_args.get("num_processes", 1))
+
+
+def rows_of_a_step(config: RunConfig) -> int:
+    training = config.training
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * count_processes(config)
+
+
+def estimate_run(
+    config: RunConfig, source: Any, lengths: Lengths, memory: MemoryEstimate | None, batches: int | None = None
+) -> dict[str, tuple[float, str]]:
+    """Figures by name, each with how it was found. `batches`: of an epoch, with `max_tokens_per_batch`."""
+    training, processes = config.training, count_processes(config)
+    weights = _row_weights(source, lengths)
+    tokens = float(lengths.tokens @ weights)
+    steps_of_epoch, how = _steps_of_epoch(config, float(weights.sum()), tokens, batches)
+    epochs = training.num_train_epochs if training.max_steps < 0 else training.max_steps / max(steps_of_epoch, 1)
+    estimates = {
+        "steps_per_epoch": (steps_of_epoch, how),
+        "tokens_per_epoch": (tokens, "text and image tokens of all good rows, no padding"),
+        "supervised_tokens_per_epoch": (float(lengths.supervised_tokens @ weights), "the tokens that are trained"),
+        "steps": (
+            training.max_steps if training.max_steps > 0 else math.ceil(steps_of_epoch * epochs),
+            f"{epochs:.3g} epochs",
+        ),
+    }
+    if memory is None:
+        return estimates
+    activations = f"not found ({memory.unknown})"
+    if memory.activations is not None:
+        activations = f"{memory.activations / GIGABYTE:.3g}"
+    budget = config.data.max_tokens_per_batch
+    heaviest = f"{budget:,} tokens" if budget else f"the {training.per_device_train_batch_size} longest rows"
+    how = (
+        f"one step on {heaviest}, run without weights, counting tensors:"
+        f" weights {memory.weights / GIGABYTE:.3g}, gradients {memory.gradients / GIGABYTE:.3g}, optimizer"
+        f" {memory.optimizer / GIGABYTE:.3g}, activations {activations} GB"
+        + (f"; FSDP over {processes} processes" if processes > 1 else "")
+    )
+    return {**estimates, "peak_memory_gb_per_device": (memory.peak / GIGABYTE, how)}
+
+
+def _steps_of_epoch(config: RunConfig, rows: float, tokens: float, batches: int | None) -> tuple[int, str]:
+    training, processes, budget = config.training, count_processes(config), config.data.max_tokens_per_batch
+    together = processes * training.gradient_accumulation_steps
+    per_step = f"{processes} processes × {training.gradient_accumulation_steps} accumulated"
+    if budget is None:
+        how = f"{rows:,.0f} rows in batches of {training.per_device_train_batch_size} × {per_step}"
+        return math.ceil(rows / rows_of_a_step(config)), how
+    if batches is not None:
+        return math.ceil(batches / together), f"{batches:,} batches of at most {budget:,} tokens; {per_step}"
+    how = f"at least, as not all rows were measured: {tokens:,.0f} tokens in batches of {budget:,}; {per_step}"
+    return math.ceil(tokens / (budget * together)), how
+
+
+def _row_weights(source: Any, lengths: Lengths) -> np.ndarray:
+    """How often an epoch passes each row: more than once, or less, where datasets are mixed by weight."""
+    weights = np.ones(len(lengths.tokens))
+    if isinstance(source, Mixture):
+        first = 0
+        for dataset, draws in zip(source.sources, source.draws, strict=True):
+            inside = (lengths.part >= first) & (lengths.part < first + len(dataset.parts))
+            weights[inside] = draws / len(dataset)
+            first += len(dataset.parts)
+    return weights

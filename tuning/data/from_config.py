@@ -1,0 +1,157 @@
+"""The data options of a config → rows, and how they are encoded."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedConfig, TrainingArguments
+
+from tuning.config.families import find_family
+from tuning.config.options import DataArguments, RowArguments, RunConfig
+from tuning.console import print0
+from tuning.data.chat_template import ChatFormat
+from tuning.data.collator import Collator, probe_collator
+from tuning.data.dataset import EncodedRows, StreamedRows, encode_row
+from tuning.data.encode import Encoder
+from tuning.data.formats import describe_format
+from tuning.data.images import ImageRules
+from tuning.data.sources import Mixture, Part, Source, Stream, open_source
+from tuning.errors import UserError
+
+TYPICAL_IMAGE = (1024, 768)
+
+
+def open_rows(config: RunConfig) -> Source | Mixture | Stream:
+    """The training rows: of one data path, or of a list of them, mixed by weight; streamed where that is asked for."""
+    data = config.data
+    path = data.training_data_path
+    entries: list[dict[str, Any]] = path if isinstance(path, list) else [{"path": path}]
+    sources = [
+        open_path(data, entry["path"], entry.get("split") or data.dataset_split, streaming=data.streaming)
+        for entry in entries
+    ]
+    print_formats([part for source in sources for part in source.parts], data)
+    weights = [entry["weight"] for entry in entries] if entries[0].get("weight") else None
+    if data.streaming:  # the files of one dataset share its weight: how large each is, is not known
+        pairs = zip(sources, weights or [], strict=False)
+        shared = [weight / len(source.parts) for source, weight in pairs for _ in source.parts]
+        return Stream([part for source in sources for part in source.parts], shared or None)
+    if weights:
+        return Mixture(sources, weights)
+    return Source([part for source in sources for part in source.parts])
+
+
+def open_validation_rows(config: RunConfig) -> Source:
+    """The rows of `validation_data_path`; of a folder or hub dataset, its validation split."""
+    assert config.data.validation_data_path is not None
+    return open_path(config.data, config.data.validation_data_path, "validation", streaming=False)
+
+
+def open_path(
+    data: RowArguments, path: str, split: str | None, *, streaming: bool = False, more_fields: Sequence[str] = ()
+) -> Source:
+    """The rows of one path. `more_fields`: columns to keep beside the conversation's."""
+    return open_source(
+        path,
+        text_field=data.dataset_text_field,
+        image_field=data.dataset_image_field,
+        split=split,
+        config_name=data.dataset_config_name,
+        streaming=streaming,
+        more_fields=more_fields,
+    )
+
+
+def print_formats(parts: Iterable[Part], data: RowArguments) -> None:
+    """Say which forms were recognised, where they are not the documented one."""
+    sentences = (describe_format(part.format, data.dataset_text_field, data.dataset_image_field) for part in parts)
+    for sentence in dict.fromkeys(filter(None, sentences)):
+        print0(f"Rows: {sentence}")
+
+
+def image_rules(data: RowArguments) -> ImageRules:
+    """What images may be, and where they may lie."""
+    return ImageRules(
+        folder=data.image_folder,
+        allow_outside=data.allow_outside_paths,
+        allow_remote=data.allow_remote_images,
+        max_pixels=data.max_image_pixels,
+        max_bytes=round(data.max_image_megabytes * 1e6),
+    )
+
+
+def make_encoder(
+    data: RowArguments, processor: Any, model_config: PreTrainedConfig, date_string: str | None
+) -> Encoder:
+    """How rows are encoded for this model; says what is done to them."""
+    chat = ChatFormat(processor, date_string=date_string)
+    if chat.adds_end_token:
+        print0(
+            f"The chat template writes nothing after an answer; {chat.end_of_turn} is added, so that the model stops."
+        )
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    encoder = Encoder(
+        processor,
+        chat,
+        max_seq_length=data.max_seq_length or context or processor.tokenizer.model_max_length,
+        max_images=data.max_images_per_sample or find_family(model_config).max_images,
+        max_messages=data.max_messages_per_row,
+        image_rules=image_rules(data),
+    )
+    if isinstance(data, DataArguments):
+        encoder = replace(encoder, assistant_only_loss=data.assistant_only_loss, overlong_rows=data.overlong_rows)
+    tokens = encoder.count_image_tokens(Image.new("RGB", TYPICAL_IMAGE))
+    width, height = TYPICAL_IMAGE
+    print0(f"A {width}×{height} image costs {tokens} image tokens; a row may have {encoder.max_seq_length} tokens.")
+    return encoder
+
+
+ROWS_CHECKED_FIRST = 4
+
+
+def encode_training(
+    source: Source | Mixture | Stream, config: RunConfig, encoder: Encoder, steps_done: int
+) -> EncodedRows | StreamedRows:
+    """Open the training rows. Streamed rows start where an earlier run stopped after `steps_done` optimizer steps."""
+    training = config.training
+    if not isinstance(source, Stream):
+        return EncodedRows(source, encoder, skip_bad_rows=config.data.on_bad_row == "skip")
+    return StreamedRows(
+        source,
+        batch_size=training.train_batch_size,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        rank=training.process_index,
+        world=training.world_size,
+        start=steps_done * training.gradient_accumulation_steps,
+    )
+
+
+def encode_validation(config: RunConfig, encoder: Encoder, skip_bad_rows: bool) -> EncodedRows:
+    """The validation rows, of which the first are tried."""
+    source = open_validation_rows(config)
+    check_first_rows(source, encoder, skip_bad_rows)
+    return EncodedRows(source, encoder, skip_bad_rows=skip_bad_rows)
+
+
+def make_collator(encoder: Encoder, training: TrainingArguments) -> Collator:
+    """How rows become batches; on several processes every batch has an image. See `Encoder.filler`."""
+    dummy_image_sample = encoder.dummy_image_sample() if training.world_size > 1 else None
+    return replace(probe_collator(encoder.processor), dummy_image_sample=dummy_image_sample)
+
+
+def dummy_batch(encoder: Encoder, rows: int) -> dict[str, torch.Tensor]:
+    """A batch of `rows` rows with one dummy image each and no supervised token, as the model takes it."""
+    batch = probe_collator(encoder.processor)([encoder.dummy_image_sample()] * rows)
+    del batch["facts"]
+    return batch
+
+
+def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_bad_rows: bool) -> None:
+    """Encode a few rows here and now: most mistakes in a dataset show in its first rows."""
+    for row in itertools.islice(source, ROWS_CHECKED_FIRST):
+        encoded = encode_row(row, encoder, skip_bad_rows)
+        if isinstance(encoded, UserError):
+            raise encoded

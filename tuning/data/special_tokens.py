@@ -1,0 +1,127 @@
+"""Control tokens that a row's text happens to contain: they stay the text they are."""
+
+import copy
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AddedToken
+
+from tuning.data.messages import Message
+from tuning.errors import UserError
+
+FIRST_STAND_IN = 0xF0000  # Supplementary Private Use Area-A: no text that people write holds these
+
+
+class SpecialTokenEscaper:
+    """Strings that the tokenizer would read as control tokens: special ones, and others that the template writes.
+
+    In answers only the special ones: others (`<think>`, `<tool_call>`) are what a model learns to write.
+
+    A user who types `<image>` or `</s>` would shift images or end a turn. Each is hidden behind a stand-in character
+    before the template is rendered; a copy of the tokenizer knows the stand-ins as tokens of their own, which are then
+    replaced by the ids that the string has as plain text.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, image_token: str):
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | {image_token}
+        written = {token.content for token in added if token.content in template}
+        strings = sorted({text for text in special | written if text.strip()}, key=lambda text: (-len(text), text))
+        self.tokenizer = tokenizer
+        self.stand_ins = {text: chr(FIRST_STAND_IN + number) for number, text in enumerate(strings)}
+        self._strings = {stand_in: text for text, stand_in in self.stand_ins.items()}
+        self._typed = _any_of(strings)
+        self._typed_in_answers = _any_of([text for text in strings if text in special])
+        self._hidden = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(FIRST_STAND_IN + max(len(strings) - 1, 0))}]")
+
+    def hide(self, messages: list[Message], where: str = "") -> list[Message]:
+        """The messages with stand-ins. Raises `UserError` where a text already holds a stand-in's character."""
+        texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+        if any(self._hidden.search(text) for text in texts):
+            raise UserError(
+                where=where,
+                problem=f"holds private-use characters from U+{FIRST_STAND_IN:X} on.",
+                fix="Remove them.",
+                kind="odd characters",
+            )
+        if not self._typed.search("".join(texts)):
+            return messages
+        return [self._hide_in_message(message, f"{where}, message {index}") for index, message in enumerate(messages)]
+
+    def _hide_in_message(self, message: Message, where: str) -> Message:
+        typed = self._typed_in_answers if message["role"] == "assistant" else self._typed
+        parts, joined = [], ""
+        for part in message["content"]:
+            if part["type"] == "text":
+                part = {**part, "text": typed.sub(lambda found: self.stand_ins[found[0]], part["text"])}
+            joined = joined + part["text"] if part["type"] == "text" else ""
+            if found := typed.search(joined):  # only where parts meet is one left
+                advice = "Make one text of the parts."
+                raise UserError(
+                    where=where,
+                    problem=f"{found[0]} is spread over two text parts.",
+                    fix=advice,
+                    kind="control token across parts",
+                )
+            parts.append(part)
+        return {**message, "content": parts}
+
+    def show(self, text: str) -> str:
+        """The text with the strings in place of their stand-ins."""
+        return self._hidden.sub(lambda found: self._strings[found[0]], text)
+
+    def is_hidden_in(self, text: str) -> bool:
+        return self._hidden.search(text) is not None
+
+    @functools.cached_property
+    def escaped_tokenizer(self) -> Any:
+        """A copy of the tokenizer with a token for each stand-in. The one that is saved stays as it is."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.add_tokens([AddedToken(stand_in, normalized=False, special=True) for stand_in in self._strings])
+        return tokenizer
+
+    def unescape(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A processor's output for one row with each stand-in's token replaced by those of its text.
+
+        Every tensor with a position per token, `[1, T, …]`, repeats its value there, the character offsets too.
+        """
+        ids = inputs["input_ids"][0].tolist()
+        plain = [self._plain_ids.get(token, [token]) for token in ids]
+        repeats = torch.tensor([len(tokens) for tokens in plain])
+        revealed = {
+            name: value.repeat_interleave(repeats, dim=1)
+            if torch.is_tensor(value) and value.shape[:2] == (1, len(ids))
+            else value
+            for name, value in inputs.items()
+        }
+        revealed["input_ids"] = torch.tensor([[token for tokens in plain for token in tokens]])
+        return revealed
+
+    @functools.cached_property
+    def _plain_ids(self) -> dict[int, list[int]]:
+        return {
+            self.escaped_tokenizer.convert_tokens_to_ids(stand_in): self._encode_plainly(text)
+            for stand_in, text in self._strings.items()
+        }
+
+    def _encode_plainly(self, text: str) -> list[int]:
+        """The ids of `text` with no control token in it; divided where the tokenizer insists on one."""
+        control = self.tokenizer.convert_tokens_to_ids(text)
+        ids = self._encode_after_line_break([text])
+        return ids if control not in ids else self._encode_after_line_break([text[:1], text[1:]])
+
+    def _encode_after_line_break(self, pieces: Sequence[str]) -> list[int]:
+        """Some tokenizers put a blank before the first word of a text: here it is before a line break instead."""
+        ids = []
+        for piece in pieces:
+            encode = functools.partial(self.tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
+            start, whole = encode("\n"), encode(f"\n{piece}")
+            ids += whole[len(start) :] if whole[: len(start)] == start else encode(piece)
+        return ids
+
+
+def _any_of(strings: Sequence[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, strings)) or r"(?!)")

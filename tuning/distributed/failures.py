@@ -1,0 +1,63 @@
+"""Faults of the machine, put into words: memory, and processes that were killed."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import TrainingArguments
+
+from tuning.config.legacy_names import CHECKPOINTING
+from tuning.data.collator import BatchInfo
+from tuning.errors import UserError
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory has run out: CUDA's has an error of its own, the CPU's allocator only words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in NO_MEMORY)
+
+
+def out_of_memory(
+    training: TrainingArguments, batches: Sequence[BatchInfo], step: int, lora: bool, max_tokens: int | None = None
+) -> UserError:
+    """What was tried in step `step` when memory ran out, and what may help. `max_tokens`: max_tokens_per_batch."""
+    tokens = ", ".join(f"{batch.tokens:,}" for batch in batches)
+    return UserError(
+        problem=f"the {training.device.type.upper()} has no memory left in step {step}, on batches of {tokens} tokens.",
+        fix=f"What helps, most first: {'; '.join(_remedies(training, lora, max_tokens))}.",
+    )
+
+
+def _remedies(training: TrainingArguments, lora: bool, max_tokens: int | None) -> list[str]:
+    """The three settings most likely to help, in order: first those that leave what is trained as it is."""
+    size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    remedies = []
+    if max_tokens:
+        remedies.append(f"max_tokens_per_batch {max_tokens // 2} with gradient_accumulation_steps {2 * steps}")
+    elif size > 1:
+        fewer = size // 2
+        steps = -(-size * steps // fewer)
+        remedies.append(f"per_device_train_batch_size {fewer} with gradient_accumulation_steps {steps}")
+    if not getattr(training, CHECKPOINTING):
+        remedies.append("gradient_checkpointing true")
+    if not lora:
+        remedies.append("peft_method lora")
+    return [*remedies, "a lower max_seq_length", "more processes under FSDP", "dtype bfloat16"][:3]
+
+
+@contextmanager
+def name_killed_worker() -> Iterator[None]:
+    """Turn the death of a process that reads data into a `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)([^.]*)", str(error))
+        if not found:
+            raise
+        raise UserError(
+            where="dataloader_num_workers",
+            problem=f"a process that reads data (pid {found[1].strip()}) {found[2].strip()}.",
+            fix="Most often the machine had no memory left: use fewer workers, or a lower dataloader_prefetch_factor.",
+        ) from error

@@ -1,0 +1,94 @@
+"""What the processes of a run tell each other, so that they go on, stop or fail together."""
+
+import atexit
+import os
+import socket
+import sys
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from tuning.errors import RunEnded
+from tuning.exit_codes import EXIT_INTERNAL_ERROR, EXIT_USER_ERROR
+
+
+class Processes:
+    """The processes of a run. Every method but `name_lost_process` must be called by all of them, in the same order."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.number, self.rank = accelerator.num_processes, accelerator.process_index
+        self._places = self.share([zlib.crc32(socket.gethostname().encode()), os.getpid()]).tolist()
+
+    def share(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Every process's whole numbers, `[processes, numbers]`, on this process's device."""
+        mine = torch.tensor([list(numbers)], dtype=torch.int64, device=self.accelerator.device)
+        return self.accelerator.gather(mine) if self.number > 1 else mine
+
+    def raise_on_all_ranks(self, error: Exception | None, *numbers: int) -> torch.Tensor:
+        """Raise `error` where there is one, and end the other processes without a word of their own.
+
+        Else returns what `share(numbers)` does, for the price of one message.
+        """
+        shared = self.share([error is not None, *numbers])
+        if error is not None:
+            raise error
+        if self.number > 1 and shared[:, 0].any():
+            raise RunEnded("", EXIT_USER_ERROR)
+        return shared[:, 1:]
+
+    @contextmanager
+    def name_lost_process(self) -> Iterator[None]:
+        """Turn the failure of talking to a process into a message that names the one that is gone or silent."""
+        try:
+            yield
+        except RuntimeError as error:  # DistBackendError and gloo's own are RuntimeErrors
+            others = {rank: self._state_of(rank) for rank in range(self.number) if rank != self.rank}
+            lost = {rank: state for rank, state in others.items() if state == GONE}
+            words = str(error).lower()
+            if not others or not (lost or any(word in words for word in _TALKING)):
+                raise
+            named = ", ".join(
+                f"process {rank} (pid {self._places[rank][1]}) is {state}" for rank, state in (lost or others).items()
+            )
+            what = f"{named}; often the machine had no memory left." if lost else f"no answer: {named}. {error}"
+            advice = "Run the same command again to continue from the last checkpoint."
+            raise RunEnded(f"Training ended at process {self.rank}: {what} {advice}", EXIT_INTERNAL_ERROR) from error
+
+    def _state_of(self, rank: int) -> str:
+        host, pid = self._places[rank]
+        if host != self._places[self.rank][0]:
+            return "on another machine"
+        try:
+            status = psutil.Process(pid).status()
+        except psutil.NoSuchProcess:
+            return GONE
+        return GONE if status == psutil.STATUS_ZOMBIE else status
+
+
+GONE = "gone"
+_TALKING = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "nccl", "gloo")
+
+
+def exit_process(exit_code: int) -> NoReturn:
+    """End this process. One of several ends without taking the interpreter apart.
+
+    gloo's threads may still be letting go of the last message's tensors. For that they take Python's lock, which
+    aborts a process whose interpreter is going: "terminate called without an active exception", exit code -6.
+    """
+    if not dist.is_initialized():
+        sys.exit(exit_code)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -1,0 +1,63 @@
+"""The machine: cores, GPUs, memory and disk."""
+
+import os
+import re
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from tuning.errors import UserError
+
+
+def default_workers() -> int:
+    """Half of this process's share of the cores: the other half computes, or feeds the accelerator."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+
+
+SPARE_DISK = 64 << 20
+
+
+def check_space(output: Path, needed: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if free < needed + SPARE_DISK:
+        what = f"{(needed + SPARE_DISK) / 1e6:,.0f} MB are needed, and {free / 1e6:,.0f} MB are free."
+        raise UserError(where=f"output {output}", problem=what, fix="Make room, or give another folder.")
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held: allocated on CUDA where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: its ru_maxrss begins with what the parent process held
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes that are free: of the machine, or of its container where that leaves less.
+
+    Linux' files of a control group: docs.kernel.org/admin-guide/cgroup-v2.html. Cached files count as free.
+    """
+    free = psutil.virtual_memory().available
+    try:
+        limit, used, kinds = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+    except OSError:  # no container, or no Linux
+        return free
+    cached = re.search(r"^inactive_file (\d+)$", kinds, re.MULTILINE)
+    return min(free, int(limit) - int(used) + int(cached[1] if cached else 0)) if limit.strip() != "max" else free

@@ -1,0 +1,173 @@
+"""What is on disk between runs: complete checkpoints, what they were trained from, and the finished model."""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from tuning.console import print0
+from tuning.errors import RunEnded
+from tuning.exit_codes import EXIT_INTERNAL_ERROR
+from tuning.files import COMPLETE_FILE, NOT_OF_A_MODEL, SHARDED_MODEL, STATE_FILE, read_json
+
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+LOCK_FILE = ".lock"
+LOCK_PATIENCE = 120  # seconds; a network file system may keep the lock of a dead machine for 90
+STAGING, LEAVING = ".incomplete-", ".leaving-"  # before the names of folders that are being written or deleted
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The `checkpoint-N` folders of `output_dir`, by step."""
+    found = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
+    numbered = [folder for folder in found if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(numbered, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a `checkpoint-N` folder is of."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the file that is written last is there and whole."""
+    return read_json(folder / STATE_FILE) is not None
+
+
+def temp_dir_for(folder: Path) -> Path:
+    """Where the checkpoint `folder` is written, until it is whole."""
+    return folder.with_name(STAGING + folder.name)
+
+
+def find_leftovers(output_dir: Path) -> list[Path]:
+    """What an interrupted process left half-written or half-deleted."""
+    return sorted(folder for start in (STAGING, LEAVING) for folder in output_dir.glob(f"{start}checkpoint-*"))
+
+
+def commit_checkpoint(staging: Path, folder: Path) -> None:
+    """Give a whole checkpoint its name, once its contents are on the disk; an earlier one of that name goes."""
+    for file in [*(file for file in staging.rglob("*") if file.is_file()), staging]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    remove_folder(folder)
+    os.replace(staging, folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a checkpoint so that an interruption leaves no half of it under its name."""
+    if folder.exists():
+        leaving = folder.with_name(LEAVING + folder.name)
+        shutil.rmtree(leaving, ignore_errors=True)
+        os.replace(folder, leaving)
+        shutil.rmtree(leaving, ignore_errors=True)  # what cannot be deleted now is at the next start
+
+
+def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
+    """Delete complete checkpoints, oldest first, until `limit` are left; never one of `keep`."""
+    complete = [folder for folder in list_checkpoints(output_dir) if is_complete(folder)]
+    for folder in complete[:-limit] if limit else []:
+        if folder not in keep:
+            remove_folder(folder)
+
+
+def copy_model(folder: Path, target: Path) -> None:
+    """Copy the model, adapter or processor of a checkpoint; weights that FSDP sharded are put together."""
+    shutil.copytree(folder, target, ignore=_only_the_model, dirs_exist_ok=True)
+    if (folder / SHARDED_MODEL).is_dir():
+        join_shards(folder).save_pretrained(target)
+
+
+def join_shards(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint that FSDP sharded, put together by this process alone."""
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    state = {"model": model.state_dict()}
+    read_shards(state, folder / SHARDED_MODEL, alone=True)
+    model.load_state_dict(state["model"])
+    return model
+
+
+def read_shards(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
+    """Fill the tensors of `state` from what processes wrote together; read by all of this run, or by one `alone`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is not needed
+        dcp.load(state, checkpoint_id=folder, no_dist=alone or not dist.is_initialized())
+
+
+def _only_the_model(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if name in NOT_OF_A_MODEL or Path(folder, name).is_dir()]
+
+
+def lock_output_dir(folder: Path) -> ExitStack:
+    """Make `folder`, and keep other processes from training there too, until what is returned is left as a context.
+
+    The lock ends with this process, however that ends, and its children do not inherit it; over a network it may last
+    a minute longer. Raises `RunEnded` where another process keeps it: unlike the user's errors, to be tried again by a
+    queue. A file system without locks has none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held, path, deadline, waited = ExitStack(), folder / LOCK_FILE, time.monotonic() + LOCK_PATIENCE, False
+    while (lock := _try_to_lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise RunEnded(
+                f"Another run is still at work in {folder}, and two would overwrite each other. Wait for its end, or"
+                f" give another output_dir. If there is no other run, delete {path}.",
+                EXIT_INTERNAL_ERROR,
+            )
+        if not waited:
+            print0(f"Another run is at work in {folder}, or has just died: waiting {LOCK_PATIENCE} s for its end.")
+        waited = True
+        time.sleep(1)
+    held.enter_context(lock)
+    held.callback(path.unlink, missing_ok=True)
+    return held
+
+
+def _try_to_lock(path: Path) -> IO[str] | None:
+    """The file at `path`, locked and open; None where another process has it."""
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as it is locked
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            return None
+    if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
+        file.close()
+        return None
+    return file
+
+
+def remove_earlier_run(output_dir: Path) -> None:
+    """Delete the checkpoints and marks of an earlier run; the models it saved are overwritten at the end."""
+    for folder in [*find_leftovers(output_dir), *list_checkpoints(output_dir)]:
+        shutil.rmtree(folder)
+    (output_dir / COMPLETE_FILE).unlink(missing_ok=True)
+
+
+def move_into_place(saved: Path, target: Path) -> list[str]:
+    """Move every file of `saved` into `target`, weights last, and remove `saved`. Returns the files' names.
+
+    Weights of an earlier model in `target` go where they would be loaded instead of these, or on top of them.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    files = sorted(saved.iterdir(), key=lambda file: file.suffix == ".safetensors")
+    names = {file.name for file in files}
+    if not names & ADAPTER_FILES:  # an adapter may lie beside its base
+        for file in target.iterdir():
+            if file.name not in names and (file.name in ADAPTER_FILES or MODEL_FILE.fullmatch(file.name)):
+                file.unlink()
+    for file in files:
+        os.replace(file, target / file.name)
+    saved.rmdir()
+    return [file.name for file in files]

@@ -1,0 +1,229 @@
+"""Where a run goes on: what must be the same as before, and which checkpoint it continues from."""
+
+import json
+import math
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from tuning.config.options import RunConfig
+from tuning.console import print0
+from tuning.errors import RunEnded, UserError
+from tuning.exit_codes import EXIT_INTERNAL_ERROR
+from tuning.files import COMPLETE_FILE, CONFIG_FILE, FINGERPRINT_FILE, SKIPPED_FILE, STATE_FILE, read_json, write_json
+from tuning.files import read_json as read_json_file
+from tuning.training.checkpoint_files import (
+    find_leftovers,
+    is_complete,
+    list_checkpoints,
+    lock_output_dir,
+    remove_earlier_run,
+)
+
+SAME_DATA = (
+    *("training_data_path", "dataset_text_field", "dataset_image_field", "dataset_split", "dataset_config_name"),
+    *("streaming", "on_bad_row", "image_folder"),
+)
+SAME_ENCODING = ("max_seq_length", "overlong_rows", "max_images_per_sample", "assistant_only_loss", "chat_template")
+SAME_MODEL = ("model_name_or_path", "dtype", "quantization", "processor_kwargs")
+SAME_FREEZING = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
+SAME_LORA = ("peft_method", "r", "lora_alpha", "target_modules", "bias", "modules_to_save", "use_rslora", "use_dora")
+ROWS_OF_A_STEP = "per_device_train_batch_size × processes × gradient_accumulation_steps"
+BATCHES_OF_A_STEP = "processes × gradient_accumulation_steps"
+SCHEDULE = ("num_train_epochs", "max_steps")
+PADDED = "padded batches"  # known only once the model was tried; the order of rows may follow from it
+NOT_COMPARED = ("schedule", "date_string", PADDED)
+
+
+def run_fingerprint(config: RunConfig, *, rows: list, architecture: str) -> dict[str, Any]:
+    """What must stay the same for a run to be continued, and its schedule; `rows` from `Source.identity`."""
+    options = config.to_dict()
+    lora = SAME_LORA if config.lora.peft_method else ("peft_method",)
+    same = {name: options[name] for name in (*SAME_MODEL, *SAME_FREEZING, *lora, *SAME_DATA, *SAME_ENCODING)}
+    same |= _rows_of_a_step(config)
+    schedule = {name: options[name] for name in SCHEDULE}
+    same |= {"rows": rows, "architecture": architecture, "schedule": schedule, "date_string": run_date(config)}
+    return json.loads(json.dumps(same))  # as it comes back from disk: tuples are lists
+
+
+def _rows_of_a_step(config: RunConfig) -> dict[str, Any]:
+    """What decides which rows are in which step: how far a run is in its data is counted in steps."""
+    training, budget = config.training, config.data.max_tokens_per_batch
+    by_padding = config.group_by_length is None and not budget
+    same: dict[str, Any] = {
+        "train_sampling_strategy": "by padding" if by_padding else training.train_sampling_strategy,
+        "max_tokens_per_batch": budget,
+    }
+    if by_padding or budget:
+        same["padding_free"] = config.data.padding_free
+    batches = training.world_size * training.gradient_accumulation_steps
+    if budget is None:
+        return same | {ROWS_OF_A_STEP: training.train_batch_size * batches}
+    same["train_sampling_strategy"] = "group_by_length"
+    end = SCHEDULE[training.max_steps > 0]  # with max_steps there is no short step at the end of an epoch
+    return same | {BATCHES_OF_A_STEP: batches, "what ends the run": end}
+
+
+def run_date(config: RunConfig) -> str:
+    """The date that templates write as today's: the user's, else today's."""
+    return config.data.date_string or date.today().strftime("%d %b %Y")
+
+
+def check_fingerprint(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises `UserError` naming what changed since `folder` was written."""
+    changed = [name for name in now if name not in NOT_COMPARED and before.get(name) != now[name]]
+    if not changed:
+        return
+    listed = "; ".join(f"{name} was {_brief(before.get(name))}, is {_brief(now[name])}" for name in changed)
+    raise UserError(
+        where=str(folder),
+        problem=f"this run cannot be continued, because {listed}.",
+        fix="Restore it, give another output_dir, or set overwrite_output_dir true to start over.",
+    )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:39]}…{text[-40:]}"  # a row count stands at the end
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an earlier run in the same output_dir came. `folder`: its last complete checkpoint, if any. `padded`:
+    whether its batches were. `files`: names of those of the finished model.
+    """
+
+    folder: Path | None = None
+    global_step: int = 0
+    finished_steps: int | None = None
+    trained_to_end: bool = False
+    date_string: str | None = None
+    padded: bool | None = None
+    notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+
+def find_progress(config: RunConfig, fingerprint: dict[str, Any]) -> Progress:
+    """Where to go on. Raises `UserError` when the run cannot be continued from what is there."""
+    wanted, patience = config.training.resume_from_checkpoint, config.answers.early_stopping_patience
+    output_dir = Path(config.training.output_dir)
+    if isinstance(wanted, str):
+        if not is_complete(Path(wanted)):
+            raise UserError(where=f"resume_from_checkpoint {wanted}", problem="is not a complete checkpoint.")
+        return _progress_at(Path(wanted), fingerprint, patience)
+    checkpoints = list_checkpoints(output_dir)
+    complete = [folder for folder in checkpoints if is_complete(folder)]
+    broken = [*find_leftovers(output_dir), *(folder for folder in checkpoints if folder not in complete)]
+    notes = tuple(f"{folder} was not written completely and is ignored." for folder in broken)
+    if config.run.overwrite_output_dir:
+        return Progress(notes=notes)
+    if wanted is False and (complete or (output_dir / COMPLETE_FILE).exists()):
+        raise UserError(
+            where=str(output_dir),
+            problem="holds an earlier run, and resume_from_checkpoint is false.",
+            fix="Give another output_dir, set overwrite_output_dir true to start over, or let the run continue.",
+        )
+    if finished := read_json(output_dir / COMPLETE_FILE):
+        check_fingerprint(output_dir, finished, fingerprint)
+        if finished["schedule"] == fingerprint["schedule"]:
+            return Progress(finished_steps=finished["global_step"], files=tuple(finished.get("files", ())))
+        if not complete:
+            raise UserError(
+                where=str(output_dir),
+                problem=f"holds a finished run with another {' or '.join(SCHEDULE)}, and no checkpoint to go on from.",
+                fix="Give another output_dir, or set overwrite_output_dir true to start over.",
+            )
+    if complete:
+        return _progress_at(complete[-1], fingerprint, patience, notes)
+    if wanted:
+        raise UserError(
+            where=str(output_dir), problem="resume_from_checkpoint is true, but there is no complete checkpoint."
+        )
+    return Progress(notes=notes)
+
+
+def _progress_at(
+    folder: Path, fingerprint: dict[str, Any], patience: int | None, notes: tuple[str, ...] = ()
+) -> Progress:
+    before, state = read_json(folder / FINGERPRINT_FILE), read_json(folder / STATE_FILE) or {}
+    if before is None:  # written by another tool: nothing to compare
+        return Progress(folder, state["global_step"], notes=notes)
+    check_fingerprint(folder, before, fingerprint)
+    check_schedule(folder, state, before["schedule"], fingerprint["schedule"])
+    at_end = state["global_step"] >= state["max_steps"] or has_stopped_early(state, patience)
+    at_end = before["schedule"] == fingerprint["schedule"] and at_end
+    return Progress(
+        folder,
+        state["global_step"],
+        trained_to_end=at_end,
+        date_string=before["date_string"],
+        padded=before.get(PADDED),
+        notes=notes,
+    )
+
+
+def check_schedule(folder: Path, state: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises `UserError` where the run would now end before the step that the checkpoint `folder` is of."""
+    if before == now:
+        return
+    step, name = state["global_step"], SCHEDULE[now["max_steps"] > 0]
+    end = now[name] if name == "max_steps" else math.ceil(now[name] * step / state["epoch"] - 1e-6)
+    if step > end:
+        raise UserError(
+            where=str(folder),
+            problem=f"is past the end that {name} {now[name]} sets, step {end}.",
+            fix=f"Let {name} be greater, remove the checkpoints after step {end}, or give another output_dir.",
+        )
+
+
+def has_stopped_early(state: dict[str, Any], patience: int | None) -> bool:
+    """Whether a trainer's state is that of a run which early stopping has ended."""
+    kept = (state.get("stateful_callbacks") or {}).get("EarlyStopping") or {}
+    counted = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return patience is not None and counted >= patience
+
+
+def describe_kept(output_dir: Path) -> str:
+    """In words: where the next run in `output_dir` begins."""
+    complete = [folder for folder in list_checkpoints(output_dir) if is_complete(folder)]
+    start = f"go on from {complete[-1]}" if complete else "start again: no checkpoint was written yet (save_steps)"
+    return f"The same command would {start}."
+
+
+def print_changed_options(config: RunConfig) -> None:
+    """Of a finished run: options that are others now, which has no effect."""
+    before = read_json_file(Path(config.training.output_dir, CONFIG_FILE)) or {}
+    now = json.loads(json.dumps(config.to_dict(), default=str))
+    changed = [name for name, value in now.items() if name in before and before[name] != value]
+    changed = [name for name in changed if name not in ("overwrite_output_dir", "accelerate_launch_args")]
+    if changed:
+        print0(f"Without effect: {', '.join(changed)} changed since; overwrite_output_dir true would train anew.")
+
+
+def prepare_output(config: RunConfig, progress: Progress, fingerprint: dict[str, Any]) -> AbstractContextManager:
+    """Make output_dir ready: everything that can be wrong with the input has been found by now. Returns its lock."""
+    output_dir = Path(config.training.output_dir)
+    if os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    try:
+        lock = lock_output_dir(output_dir)
+        if find_progress(config, fingerprint) != progress:
+            raise RunEnded(
+                f"Another run was at work in {output_dir} until now. Run the same command again.", EXIT_INTERNAL_ERROR
+            )
+        for note in progress.notes:
+            print0(note)
+        if config.run.overwrite_output_dir:
+            remove_earlier_run(output_dir)
+        for leftover in find_leftovers(output_dir):
+            shutil.rmtree(leftover)
+        if progress.folder is None:
+            (output_dir / SKIPPED_FILE).unlink(missing_ok=True)
+        write_json(output_dir / CONFIG_FILE, config.to_dict())
+        return lock
+    except OSError as error:
+        raise UserError(where=f"output_dir {output_dir}", problem=f"cannot be written: {error.strerror}.") from error
