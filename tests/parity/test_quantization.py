@@ -19,7 +19,7 @@ from tuning.config.options import ModelSource
 from tuning.config.parse import build_config
 from tuning.errors import UserError
 from tuning.model import build, load, quantize
-from tuning.model.lora import load_answering
+from tuning.model.answering import load_answering
 from tuning.model.parts import find_parts, parameter_table
 
 if not HAS_BITSANDBYTES:

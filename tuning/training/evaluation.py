@@ -46,7 +46,7 @@ def answer(
         join_on_the_right(samples, collator),
         max_new_tokens=max_new_tokens,
         end_of_turn=encoder.chat.end_of_turn,
-        together=together,
+        synced_gpus=together,
     )
     return texts[: len(samples)]  # the collator's filler, if it has one, comes last
 

@@ -22,9 +22,9 @@ from tuning.errors import RunEnded, is_out_of_memory
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.files import SHARDED_MODEL, write_json
 from tuning.machine import free_memory
+from tuning.model.answering import load_answering
 from tuning.model.attention import decoder_attention
 from tuning.model.load import without_zero3
-from tuning.model.lora import load_answering
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.padding_free import CANNOT_RUN, HALF_TOLERANCE, TOLERANCE
 from tuning.model.parts import count_numbers
