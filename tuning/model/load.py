@@ -200,10 +200,10 @@ def load_model(
             raise UserError(
                 where=f"model_name_or_path {name}",
                 problem=(
-                    f"the checkpoint {problem} {len(listed)} of the model's weights, which would be random:"
-                    f" {', '.join(listed[:3])}{', …' if len(listed) > 3 else ''}."
+                    f"the checkpoint {problem} {len(listed)} of the model's weights: {', '.join(listed[:3])}"
+                    f"{', …' if len(listed) > 3 else ''}."
                 ),
-                fix="Use a complete checkpoint of this model.",
+                fix="Use a complete checkpoint of this model: these weights would be random.",
             )
     keep_bnb_weights_trainable(loaded)
     try:
