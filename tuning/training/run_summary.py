@@ -112,7 +112,7 @@ def find_versions() -> dict[str, str]:
 
 OF_THIS_MACHINE = (
     *("output_dir", "save_model_dir", "resume_from_checkpoint", "overwrite_output_dir", "accelerate_launch_args"),
-    *("cache_vision_features", "run_name"),
+    *("cache_vision_features", "run_name", "logging_dir"),
 )
 
 
