@@ -223,7 +223,9 @@ def test_what_cannot_work_is_said_before_weights_are_read(unread, make_options, 
         with pytest.raises(UserError, match=words):
             tuning.train({**options, "quantization": "4bit", **changes})
     monkeypatch.setattr(quantize, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(UserError, match=r"quantization 8bit: bitsandbytes is missing or too old.*pip install -U bitsandbytes"):
+    with pytest.raises(
+        UserError, match=r"quantization 8bit: bitsandbytes is missing or too old.*pip install -U bitsandbytes"
+    ):
         tuning.train({**options, "quantization": "8bit"})
 
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tuning.export.merged_model import copy_files, write_weights
 from tuning.export.proof import WeightProof, compare_logits, memory_for_logits
 from tuning.export.vllm import Serving, plan_transformers, plan_vllm, write_renamed
 from tuning.files import CARD_FILE, CONFIG_FILE, read_json, write_text
-from tuning.hub import CANNOT_UPLOAD, NOT_OF_THE_MODEL, explain, uploaded_content
+from tuning.hub import NOT_OF_THE_MODEL, HubRepo
 from tuning.machine import check_space, free_memory
 from tuning.model.lora import Adapter, BaseModel, find_adapter, has_processor, load_base
 from tuning.model.saved_weights import open_weights
@@ -62,14 +61,16 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
         )
     source = ModelSource(adapter.base, trust_remote_code=options.trust_remote_code, use_flash_attn=False)
     base = load_base(source, adapter)
-    repository = open_repository(options.push_to_hub) if options.push_to_hub else None
+    repository = HubRepo(options.push_to_hub) if options.push_to_hub else None
+    if repository:
+        repository.open()
     adapted = adapt_skeleton(base.config, adapter)
     if options.target:
         serve(options, base, adapter, adapted)
     else:
         write_merged(options, rows, base, adapter, adapted)
     if repository and options.output:
-        push(Path(options.output).expanduser(), repository)
+        repository.upload_folder(Path(options.output).expanduser())
 
 
 def write_merged(
@@ -176,7 +177,7 @@ def check_logits(
 
 def sample_batches(base: BaseModel, options: ExportArguments, rows: RowArguments) -> list[dict[str, Any]]:
     """The user's first rows, or built-in ones with and without an image, one row per batch."""
-    encoder = make_encoder(rows, base.processor, base.config, rows.date_string or date.today().strftime("%d %b %Y"))
+    encoder = make_encoder(rows, base.processor, base.config, rows.run_date)
     samples = encoder.dummy_samples()
     if options.data_path:
         source = open_path(rows, options.data_path, rows.dataset_split)
@@ -223,38 +224,6 @@ def how_to_serve(options: ExportArguments, serving: Serving, adapter: Adapter) -
         return f'transformers loads it: PeftModel.from_pretrained(model, "{folder}")'
     flags = "".join(f" {one}" for one in serving.options)
     return f"vLLM loads it: vllm serve {adapter.base} --enable-lora{flags} --lora-modules tuned={folder}"
-
-
-def open_repository(name: str) -> Any:
-    """Make a repository of the Hub, unless it is there. Raises `UserError` where we may not, or cannot reach it."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().create_repo(name, exist_ok=True)
-    except CANNOT_UPLOAD as error:
-        raise UserError(
-            where=f"push_to_hub {name}", problem=f"cannot be opened: {explain(error)}.", fix="Nothing was written."
-        ) from error
-
-
-def push(folder: Path, repository: Any) -> None:
-    """Upload a folder to what `open_repository` gave, without paths of this machine.
-
-    Raises `UserError` where the Hub refuses.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    operations = [CommitOperationAdd(name, uploaded_content(file)) for name, file in files.items()]
-    try:
-        HfApi().create_commit(repository.repo_id, operations, commit_message="Upload model")
-    except CANNOT_UPLOAD as error:
-        raise UserError(
-            where=f"push_to_hub {repository.repo_id}",
-            problem=f"cannot be uploaded: {explain(error)}. The folder {folder} is complete.",
-            fix=f"Upload it with: hf upload {repository.repo_id} {folder}",
-        ) from error
-    print0(f"Uploaded to {repository}.")
 
 
 def run(argv: Sequence[str]) -> None:
