@@ -22,8 +22,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import tuning
 from tuning import cli
 from tuning.commands import export
-from tuning.commands.export import merged_model
 from tuning.config.options import ModelSource
+from tuning.export import merged_model
 from tuning.model.lora import load_answering
 from tuning.pages.model_card import MARK
 

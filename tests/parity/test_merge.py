@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LAYOUTS, build_model, build_processor, save_layout
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.pytorch_utils import Conv1D
-from tuning.commands.export.merge import merge_layer
-from tuning.commands.export.merged_model import probe_inputs
 
 from tuning.commands import export
+from tuning.export.merge import merge_layer
+from tuning.export.merged_model import probe_inputs
 
 QV = ["q_proj", "v_proj"]
 

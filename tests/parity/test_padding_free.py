@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_supervised_loss import assert_same_gradients, gradients, make_batch
+from sample_batches import assert_same_gradients, gradients, make_batch
 from tiny_models import LAYOUTS, build_model, build_processor
 
 from tuning.data.chat_template import ChatFormat

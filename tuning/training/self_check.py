@@ -23,9 +23,9 @@ ROW = 4093  # numbers of 8 bytes that are summed before they are weighed; prime,
 class StepEffect:
     """What one optimizer step did to a part, on all processes.
 
-    `gradient`: some number of it has a gradient. `moved`: some trained number changed; `frozen_changed`: some frozen one
-    did.
-    `stepped`: its learning rate is above 0. `due`: some number had to change, since the step was not too small for it.
+    `gradient`: some number of it has a gradient. `moved`: some trained number changed. `frozen_changed`: some frozen
+    number changed. `stepped`: its learning rate is above 0. `should_move`: the step was large enough to change
+    a number.
     """
 
     gradient: bool

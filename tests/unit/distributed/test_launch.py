@@ -19,7 +19,7 @@ from tuning.distributed.launch import check_processes, choose_launch_options, en
 from tuning.errors import UserError
 from tuning.exit_codes import claim_error_output, claim_file
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FIXTURES = sorted((ROOT / "fixtures").glob("*.yaml"))
 
 
