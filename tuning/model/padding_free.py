@@ -10,8 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tuning.distributed.failures import is_out_of_memory
-from tuning.errors import UserError
+from tuning.errors import UserError, is_out_of_memory
 from tuning.model.attention import Attention, decoder_attention, why_layers_need_padding
 from tuning.model.packed_attention import PACKED, PACKED_FLASH, watch_masks
 
@@ -71,7 +70,7 @@ def why_padding_is_needed(
     try:
         trial = try_packed(model, forward, make_batches(), attention)
     except CANNOT_RUN as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         return f"it does not take rows end to end ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return trial.obstacle(HALF_TOLERANCE if half else TOLERANCE)
