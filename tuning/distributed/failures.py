@@ -4,19 +4,11 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from transformers import TrainingArguments
 
 from tuning.config.legacy_names import CHECKPOINTING
 from tuning.data.collator import BatchInfo
 from tuning.errors import UserError
-
-NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory has run out: CUDA's has an error of its own, the CPU's allocator only words."""
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in NO_MEMORY)
 
 
 def out_of_memory(

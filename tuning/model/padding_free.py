@@ -11,8 +11,7 @@ from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from tuning.distributed.failures import is_out_of_memory
-from tuning.errors import UserError
+from tuning.errors import UserError, is_out_of_memory
 from tuning.model.attention import Attention, decoder_attention, why_layers_need_padding
 from tuning.model.packed_attention import PACKED, PACKED_FLASH, packed_mask
 
@@ -58,7 +57,7 @@ def why_padding_is_needed(
     try:
         trial = run_trial(model, forward, make_batches(), attention)
     except CANNOT_RUN as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         return f"it fails on packed rows ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return trial.why_padding_is_needed(HALF_TOLERANCE if half else TOLERANCE)

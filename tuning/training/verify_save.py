@@ -18,8 +18,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAM
 
 from tuning.config.options import ModelArguments, RunConfig
 from tuning.console import print0
-from tuning.distributed.failures import is_out_of_memory
-from tuning.errors import RunEnded
+from tuning.errors import RunEnded, is_out_of_memory
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.files import SHARDED_MODEL, write_json
 from tuning.machine import free_memory
@@ -106,7 +105,7 @@ def verify_saved(
             if not fault and loads:
                 fault = find_loading_fault(folder, trainer, model, logits, settings, beside=beside)
         except CANNOT_LOAD as error:
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             done = f"compared with {checkpoint}" if checkpoint else "read back"
             fault = f"it cannot be {done} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
@@ -245,7 +244,7 @@ def trained_logits(trainer: Any, model: Any) -> torch.Tensor | None:
         with decoder_attention(model, trainer.attention.loaded):
             return read_logits(trainer, model)
     except CANNOT_RUN as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         print0(f"No logits to compare: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         return None
