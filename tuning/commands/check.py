@@ -236,9 +236,11 @@ def describe_model(
         set_decoder_attention(model, PACKED)
     elif "flash" in attention.loaded:
         del batch["attention_mask"]
-    hold = patch_master_weights if config.model.keep_master_weights else None
+    patch_optimizer = patch_master_weights if config.model.keep_master_weights else None
     processes = count_processes(config)
-    return estimate_memory(model, batch, config.training, processes=processes, hold_masters=hold), settings
+    return estimate_memory(
+        model, batch, config.training, processes=processes, patch_optimizer=patch_optimizer
+    ), settings
 
 
 def count_totals(findings: Findings, lengths: Lengths) -> dict[str, int]:

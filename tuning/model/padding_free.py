@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from tuning.errors import UserError, is_out_of_memory
+from tuning.errors import UserError, describe_failure, try_optional
 from tuning.model.attention import Attention, decoder_attention, why_layers_need_padding
 from tuning.model.packed_attention import PACKED, PACKED_FLASH, packed_mask
 
@@ -54,13 +54,11 @@ def why_padding_is_needed(
     """
     if reason := why_padding_is_needed_by_structure(attention, model.config, nested_images=nested_images):
         return reason
-    try:
-        trial = run_trial(model, forward, make_batches(), attention)
-    except CANNOT_RUN as error:
-        if is_out_of_memory(error):
-            raise
-        return f"it fails on packed rows ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-    return trial.why_padding_is_needed(HALF_TOLERANCE if half else TOLERANCE)
+    trial = try_optional(lambda: run_trial(model, forward, make_batches(), attention), catch_user_errors=True)
+    if trial.error:
+        return f"it fails on packed rows ({describe_failure(trial.error)})"
+    assert trial.value is not None
+    return trial.value.why_padding_is_needed(HALF_TOLERANCE if half else TOLERANCE)
 
 
 @dataclass(frozen=True)
