@@ -13,10 +13,14 @@ import torch
 from tuning.errors import UserError
 
 
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers() -> int:
     """Half of this process's share of the cores: the other half computes, or feeds the accelerator."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+    return min(8, max(1, count_cores() // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
 
 
 SPARE_DISK = 64 << 20

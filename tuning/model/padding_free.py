@@ -29,8 +29,15 @@ CANNOT_RUN = (
 )
 
 
-def why_padding_is_needed_by_structure(attention: Attention, config: PreTrainedConfig, *, nested_images: bool) -> str:
-    """Why the structure of this model needs padded batches; "" where nothing in it does."""
+def why_padding_is_needed_by_structure(
+    attention: Attention, config: PreTrainedConfig, *, nested_images: bool, padding_free: bool | str = "auto"
+) -> str:
+    """Why batches must be padded, as far as that is known without running the model; "" where nothing is against it.
+
+    `padding_free` is the user's option.
+    """
+    if padding_free is False:
+        return "padding_free is false"
     if nested_images:
         return "the processor keeps the images of each row apart"
     if attention.packed is None:
