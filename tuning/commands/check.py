@@ -34,7 +34,6 @@ from tuning.model.parts import find_parts, freeze_parameters, parameter_table
 from tuning.model.quantize import quantise_skeleton
 from tuning.pages.check_page import render_page
 from tuning.training.optimizer import patch_master_weights
-from tuning.training.resume import run_date
 
 USAGE = "vlm-tuning check config.json | --name value …    (the options are those of train)"
 SHOWN_PER_KIND = 3
@@ -46,7 +45,7 @@ def check(config: RunConfig) -> Report:
         print0(note)
     model_config = load.load_config(config.model)
     processor = load.load_processor(config.model, model_config)
-    encoder = make_encoder(config.data, processor, model_config, run_date(config))
+    encoder = make_encoder(config.data, processor, model_config, config.data.run_date)
 
     source = open_rows(config)
     meter = RowMeter(encoder, decode_images=config.check.decode_images)

@@ -11,22 +11,11 @@ from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from tuning.errors import UserError, describe_failure, try_optional
+from tuning.errors import describe_failure, try_optional
 from tuning.model.attention import Attention, decoder_attention, why_layers_need_padding
 from tuning.model.packed_attention import PACKED, PACKED_FLASH, packed_mask
 
 TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05  # of the norm; packed wrongly, a row is off by more, but not always by much
-# What models raise that do not take rows end to end, and processors that do not take a row without an image.
-CANNOT_RUN = (
-    UserError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def why_padding_is_needed_by_structure(
