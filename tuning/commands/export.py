@@ -21,7 +21,7 @@ from tuning.errors import RunEnded, UserError, writing
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, exit_code_of
 from tuning.export.merge import AdaptedSkeleton, Merge, adapt_skeleton, plan_merge
 from tuning.export.merged_model import copy_files, write_weights
-from tuning.export.proof import WeightProof, compare_logits, memory_for_logits
+from tuning.export.proof import Comparison, WeightProof, compare_logits, memory_for_logits
 from tuning.export.vllm import Serving, plan_transformers, plan_vllm, write_renamed
 from tuning.files import CARD_FILE, CONFIG_FILE, read_json, write_text
 from tuning.hub import NOT_OF_THE_MODEL, HubRepo
@@ -66,19 +66,17 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
         repository.open()
     adapted = adapt_skeleton(base.config, adapter)
     if options.target:
-        serve(options, base, adapter, adapted)
+        serve(options, base, adapted)
     else:
-        write_merged(options, rows, base, adapter, adapted)
+        write_merged(options, rows, base, adapted)
     if repository and options.output:
         repository.upload_folder(Path(options.output).expanduser())
 
 
-def write_merged(
-    options: ExportArguments, rows: RowArguments, base: BaseModel, adapter: Adapter, adapted: AdaptedSkeleton
-) -> None:
+def write_merged(options: ExportArguments, rows: RowArguments, base: BaseModel, adapted: AdaptedSkeleton) -> None:
     """Write the merged model to `output`, and prove it before it gets that name."""
     assert options.output is not None
-    output = Path(options.output).expanduser()
+    output, adapter = Path(options.output).expanduser(), adapted.adapter
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with partial_folder(output) as folder:
         merge = plan_merge(open_weights(adapter.base), adapted, dtype)
@@ -91,7 +89,9 @@ def write_merged(
             write_card(adapter, folder, options.push_to_hub or output.name)
         proof.read_back(merge, folder)
         report_weights(proof)
-        check_logits(options, rows, base, adapter, merge, folder)
+        if has_memory_for_logits(merge):
+            batches = sample_batches(options, rows, base)
+            report_logits(compare_logits(merge, folder, base, adapter, batches), len(batches))
     print0(f"Done: {output} is a complete model.")
 
 
@@ -150,32 +150,29 @@ def wrong_model(fault: str) -> RunEnded:
     return RunEnded(f"The merged model differs from base and adapter: {fault} Nothing was kept.", EXIT_INTERNAL_ERROR)
 
 
-def check_logits(
-    options: ExportArguments, rows: RowArguments, base: BaseModel, adapter: Adapter, merge: Merge, folder: Path
-) -> None:
-    """Compare the logits of the merged model with those of base and adapter, if one of them fits in memory.
-
-    Raises `RunEnded` where they differ.
-    """
+def has_memory_for_logits(merge: Merge) -> bool:
+    """Whether the model fits in memory in float32. If not, a line says that the logits are not compared."""
     needed, free = memory_for_logits(merge), free_memory()
     if needed > free:
         print0(
             f"Logits were not compared: the model in float32 needs {needed / 1e9:.0f} GB of memory and"
             f" {free / 1e9:.0f} GB are free. Each merged layer was compared on its own."
         )
-        return
-    batches = sample_batches(base, options, rows)
-    result = compare_logits(merge, folder, base, adapter, batches)
+    return needed <= free
+
+
+def report_logits(result: Comparison, rows: int) -> None:
+    """Print how the logits of the merged model compare. Raises `RunEnded` where they are wrong."""
     agreeing = "all" if result.agreeing == result.positions else f"{result.agreeing} of"
     print0(
-        f"Logits on {len(batches)} rows: the largest difference is {result.difference:.1e} of the largest logit;"
+        f"Logits on {rows} rows: the largest difference is {result.difference:.1e} of the largest logit;"
         f" {agreeing} {result.positions} first choices agree."
     )
     if not result.difference <= result.tolerance:  # also where it is NaN
         raise wrong_model(f"its logits differ by {result.difference:.2%} of the largest.")
 
 
-def sample_batches(base: BaseModel, options: ExportArguments, rows: RowArguments) -> list[dict[str, Any]]:
+def sample_batches(options: ExportArguments, rows: RowArguments, base: BaseModel) -> list[dict[str, Any]]:
     """The user's first rows, or built-in ones with and without an image, one row per batch."""
     encoder = make_encoder(rows, base.processor, base.config, rows.run_date)
     samples = encoder.dummy_samples()
@@ -186,13 +183,13 @@ def sample_batches(base: BaseModel, options: ExportArguments, rows: RowArguments
     return [{name: value for name, value in batch.items() if name not in ("facts", "labels")} for batch in batches]
 
 
-def serve(options: ExportArguments, base: BaseModel, adapter: Adapter, adapted: AdaptedSkeleton) -> None:
+def serve(options: ExportArguments, base: BaseModel, adapted: AdaptedSkeleton) -> None:
     """Check the adapter itself for an engine. With `output`, write it under the names that the engine looks for."""
-    engine = options.target
+    engine, adapter = options.target, adapted.adapter
     if engine == "vllm":
         serving = plan_vllm(adapted, open_weights(adapter.base))
     else:
-        serving = plan_transformers(base.config, adapter, adapted)
+        serving = plan_transformers(adapted, base.config)
     for note in serving.notes:
         print0(note)
     if serving.obstacles:
@@ -204,7 +201,7 @@ def serve(options: ExportArguments, base: BaseModel, adapter: Adapter, adapted: 
     if options.output:
         output = Path(options.output).expanduser()
         with partial_folder(output) as folder, writing(f"output {output}"):
-            write_renamed(adapted.model, serving, adapter, folder)
+            write_renamed(adapted, serving, folder)
             if has_processor(adapter.folder):
                 base.processor.save_pretrained(folder)
         print0(f"Done: {output} is the adapter with {len(serving.renamed)} modules renamed.")
@@ -233,7 +230,7 @@ def run(argv: Sequence[str]) -> None:
     if not options.target and not options.output:
         raise UserError(where="config", problem="output: is required")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # said in our own words
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # print_plan reports it
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         export(options, rows)
 

@@ -29,12 +29,13 @@ MERGE_IN_MEMORY = "Load base and adapter with PEFT, merge_and_unload() them and 
 
 @dataclass(frozen=True)
 class AdaptedSkeleton:
-    """A model with its adapter: the base's weights are on the meta device, the adapter's are loaded.
+    """`model`: a base model with `adapter` on it. The base's weights are on the meta device, the adapter's are loaded.
 
     `key_rules`: which weight a key of the base's checkpoint becomes. `tied`: groups of names of the same weight.
     """
 
     model: PeftModel
+    adapter: Adapter
     key_rules: KeyRules
     tied: list[set[str]]
 
@@ -126,7 +127,7 @@ def adapt_skeleton(config: PreTrainedConfig, adapter: Adapter) -> AdaptedSkeleto
             empty = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
             setattr(adapted.get_submodule(parent), end, made.setdefault(id(parameter), empty))
     load_adapter(adapted, adapter.folder)
-    return AdaptedSkeleton(adapted, rules, tied)
+    return AdaptedSkeleton(adapted, adapter, rules, tied)
 
 
 def plan_merge(base: SavedWeights, adapted: AdaptedSkeleton, dtype: torch.dtype | None) -> Merge:
@@ -139,29 +140,39 @@ def plan_merge(base: SavedWeights, adapted: AdaptedSkeleton, dtype: torch.dtype 
     targets = rules.targets(base)
     changes = find_changes(adapted.model.float().eval())
     assert changes.keys() <= rules.weights.keys(), f"no weights of the model: {changes.keys() - rules.weights.keys()}"
-    names = list(dict.fromkeys(target.name for target in targets.values()))
-    tied_names = {name for group in adapted.tied for name in group}
-    if lost := sorted(changes.keys() - set(names) - tied_names):
+    stored = list(dict.fromkeys(target.name for target in targets.values()))
+    if lost := sorted(changes.keys() - set(stored).union(*adapted.tied)):
         raise UserError(
             where=str(base.folder),
             problem=f"the checkpoint lacks weights that the adapter changes: {', '.join(lost[:3])}.",
             fix="Name the model that the adapter was trained on with --base.",
         )
     broken = [group for group in adapted.tied if breaks_tie(group, changes)]
-    lacking = {next(name for name in names if name in group): sorted(group - set(names)) for group in broken}
-    written_as = next((name for name, known in FLOATS.items() if known == dtype), None)
-    shards: dict[str, list[Entry]] = {}
-    for file, stored in base.shards.items():
-        shards[file] = entries = []
-        for key, source in stored.items():
-            target = targets[key]
-            new_keys = {rules.new_key(name, targets): name for name in lacking.get(target.name, ())}
-            for entry_key, name in {key: target.name, **new_keys}.items():
-                form = written_as if written_as and source.format in FLOATS else source.format
-                entry = Entry(entry_key, name, source, changes.get(name), form)
-                check_storage(entry, converted=target.converted)
-                entries.append(entry)
+    # Of a broken tie, the weights that the checkpoint lacks are stored right after the one that it has.
+    lacking = {next(name for name in stored if name in group): sorted(group - set(stored)) for group in broken}
+
+    def plan_tensor(key: str, source: StoredTensor) -> list[Entry]:
+        target = targets[key]
+        new_keys = {rules.new_key(name, targets): name for name in lacking.get(target.name, ())}
+        entries = [
+            Entry(new_key, name, source, changes.get(name), choose_format(source, dtype))
+            for new_key, name in {key: target.name, **new_keys}.items()
+        ]
+        for entry in entries:
+            check_storage(entry, converted=target.converted)
+        return entries
+
+    shards = {
+        file: [entry for key, source in shard.items() for entry in plan_tensor(key, source)]
+        for file, shard in base.shards.items()
+    }
     return Merge(base, shards, untied=[name for group in broken for name in sorted(group)])
+
+
+def choose_format(source: StoredTensor, dtype: torch.dtype | None) -> str:
+    """The format to store a tensor in: that of `dtype`, or the base's own for None and where numbers are not floats."""
+    asked = [name for name, known in FLOATS.items() if known == dtype]
+    return asked[0] if asked and source.format in FLOATS else source.format
 
 
 def find_tied(model: PreTrainedModel) -> list[set[str]]:

@@ -119,7 +119,7 @@ class Comparison:
 
 
 def memory_for_logits(merge: Merge) -> int:
-    """Bytes of memory that `compare_logits` needs: for one model in float32, and some more."""
+    """Bytes of memory that `compare_logits` needs: those of one model in float32, and some more."""
     return int(1.2 * sum(4 * torch.Size(entry.source.shape).numel() for entry in merge.entries))
 
 

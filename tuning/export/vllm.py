@@ -20,7 +20,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from tuning.export.checkpoint_keys import WeightTarget
 from tuning.export.merge import AdaptedSkeleton, changes_base
 from tuning.model.load import build_skeleton, silent_transformers
-from tuning.model.lora import ADAPTER_NAME, Adapter
+from tuning.model.lora import ADAPTER_NAME
 from tuning.model.parts import LANGUAGE_MODEL, find_parts
 
 PEFT_PREFIX = "base_model.model."
@@ -150,14 +150,14 @@ def _map_prefix(name: str) -> str:
     return name
 
 
-def plan_transformers(config: PreTrainedConfig, adapter: Adapter, adapted: AdaptedSkeleton) -> Serving:
+def plan_transformers(adapted: AdaptedSkeleton, config: PreTrainedConfig) -> Serving:
     """Whether `PeftModel.from_pretrained` and a model's `load_adapter` find a place for every tensor.
 
     `adapted` is what the first of them makes; the second one changes a model, and so gets a skeleton of its own.
     """
     serving = Serving()
     with silent_transformers():
-        info = build_skeleton(config).load_adapter(str(adapter.folder))
+        info = build_skeleton(config).load_adapter(str(adapted.adapter.folder))
     if lost := sorted(map(str, info.missing_keys | info.unexpected_keys | info.mismatched_keys)):
         serving.obstacles.append(
             f"model.load_adapter finds no place for {len(lost)} tensors, such as {lost[0]};"
@@ -168,21 +168,21 @@ def plan_transformers(config: PreTrainedConfig, adapter: Adapter, adapted: Adapt
     return serving
 
 
-def write_renamed(adapted: PeftModel, serving: Serving, adapter: Adapter, folder: Path) -> None:
+def write_renamed(adapted: AdaptedSkeleton, serving: Serving, folder: Path) -> None:
     """Write the adapter and its settings under the names in `serving`."""
-    layers = lora_layers(adapted)
+    layers = lora_layers(adapted.model)
     new_names = {name: serving.renamed.get(name, name) for name in layers}
     tensors = {}
-    for key, tensor in get_peft_model_state_dict(adapted).items():
+    for key, tensor in get_peft_model_state_dict(adapted.model).items():
         if tensor.is_meta:
             continue
         module = next((name for name in layers if key.startswith(f"{PEFT_PREFIX}{name}.")), "")
         end = key.removeprefix(f"{PEFT_PREFIX}{module}")
         tensors[f"{PEFT_PREFIX}{new_names.get(module, module)}{end}"] = tensor.contiguous()
-    shutil.copyfile(adapter.folder / "adapter_config.json", folder / "adapter_config.json")
+    shutil.copyfile(adapted.adapter.folder / "adapter_config.json", folder / "adapter_config.json")
     save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     if serving.renamed:
-        rename_config(adapted.peft_config[ADAPTER_NAME], layers, new_names).save_pretrained(folder)
+        rename_config(adapted.model.peft_config[ADAPTER_NAME], layers, new_names).save_pretrained(folder)
 
 
 def rename_config(config: LoraConfig, layers: Mapping[str, LoraLayer], new_names: Mapping[str, str]) -> LoraConfig:
