@@ -32,7 +32,14 @@ from tuning.data.from_config import (
     open_rows,
 )
 from tuning.distributed.failures import name_killed_worker
-from tuning.distributed.launch import SCRIPT, check_launcher, choose_launch_options, configure_libraries, launch
+from tuning.distributed.launch import (
+    SCRIPT,
+    check_launcher,
+    choose_launch_options,
+    configure_libraries,
+    launch,
+    use_one_gpu,
+)
 from tuning.distributed.processes import exit_process
 from tuning.errors import UserError
 from tuning.exit_codes import exit_code_of, on_interrupt_say
@@ -76,7 +83,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     check_launcher(config)
     if config.answers.eval_generate_rows:
         check_metrics(config.answers.metric_names, "eval_metrics")
-    config = configure_libraries(config)
+    config = use_one_gpu(config)
+    configure_libraries(config.training)
     set_seed(config.training.seed)
 
     model_config = load.load_config(config.model)

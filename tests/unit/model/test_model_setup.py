@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from tuning.config.options import ModelArguments
 from tuning.config.parse import build_config
 from tuning.distributed.fsdp import choose_wrap_classes
-from tuning.distributed.launch import configure_libraries
+from tuning.distributed.launch import use_one_gpu
 from tuning.errors import UserError
 from tuning.model import attention, load
 from tuning.model.build import wanted_wrap_classes
@@ -103,7 +103,7 @@ def test_without_a_launcher_one_of_several_gpus_is_used_and_named(capsys, tmp_pa
     (tmp_path / "rows.json").write_text("[]")
     config = build_config({**options, "output_dir": str(tmp_path / "out")})
     config.training._n_gpu = 4
-    assert configure_libraries(config).training.n_gpu == 1
+    assert use_one_gpu(config).training.n_gpu == 1
     assert config.training.n_gpu == 4
     assert "--num_processes=4" in capsys.readouterr().out
 
