@@ -84,8 +84,8 @@ CHOICES = {
     "no GPU": ({"device_type": "cpu"}, "sdpa", "packed", "needs a CUDA GPU"),
     "wrong precision": ({"dtype": torch.float32}, "sdpa", "packed", "bfloat16 or float16"),
     "all there": ({}, "sdpa", "packed_flash", "torch.nn.attention.varlen"),
-    "named": ({"attn_implementation": "flash_attention_2"}, *["flash_attention_2"] * 2, "as attn_implementation says"),
-    "named, padded": ({"attn_implementation": "eager"}, "eager", None, "as attn_implementation says"),
+    "named": ({"attn_implementation": "flash_attention_2"}, *["flash_attention_2"] * 2, "from attn_implementation"),
+    "named, padded": ({"attn_implementation": "eager"}, "eager", None, "from attn_implementation"),
 }
 
 
