@@ -20,7 +20,7 @@ from tuning.checking.report import Problem, Report, SampleRow, show_row
 from tuning.config.options import RunConfig
 from tuning.config.parse import build_config, describe_options, read_options
 from tuning.console import print0
-from tuning.data.batch_sampler import NOT_TRAINED, pack_batches
+from tuning.data.batch_sampler import NOT_TRAINED, make_token_batches
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import dummy_batch, make_encoder, open_rows, open_validation_rows
@@ -203,7 +203,7 @@ def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Enc
     measured = RowLengths(source, encoder, exact=True)
     measured.known[:] = NOT_TRAINED
     measured.known[np.take(measured.ends, lengths.part) + lengths.number] = lengths.tokens
-    return pack_batches(config.training, len(source), measured, budget, padded=padded).number_of_batches()
+    return make_token_batches(config.training, len(source), measured, budget, padded=padded).count_items()
 
 
 def describe_model(
