@@ -1,7 +1,6 @@
 """`vlm-tuning check`: what will the model see, and is anything wrong? Reads every row, trains nothing."""
 
 import itertools
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +28,7 @@ from tuning.data.sources import Part, Row, Stream, read_part
 from tuning.errors import UserError
 from tuning.exit_codes import exit_code_of
 from tuning.files import write_json, write_text
+from tuning.machine import count_cores
 from tuning.model import load
 from tuning.model.attention import set_decoder_attention
 from tuning.model.build import pick_attention, plan_model, prepare_model
@@ -38,7 +38,6 @@ from tuning.model.parts import find_parts, freeze_parameters, parameter_table
 from tuning.model.quantize import quantise_skeleton
 from tuning.pages.check_page import render_page
 from tuning.training.optimizer import patch_master_weights
-from tuning.training.resume import run_date
 
 USAGE = "vlm-tuning check config.json | --name value …    (the options are those of train)"
 SHOWN_PER_KIND = 3
@@ -103,7 +102,7 @@ def check(config: RunConfig) -> Report:
         print0(note)
     model_config = load.load_config(config.model)
     processor = load.load_processor(config.model, model_config)
-    encoder = make_encoder(config.data, processor, model_config, run_date(config))
+    encoder = make_encoder(config.data, processor, model_config, config.data.run_date)
     source = open_rows(config)
     meter = RowMeter(encoder, decode_images=config.check.decode_images)
     findings = measure_all(config, source, meter)
@@ -148,7 +147,7 @@ def measure_all(config: RunConfig, source: Any, meter: RowMeter) -> Findings:
     if isinstance(source, Stream):
         chunks = _measure_stream(source, meter, limit)
     else:
-        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+        workers = min(count_cores(), 16)
         few = total is not None and total <= 4 * CHUNK  # starting processes would take longer
         chunks = measure_rows(source.parts, meter, limit=limit, workers=0 if few else workers)
     with tqdm(total=total, desc="checking rows", unit="row") as progress:
