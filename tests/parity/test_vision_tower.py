@@ -28,11 +28,11 @@ QUICK |= {"padding_free": False, "verify_save": False}  # trying it would run th
 @pytest.fixture
 def tower_runs(monkeypatch):
     """Of every run of the tower: images, runs of its first layer, and whether the output has a graph."""
-    runs, make_model = [], sft_trainer.make_model
+    runs, build_model = [], sft_trainer.build_model
 
     def watched(*args):
-        model = make_model(*args)
-        tower = vision_tower.find_tower(model)
+        built = build_model(*args)
+        tower = vision_tower.find_tower(built.model)
         active = tower.modules_to_save["default"] if isinstance(tower, ModulesToSaveWrapper) else tower
         layers = next(module for module in active.modules() if isinstance(module, torch.nn.ModuleList))
         norm = next(module for module in layers[0].modules() if isinstance(module, torch.nn.LayerNorm))
@@ -46,9 +46,9 @@ def tower_runs(monkeypatch):
             current.clear()
 
         tower.register_forward_hook(end)
-        return model
+        return built
 
-    monkeypatch.setattr(sft_trainer, "make_model", watched)
+    monkeypatch.setattr(sft_trainer, "build_model", watched)
     return runs
 
 
@@ -91,12 +91,12 @@ def test_a_frozen_tower_has_no_graph_and_runs_once(layout, method, checkpointing
     spared = train(layout, **changes)
     assert len(tower_runs) == 4
     assert all(run["layers"] == 1 and run["graphs"] == 0 for run in tower_runs)
-    monkeypatch.setattr(build, "spare_frozen_tower", lambda *args, **kwargs: None)
+    monkeypatch.setattr(build, "patch_frozen_tower_without_grad", lambda *args, **kwargs: None)
     assert_equal_runs(spared, train(layout, **changes))
 
 
 def test_without_it_a_tower_under_checkpointing_would_run_twice(train, tower_runs, monkeypatch):
-    monkeypatch.setattr(build, "spare_frozen_tower", lambda *args, **kwargs: None)
+    monkeypatch.setattr(build, "patch_frozen_tower_without_grad", lambda *args, **kwargs: None)
     train("granite_vision", **LORA, gradient_checkpointing=True)
     assert all(run["graphs"] for run in tower_runs)
     assert tower_runs[1]["layers"] == 2  # of which one belongs to the backward before
@@ -115,7 +115,7 @@ def test_a_tower_that_trains_is_left_alone(case, train, tower_runs, monkeypatch)
     monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 1)
     found = train("llava15", **TRAINING_TOWERS[case])
     assert all(run["graphs"] and run["layers"] == 1 for run in tower_runs)
-    monkeypatch.setattr(build, "spare_frozen_tower", lambda *args, **kwargs: None)
+    monkeypatch.setattr(build, "patch_frozen_tower_without_grad", lambda *args, **kwargs: None)
     assert_equal_runs(found, train("llava15", **TRAINING_TOWERS[case]))
 
 

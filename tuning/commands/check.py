@@ -216,7 +216,7 @@ def describe_model(
     parts, classes = find_parts(skeleton), plan.wrap_classes
     if plan.quantization:
         quantise_skeleton(skeleton, plan.quantization)
-    model = prepare_model(skeleton, config, plan.lora_targets)
+    model = prepare_model(skeleton, config, plan.parts, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
     settings = {
         "parts": parameter_table(model, parts),

@@ -188,21 +188,11 @@ def passing_on_signals(script: Path) -> Iterator[list[signal.Signals]]:
 
 
 def configure_libraries(training: TrainingArguments) -> None:
-    """Say and mend what the libraries would do by themselves with this machine's devices, and with progress bars.
-
-    Without a launcher a run uses one device: `nn.DataParallel`, transformers' choice, is slow and wrong here.
-    """
+    """Correct what the libraries would do with processes without a GPU, with timeouts, and with progress bars."""
     if disable_fsdp_on_cpu():
         print0("FSDP shards over accelerators, and there is none: the processes train whole copies of the model (DDP).")
     if dist.is_initialized() and training.use_cpu:  # transformers passes ddp_timeout on for accelerators only
         _set_pg_timeout(training.ddp_timeout_delta)
-    if training.n_gpu > 1:
-        print0(
-            f"Using one of {training.n_gpu} GPUs. To use all: vlm-tuning train …, or accelerate launch"
-            f" --num_processes={training.n_gpu} --config_file fixtures/accelerate_fsdp_defaults.yaml"
-            " tuning/sft_trainer.py …"
-        )
-        training._n_gpu = 1
     if training.disable_tqdm:  # the trainer hides its own bar only
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
