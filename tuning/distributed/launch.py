@@ -1,6 +1,5 @@
 """One process or many: starts `accelerate launch` where a config asks for several, and explains how it ended."""
 
-import copy
 import difflib
 import logging
 import os
@@ -8,7 +7,6 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -206,23 +204,6 @@ def forward_signals(program: str) -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def use_one_gpu(config: RunConfig) -> RunConfig:
-    """The config for one GPU, where this process sees several and no launcher gave it one.
-
-    transformers would choose `nn.DataParallel`, which is slow and computes another loss.
-    """
-    gpus = config.training.n_gpu
-    if gpus <= 1:
-        return config
-    print0(
-        f"Using one of {gpus} GPUs. To use all: vlm-tuning train …, or accelerate launch --num_processes={gpus}"
-        " --config_file fixtures/accelerate_fsdp_defaults.yaml tuning/sft_trainer.py …"
-    )
-    training = copy.copy(config.training)
-    training._n_gpu = 1  # there is no option for it
-    return replace(config, training=training)
 
 
 def configure_libraries(training: TrainingArguments) -> None:
