@@ -32,7 +32,7 @@ from tuning.data.from_config import (
     open_rows,
 )
 from tuning.distributed.failures import name_killed_worker
-from tuning.distributed.launch import check_launcher, choose_launch_options, configure_libraries, launch
+from tuning.distributed.launch import SCRIPT, check_launcher, choose_launch_options, configure_libraries, launch
 from tuning.distributed.processes import exit_process
 from tuning.errors import UserError
 from tuning.exit_codes import exit_code_of, on_interrupt_say
@@ -76,7 +76,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     check_launcher(config)
     if config.answers.eval_generate_rows:
         check_metrics(config.answers.metric_names, "eval_metrics")
-    configure_libraries(config.training)
+    config = configure_libraries(config)
     set_seed(config.training.seed)
 
     model_config = load.load_config(config.model)
@@ -170,7 +170,7 @@ def start(arguments: Sequence[str], *, all_gpus: bool = False) -> None:
     values, _ = check_options(options)
     asked = values.get("accelerate_launch_args", {})
     if launch_args := choose_launch_options(asked, all_gpus=all_gpus and not values.get("use_cpu")):
-        launch(launch_args, arguments)
+        launch(launch_args, [str(SCRIPT), *arguments])
     else:
         train(build_config(options))
 
