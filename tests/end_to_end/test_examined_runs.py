@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import LAYOUTS
 
-from tuning import train
-from tuning.commands.predict import main as predict
+from tuning import cli, train
 from tuning.errors import UserError
 
 
@@ -60,7 +59,7 @@ def test_scores_of_answers_are_logged_and_are_those_of_predict(learn, colours, t
     assert result.metrics["eval_token_f1"] == logged[-1]["eval_token_f1"]
     words = ["--model_name_or_path", options["output_dir"], "--data_path", str(colours), "--max_rows", "8"]
     words += ["--metrics", "exact_match", "token_f1", "--max_new_tokens", "24", "--output", str(tmp_path / "p.jsonl")]
-    assert predict(words) == 0
+    assert cli.main(["predict", *words]) == 0
     scores = json.loads((tmp_path / "p.scores.json").read_text())["scores"]["prediction"]
     assert scores == pytest.approx({name: logged[-1][f"eval_{name}"] for name in scores})
 

@@ -107,7 +107,7 @@ def test_two_models_stand_side_by_side_with_their_scores(predict, trained, model
     assert not list(tmp_path.glob(".*partial"))
     code, _, printed = predict(trained / "full", metrics="anls")
     assert code == 1
-    assert f"holds the answers of {models['llava15']}" in printed.err
+    assert f"holds answers of {models['llava15']}: another model, other rows or other settings" in printed.err
     assert "name that model as compare" in printed.err
 
 
@@ -125,7 +125,7 @@ def test_what_was_answered_before_an_interruption_is_kept(predict, trained, rows
     monkeypatch.setattr(module, "answer", count)
     code, lines, printed = predict(trained / "full")
     assert (code, lines) == (130, [])
-    assert "Interrupted. 6 answers are kept: the same command would go on there." in printed.err
+    assert "Interrupted. 6 answers are kept. Run the same command again to continue." in printed.err
     (partial,) = tmp_path.glob(".*partial")
     partial.write_text(partial.read_text() + '{"index": 6, "file": "ro')  # killed while it wrote
     monkeypatch.setattr(module, "answer", answer)
@@ -159,7 +159,7 @@ def test_another_chat_template_is_another_model(predict, trained, tmp_path):
     template.write_text(template.read_text().replace("upper()", "lower()"))
     code, _, printed = predict(folder)
     assert code == 1
-    assert f"holds the answers of {folder}: of another model" in printed.err
+    assert f"holds answers of {folder}: another model" in printed.err
 
 
 def test_other_answers_are_not_written_over(predict, trained, models, rows):
@@ -171,7 +171,7 @@ def test_other_answers_are_not_written_over(predict, trained, models, rows):
     assert predict(trained / "full", overwrite="true")[0] == 0
     code, _, printed = predict(models["llava15"])
     assert code == 1
-    assert f"holds the answers of {trained / 'full'}: of another model" in printed.err
+    assert f"holds answers of {trained / 'full'}: another model" in printed.err
     assert predict(models["llava15"], overwrite="true")[0] == 0
 
 
@@ -233,7 +233,8 @@ def test_an_adapter_whose_base_is_gone_is_named(predict, trained, tmp_path):
 COUNTING = """
 import os, sys
 from pathlib import Path
-from tuning import predict
+from tuning import cli
+from tuning.commands import predict
 
 def count(model, samples, *rest, **settings):
     with Path(__file__).with_name(f"asked_of_{os.environ['RANK']}").open("a") as file:
@@ -241,8 +242,8 @@ def count(model, samples, *rest, **settings):
     return answer(model, samples, *rest, **settings)
 
 answer, predict.answer = predict.answer, count
-predict.__file__ = __file__  # what the launcher is to start
-sys.exit(predict.main())
+predict.PROGRAM = (__file__,)  # what the launcher starts
+sys.exit(cli.main(["predict", *sys.argv[1:]]))
 """
 
 
@@ -321,5 +322,5 @@ def test_a_file_that_holds_no_answers_is_never_written_over(predict, trained, tm
     precious.write_text("{}\n")
     code, _, printed = predict(trained / "full", output=precious, overwrite="true")
     assert code == 1
-    assert "is no file of answers" in printed.err
+    assert "the file exists, but has no answers" in printed.err
     assert precious.read_text() == "{}\n"

@@ -2,9 +2,8 @@
 
 import itertools
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from tuning.checking.estimates import Lengths, count_processes, estimate_run, ro
 from tuning.checking.memory import MemoryEstimate, estimate_memory
 from tuning.checking.report import Problem, Report, SampleRow, show_row
 from tuning.config.options import RunConfig
-from tuning.config.parse import build_config, describe_options, read_options
 from tuning.console import print0
 from tuning.data.batch_sampler import NOT_TRAINED, pack_batches
 from tuning.data.collator import probe_collator
@@ -27,7 +25,6 @@ from tuning.data.from_config import dummy_batch, make_encoder, open_rows, open_v
 from tuning.data.row_lengths import CHUNK, Measured, RowLengths, RowMeter, measure_rows
 from tuning.data.sources import Part, Row, Stream, read_part
 from tuning.errors import UserError
-from tuning.exit_codes import exit_code_of
 from tuning.files import write_json, write_text
 from tuning.model import load
 from tuning.model.attention import set_decoder_attention
@@ -40,7 +37,7 @@ from tuning.pages.check_page import render_page
 from tuning.training.optimizer import patch_master_weights
 from tuning.training.resume import run_date
 
-USAGE = "vlm-tuning check config.json | --name value …    (the options are those of train)"
+OPTIONS = RunConfig  # those of train
 SHOWN_PER_KIND = 3
 
 
@@ -323,9 +320,8 @@ def describe(report: Report, output_dir: str) -> str:
     return "\n".join([*lines, f"Look at {Path(output_dir, 'check.html')}."])
 
 
-def run(argv: Sequence[str]) -> None:
+def run(config: RunConfig) -> None:
     """The whole command. Raises `UserError` where there is a problem, after everything is written and printed."""
-    config = build_config(read_options(argv))
     report = check(config)
     print0(describe(report, config.training.output_dir))
     if not report.is_clean:
@@ -336,16 +332,3 @@ def run(argv: Sequence[str]) -> None:
             fix="It names every one of them.",
         )
     print0("No problems.")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(describe_options(USAGE))
-        return 0
-    return exit_code_of(lambda: run(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,9 +3,8 @@
 import gc
 import itertools
 import shutil
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -17,12 +16,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from tuning.config.options import ModelSource, RowArguments, option
-from tuning.config.parse import describe_command, read_command
 from tuning.console import print0
 from tuning.data.collator import probe_collator
 from tuning.data.from_config import make_encoder, open_path
 from tuning.errors import RunEnded, UserError
-from tuning.exit_codes import EXIT_INTERNAL_ERROR, exit_code_of
+from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.export.merge import Merge, adapt_skeleton, plan_merge
 from tuning.export.merged_model import (
     TOLERANCES,
@@ -48,23 +46,34 @@ from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.pages.model_card import is_ours, merge_card
 from tuning.training.checkpoint_files import commit_checkpoint
 
-USAGE = "vlm-tuning export --adapter DIR --output DIR | config.json"
 ROWS = 4
 NOTICEABLE = 0.05
 
 
 @dataclass(frozen=True)
 class ExportArguments:
-    adapter: str = option("", "The adapter: the folder that training wrote, or a hub id.")
+    adapter: str = option("", "The adapter: the folder that training wrote, or a hub id.", required=True)
     output: str | None = option(None, "Folder to write; it must not exist yet.")
     base: str | None = option(None, "The base model, a folder or hub id (default: the one that the adapter names).")
     dtype: str = option(
-        "auto", "Precision of the written weights: auto (the base's own), float32, bfloat16 or float16."
+        "auto",
+        "Precision of the written weights; auto: as the base stores them.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
-    target: str | None = option(None, "Do not merge: check the adapter itself for vllm or transformers.")
+    target: str | None = option(
+        None, "Do not merge; check whether this engine loads the adapter itself.", choices=("vllm", "transformers")
+    )
     data_path: str | None = option(None, "Rows to compare the merged model with base and adapter on (the first four).")
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
     push_to_hub: str | None = option(None, "Upload the written folder to this repository of the Hub, too.")
+
+
+@dataclass(frozen=True)
+class ExportOptions(RowArguments, ExportArguments):
+    """All options of the command."""
+
+
+OPTIONS = ExportOptions
 
 
 def export(options: ExportArguments, rows: RowArguments) -> None:
@@ -307,26 +316,10 @@ def push(folder: Path, repository: Any) -> None:
     print0(f"Uploaded to {repository}.")
 
 
-def run(argv: Sequence[str]) -> None:
-    options, rows = read_command(argv, ExportArguments, RowArguments, required=["adapter"])
-    if options.target not in (None, "vllm", "transformers"):
-        raise UserError(where="config", problem=f"target: {options.target!r} is unknown; use vllm or transformers")
+def run(options: ExportOptions) -> None:
     if not options.target and not options.output:
         raise UserError(where="config", problem="output: is required")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # said in our own words
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-        export(options, rows)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(describe_command(USAGE, ExportArguments, RowArguments))
-        return 0
-    return exit_code_of(lambda: run(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        export(options, options)

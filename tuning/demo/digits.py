@@ -1,10 +1,9 @@
-"""See it work: a tiny LLaVA learns to read scikit-learn's handwritten digits, then a second question by LoRA.
+"""`vlm-tuning demo`: a tiny LLaVA learns to read scikit-learn's handwritten digits, then a second question by LoRA.
 
-Everything goes the way a user's run goes: a dataset in the documented format, JSON configs, `vlm-tuning train`,
+The demo does what a user does: it writes a dataset in our format and JSON configs, and runs `vlm-tuning train`,
 `export` and `predict`.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -15,12 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuning.config.options import option
 from tuning.demo.page import Answered, write_page
 from tuning.errors import UserError
-from tuning.exit_codes import exit_code_of
 from tuning.files import read_lines
 
 HELD_OUT_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class DemoArguments:
+    output_dir: str = option("demo_output", "Folder for the data, the models and the page.")
+
+
+OPTIONS = DemoArguments
 
 
 @dataclass(frozen=True)
@@ -163,9 +170,6 @@ def predict(model: Path, before: Path, task: Task, output_dir: Path) -> Predicti
     return Predictions(scores["compared"]["exact_match"], scores["prediction"]["exact_match"], lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: the last line is JSON with the four scores."""
-    parser = argparse.ArgumentParser(prog="vlm-tuning demo", description=__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
-    output_dir = parser.parse_args(argv).output_dir
-    return exit_code_of(lambda: print(json.dumps(run_demo(output_dir))))
+def run(options: DemoArguments) -> None:
+    """Run the demo; the last line is JSON with the four scores."""
+    print(json.dumps(run_demo(Path(options.output_dir))))

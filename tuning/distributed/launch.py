@@ -69,12 +69,10 @@ def make_parser() -> Any:
     return launch_command_parser()
 
 
-def launch(
-    launch_args: Mapping[str, Any], arguments: Sequence[str], *, script: Path = SCRIPT, settings: Path = DEFAULTS
-) -> None:
-    """Run `script` with `arguments` in the processes that `launch_args` ask for, and wait for their end.
+def launch(launch_args: Mapping[str, Any], program: Sequence[str], *, settings: Path = DEFAULTS) -> None:
+    """Run a program in the processes that `launch_args` ask for, and wait for their end.
 
-    `settings`: the `config_file` where none is asked for.
+    `program`: a script, or `-m` and a module, and its arguments. `settings`: the default `config_file`.
     Raises `UserError` for options that do not go together, and `RunEnded` with the exit code of the first process that
     failed: silent where that process has said why, else with who it was and how it ended. SIGTERM and SIGUSR1 are
     passed on to the processes.
@@ -85,7 +83,7 @@ def launch(
 
     parser = make_parser()
     flags = launch_flags(launch_args, parser, settings)
-    parsed = parser.parse_args([*flags, str(script), *arguments])
+    parsed = parser.parse_args([*flags, *program])
     if parsed.cpu and (parsed.num_processes or 1) > 1:
         what = f"accelerate starts one process with it, not {parsed.num_processes}."
         raise UserError(
@@ -94,7 +92,7 @@ def launch(
     parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's option; the others are ours to pass on
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        with passing_on_signals(script) as passed_on, mark_as_launched():
+        with passing_on_signals(parsed.training_script) as passed_on, mark_as_launched():
             launch_command(parsed)
     except SignalException as error:  # Ctrl-C, or a terminal that is gone
         raise RunEnded("" if has_spoken() else "Interrupted.", 128 + error.sigval) from error
@@ -168,15 +166,18 @@ def mark_as_launched() -> Iterator[None]:
 
 
 @contextmanager
-def passing_on_signals(script: Path) -> Iterator[list[signal.Signals]]:
-    """Pass signals to stop on to the processes, which save and end; this one waits for them. Yields those signals."""
+def passing_on_signals(program: str) -> Iterator[list[signal.Signals]]:
+    """Pass signals to stop on to the processes, which save and end; this one waits for them. Yields those signals.
+
+    `program`: a word in the command line of those processes, and of no other child: their script or module.
+    """
     passed_on: list[signal.Signals] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         passed_on.append(signal.Signals(number))
         for child in psutil.Process().children():
             with suppress(psutil.Error):  # it has just ended
-                if str(script) in child.cmdline():
+                if program in child.cmdline():
                     child.send_signal(number)
 
     before: dict[signal.Signals, Callable | int | None] = {n: signal.signal(n, pass_on) for n in FORWARDED}

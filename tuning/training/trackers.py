@@ -45,7 +45,7 @@ def make_trackers(config: RunConfig) -> list[TrainerCallback]:
             ) from error
         if name == "tensorboard":  # stock, every start has a folder of its own
             folder = Path(config.training.output_dir, "runs", config.training.run_name or "run")
-            tracker.logging_dir = tracker.logging_dir or str(folder)
+            tracker.logging_dir = config.run.logging_dir or tracker.logging_dir or str(folder)
         tracker.on_train_begin = functools.partial(_begin, name, tracker, tracker.on_train_begin, config.to_dict())
         trackers.append(tracker)
     return trackers

@@ -67,14 +67,14 @@ def test_a_single_process_that_was_launched_launches_none(tmp_path):
         f"Path(sys.argv[1]).write_text(json.dumps(choose_launch_options({launch_args}, all_gpus=True)))"
     )
     assert choose_launch_options(launch_args, all_gpus=True) == launch_args
-    launch.launch(launch_args, [str(tmp_path / "wanted.json")], script=script)
+    launch.launch(launch_args, [str(script), str(tmp_path / "wanted.json")])
     assert json.loads((tmp_path / "wanted.json").read_text()) == {}
     assert choose_launch_options(launch_args, all_gpus=True) == launch_args
 
 
 def test_several_processes_with_use_cpu_of_the_launcher_are_refused():
     with pytest.raises(UserError, match="accelerate starts one process with it, not 2"):
-        launch.launch({"num_processes": 2, "use_cpu": True}, [])
+        launch.launch({"num_processes": 2, "use_cpu": True}, ["script.py"])
 
 
 def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
