@@ -353,7 +353,7 @@ def test_out_is_never_overwritten(folder, capsys, suffix):
     before, after = write_rows(folder / "rows.jsonl", FORMS["base64"]), folder.parent / "out" / f"rows{suffix}"
     after.write_text("precious")
     run(before, after, expect=1)
-    assert "exists already" in capsys.readouterr().err
+    assert "this path exists already" in capsys.readouterr().err
     assert after.read_text() == "precious"
     assert entries(after.parent) == {after.name}
     run(before, before, expect=1)
@@ -363,7 +363,7 @@ def test_a_folder_of_images_is_never_mixed_with_another(folder, capsys):
     before, after = write_rows(folder / "rows.jsonl", FORMS["base64"]), folder.parent / "out" / "rows.jsonl"
     (after.parent / "rows_images").mkdir()
     run(before, after, expect=1)
-    assert f"{after.parent / 'rows_images'}: exists already" in capsys.readouterr().err
+    assert f"{after.parent / 'rows_images'}: this path exists already" in capsys.readouterr().err
     assert entries(after.parent) == {"rows_images"}
     assert entries(after.parent / "rows_images") == set()
 

@@ -271,6 +271,17 @@ def test_two_processes_answer_as_one_from_a_json_file(predict, trained, rows, tm
     assert torch.get_num_threads() == 1
 
 
+def test_the_command_starts_itself_in_two_processes(predict, trained, rows, tmp_path):
+    _, alone, _ = predict(trained / "full", output=tmp_path / "alone.jsonl", max_rows=4)
+    options = {"model_name_or_path": trained / "full", "data_path": rows, "output": tmp_path / "two.jsonl", **QUICK}
+    options |= {"max_rows": 4, "accelerate_launch_args": json.dumps({"num_processes": 2})}
+    command = [sys.executable, "-m", "tuning.cli", "predict", *flags_of(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert read_lines(tmp_path / "two.jsonl") == alone
+    assert done.stdout.count("Done: ") == 1
+
+
 def test_a_compared_model_that_is_not_there_is_named_before_anything_is_answered(predict, trained, tmp_path):
     code, lines, printed = predict(trained / "full", compare="no/such")
     assert (code, lines) == (1, [])
