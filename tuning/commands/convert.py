@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tuning.data.from_config import image_rules, open_path
 from tuning.data.images import EncodedImage, ImageRules, find_image
 from tuning.data.messages import Message, count_images
 from tuning.data.sources import Row, Source
-from tuning.errors import UserError, error_field
+from tuning.errors import UserError, error_field, writing
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def convert(options: ConvertArguments) -> int:
     for sentence in dict.fromkeys(_describe_formats(source, options)):
         print0(f"Rows: {sentence}")
     rules = image_rules(options)
-    with _writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+    with writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         writer = make_writer(out, Path(folder))
         for row in tqdm(_read_rows(source), total=len(source), desc="converting rows", unit="row"):
             writer.write(*read_row(row, rules))
@@ -194,14 +193,6 @@ WRITERS: dict[str, type[JsonLines] | type[Parquet]] = {".jsonl": JsonLines, ".pa
 def _refuse_existing(path: Path) -> None:
     if path.exists() or path.is_symlink():
         raise UserError(where=str(path), problem="this path exists already.", fix="Give another name, or remove it.")
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(where=str(out), problem=f"cannot be written: {error.strerror or error}.") from error
 
 
 def run(options: ConvertArguments) -> None:

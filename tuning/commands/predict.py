@@ -27,8 +27,8 @@ from tuning.data.from_config import image_rules, make_encoder, open_path, print_
 from tuning.data.images import load_image, thumbnail
 from tuning.data.prompts import ask_or_error, read_references, right_answers
 from tuning.data.sources import Row, Source
-from tuning.distributed.launch import WHOLE_COPIES, check_processes, choose_launch_options, launch
-from tuning.errors import UserError
+from tuning.distributed.launch import DDP_SETTINGS, check_processes, choose_launch_options, launch
+from tuning.errors import UserError, writing
 from tuning.exit_codes import on_interrupt_say
 from tuning.files import (
     CONFIG_FILE,
@@ -82,7 +82,7 @@ OPTIONS = PredictArguments
 def run(options: PredictArguments) -> None:
     """Answer in this process, or in as many as the options ask for."""
     if launch_args := choose_launch_options(options.accelerate_launch_args, all_gpus=True):
-        launch(launch_args, [*PROGRAM, *to_flags(options)], settings=WHOLE_COPIES)
+        launch(launch_args, [*PROGRAM, *to_flags(options)], settings=DDP_SETTINGS)
     else:
         predict(options)
 
@@ -209,14 +209,12 @@ class Answers:
         """Write more lines to the disk at once. Raises `UserError` if that fails."""
         new = {line["index"]: line for line in lines}
         self.by_row |= new
-        try:
+        with writing(self.path):
             if self._is_new:  # the last line of an interrupted run may be cut off
                 write_text(self.path, to_lines(self.by_row.values()))
             else:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(to_lines(new.values()))
-        except OSError as error:
-            raise UserError(where=str(self.path), problem=f"cannot be written: {error.strerror}.") from error
         self._is_new = False
 
 
@@ -288,13 +286,11 @@ def write_results(models: Mapping[str, PredictArguments], answered: Mapping[str,
     for field in models if scored else ():
         of_rows = [line["scores"][field] for line in scored]
         summary["scores"][field] = {metric: fmean(scores[metric] for scores in of_rows) for metric in metrics}
-    try:
+    page = render_answers(lines, summary, lambda index: show_images(data[index], options))
+    with writing(output):
         write_text(output, to_lines(lines))
         write_json(scores_file(output), summary)
-        page = render_answers(lines, summary, lambda index: show_images(data[index], options))
         write_text(output.with_suffix(".html"), page)
-    except OSError as error:
-        raise UserError(where=str(output), problem=f"cannot be written: {error.strerror}.") from error
     for answers in answered.values():
         answers.path.unlink(missing_ok=True)
     print0(describe_results(summary, output))

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field, fields
+from datetime import date
 from typing import Any
 
 from transformers import TrainingArguments
@@ -121,6 +122,11 @@ class RowArguments(SourceArguments):
     )
     max_messages_per_row: int = option(1000, "Most messages in a row.", minimum=1)
     date_string: str | None = option(None, "Today's date in chat templates (default: the day the run began).")
+
+    @property
+    def run_date(self) -> str:
+        """The date that templates write as today's, if the run begins today."""
+        return self.date_string or date.today().strftime("%d %b %Y")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
-from tuning.data.batch_sampler import RowOrder, SharedBatches, TokenBatches, pack_batches, share_batches
+from tuning.data.batch_sampler import RowBatches, RowOrder, SharedBatches, make_row_batches, make_token_batches
 from tuning.data.collator import BatchInfo, Collator
 from tuning.data.encode import Sample
 from tuning.data.row_lengths import RowLengths
-from tuning.distributed.failures import is_out_of_memory, name_killed_worker, out_of_memory
+from tuning.distributed.failures import name_killed_worker, out_of_memory
 from tuning.distributed.fsdp import (
     cast_trainable_to_fp32,
     is_fsdp_asked_for,
@@ -30,7 +30,7 @@ from tuning.distributed.fsdp import (
 )
 from tuning.distributed.interruption import Interruption, Workers
 from tuning.distributed.processes import Processes
-from tuning.errors import RunEnded, UserError
+from tuning.errors import RunEnded, UserError, is_out_of_memory
 from tuning.exit_codes import EXIT_STOPPED
 from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.build import compile_layers
@@ -180,13 +180,13 @@ class SupervisedTrainer(ResumableTrainer):
             if args.max_steps < 1:  # the steps of an epoch must be known
                 show = not args.disable_tqdm
                 lengths.measure_all(self._add_up, rank=args.process_index, world=args.world_size, show=show)
-            self.train_batches = pack_batches(args, len(rows), lengths, self.max_tokens_per_batch, padded=padded)
+            self.train_batches = make_token_batches(args, len(rows), lengths, self.max_tokens_per_batch, padded=padded)
         else:
             lengths = RowLengths(rows.source, rows.encoder)
-            self.train_batches = share_batches(args, len(rows), lengths, self.group_by_length)
+            self.train_batches = make_row_batches(args, len(rows), lengths, self.group_by_length)
         return self._make_loader(rows, self.data_collator, batch_sampler=self.train_batches)
 
-    train_batches: SharedBatches | TokenBatches | None = None
+    train_batches: SharedBatches | None = None
 
     def _add_up(self, numbers: np.ndarray) -> np.ndarray:
         return self.accelerator.reduce(torch.from_numpy(numbers).to(self.args.device), "sum").cpu().numpy()
@@ -195,7 +195,7 @@ class SupervisedTrainer(ResumableTrainer):
         if self._eval_loader is None:
             rows = self.eval_dataset
             order, rank, world = RowOrder(len(rows)), self.args.process_index, self.args.world_size
-            batches = SharedBatches(order, self.args.eval_batch_size, rank=rank, world=world)
+            batches = RowBatches(order, self.args.eval_batch_size, rank=rank, world=world)
             self._eval_loader = self._make_loader(rows, self.collator, batch_sampler=batches)
         return self._eval_loader
 
