@@ -145,7 +145,7 @@ def test_scores_that_are_not_computed_cannot_choose_the_best_model(make_options,
     with pytest.raises(UserError, match="anls is not among loss; scores such as exact_match need eval_generate_rows"):
         train(options)
     options = make_options("llava15", validation_data_path=str(colours), eval_generate_rows=4, eval_metrics="anl")
-    with pytest.raises(UserError, match="eval_metrics: anl: there is no such score"):
+    with pytest.raises(UserError, match=r"eval_metrics: there is no score anl\. Did you mean anls\?"):
         train(options)
     options = make_options("llava15", eval_generate_rows=4)
     with pytest.raises(UserError, match="eval_generate_rows: needs evaluations"):

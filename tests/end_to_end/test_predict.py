@@ -322,7 +322,10 @@ def test_what_would_fail_in_the_end_is_said_before_anything_is_answered(predict,
     monkeypatch.setattr(module, "load_answering", lambda *_, **__: pytest.fail("a model is loaded"))
     code, lines, printed = predict(trained / "full", metrics="json_field_accuracy")
     assert (code, lines) == (1, [])
-    assert "rows.jsonl, row 0: json_field_accuracy needs JSON as the right answer, not 'It is red.'" in printed.err
+    assert (
+        "rows.jsonl, row 0: json_field_accuracy needs a JSON object or list as the right answer, not 'It is red.'"
+        in printed.err
+    )
     code, lines, printed = predict(trained / "full", output=rows / "predictions.jsonl")  # in a file
     assert (code, lines) == (1, [])
     assert "cannot be written" in printed.err

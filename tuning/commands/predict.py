@@ -43,7 +43,7 @@ from tuning.files import (
     write_text,
 )
 from tuning.machine import default_workers
-from tuning.metrics import METRICS, check_metrics, check_right_answers, score_rows
+from tuning.metrics import METRICS, check_metrics, check_references, score_rows
 from tuning.model.lora import find_adapter, load_answering, load_base_config
 from tuning.pages.answers_page import render_answers
 from tuning.training.evaluation import answer, share_out
@@ -100,7 +100,7 @@ def predict(options: PredictArguments) -> None:
     data = open_path(options, options.data_path, options.dataset_split, more_fields=more_fields)
     print_formats(data.parts, options)
     indices = range(min(len(data), options.max_rows or len(data)))
-    check_right_answers(options.metric_names, right_answers(map(data.__getitem__, indices), options.references_field))
+    check_references(options.metric_names, right_answers(map(data.__getitem__, indices), options.references_field))
 
     models = {"prediction": options}  # the field of a model's answers → options with its name
     if options.compare:

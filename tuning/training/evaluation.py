@@ -24,7 +24,7 @@ from tuning.data.sources import Row
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError, is_out_of_memory
 from tuning.files import SAMPLES_FILE, read_lines, to_lines, write_text
-from tuning.metrics import check_right_answers, mean_scores, score_rows
+from tuning.metrics import check_references, mean_scores, score_rows
 from tuning.model.generate import generate_texts
 
 CANNOT_GENERATE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
@@ -224,7 +224,7 @@ def make_examiner(
     most = max(asked, answers.report_samples)
     first = [row for row in itertools.islice(source, most) if not isinstance(row, UserError)]
     if asked:
-        check_right_answers(answers.metric_names, right_answers(first))
+        check_references(answers.metric_names, right_answers(first))
     return GenerationEvaluator(
         encoder,
         collator,
