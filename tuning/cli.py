@@ -19,30 +19,34 @@ class Command:
 
 
 COMMANDS = {
-    "train": Command("tuning.sft_trainer", "config.json | --flag value …", "fine-tune a model"),
+    "train": Command("tuning.sft_trainer", "config.json | --flag value …", "Fine-tune a model."),
     "check": Command(
-        "tuning.commands.check", "config.json | --flag value …", "read all data as train would, and report problems"
+        "tuning.commands.check",
+        "config.json | --flag value …",
+        "Read all data as train would, and report problems. Trains nothing.",
     ),
     "predict": Command(
-        "tuning.commands.predict", "config.json | --flag value …", "answer the questions of a dataset and score them"
+        "tuning.commands.predict",
+        "config.json | --flag value …",
+        "Answer the questions of a dataset, and score the answers.",
     ),
-    "convert": Command("tuning.commands.convert", "IN OUT", "convert a dataset to our format"),
+    "convert": Command("tuning.commands.convert", "IN OUT", "Convert a dataset to our format."),
     "export": Command(
-        "tuning.commands.export", "--adapter DIR --output DIR", "merge an adapter into a model, and verify the result"
+        "tuning.commands.export", "--adapter DIR --output DIR", "Merge an adapter into a model, and verify the result."
     ),
     "chat": Command(
         "tuning.commands.chat",
         "--model_name_or_path MODEL [--compare MODEL] [--port 7860]",
-        "talk to a model about images in the browser",
+        "Talk to a model about images, in the browser.",
     ),
     "demo": Command(
-        "tuning.demo.digits", "[--output_dir DIR]", "train a tiny model to read handwritten digits, as an example"
+        "tuning.demo.digits", "[--output_dir DIR]", "Train a tiny model to read handwritten digits, as an example."
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. A command is imported when it is called: torch takes seconds."""
+    """Run one command and return its exit code. Only that command is imported: torch takes seconds."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments else "--help"
     if name in ("-h", "--help"):
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tuning.config.describe import describe_command
     from tuning.config.parse import read_command
 
-    usage = f"vlm-tuning {name} {COMMANDS[name].arguments}\n\n{command.__doc__}"
+    usage = f"vlm-tuning {name} {COMMANDS[name].arguments}\n\n{COMMANDS[name].summary}"
     return run_command(
         lambda words: command.run(read_command(words, command.OPTIONS)),
         lambda: describe_command(usage, command.OPTIONS),

@@ -81,7 +81,7 @@ class ModelArguments(ModelSource):
 
 @dataclass(frozen=True)
 class LoraArguments:
-    peft_method: str | None = option(None, "lora, or none for full fine-tuning.")
+    peft_method: str | None = option(None, "Fine-tuning method: lora, or none for full fine-tuning.")
     r: int = option(8, "Rank of the LoRA matrices.", minimum=1)
     lora_alpha: int = option(32, "Scale LoRA updates by lora_alpha / r.", minimum=1)
     lora_dropout: float = option(0.05, "Dropout on the input of the LoRA matrices.", minimum=0, below=1)

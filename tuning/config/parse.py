@@ -82,7 +82,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(where=str(path), problem=f"cannot read the config file: {error.strerror}.") from error
+        what = f"the config file cannot be read: {error.strerror}."
+        raise UserError(where=str(path), problem=what, fix="Give the path of a JSON file, or flags.") from error
     return _load_object(text, where=str(path))
 
 
@@ -101,13 +102,13 @@ def _load_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
+        place = f"{where}, line {error.lineno}, column {error.colno}"
         raise UserError(
-            where=f"{where}, line {error.lineno}, column {error.colno}", problem=f"not valid JSON: {error.msg}."
+            where=place, problem=f"this is not valid JSON: {error.msg}.", fix="Correct the text."
         ) from error
     if not isinstance(value, dict):
-        raise UserError(
-            where=where, problem=f"expected a JSON object with option names, found a {type(value).__name__}."
-        )
+        what = f"the config must be a JSON object with option names, not a {type(value).__name__}."
+        raise UserError(where=where, problem=what, fix='Write the options as {"name": value, …}.')
     return value
 
 

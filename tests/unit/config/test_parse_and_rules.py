@@ -96,7 +96,7 @@ def test_arguments_win_over_the_environment():
         ("%%%", "the value is not base64 of JSON text"),
         (base64.b64encode(b"\xff\xfe").decode(), "the value is not base64 of JSON text"),
         (encode('{"r": 5'), "not valid JSON"),
-        (encode("[1]"), "found a list"),
+        (encode("[1]"), "JSON object with option names, not a list"),
     ],
 )
 def test_broken_base64_config_names_its_variable(encoded, message):
@@ -114,7 +114,7 @@ def test_broken_json_file_names_line_and_column(tmp_path):
 
 
 def test_json_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot read the config file") as caught:
+    with pytest.raises(UserError, match="the config file cannot be read") as caught:
         read_options([str(tmp_path / "none.json")], {})
     assert caught.value.where == str(tmp_path / "none.json")
 
@@ -258,7 +258,7 @@ def test_every_option_has_one_plain_line_of_help():
     assert {option.name for option in described} == set(OWN_OPTIONS)
     for option in described:
         assert option.help.endswith(".")
-        assert option.help[0].isupper() or option.name == "peft_method"
+        assert option.help[0].isupper()
         assert "\n" not in option.help
         assert option.type
     (on_bad_row,) = (option for option in described if option.name == "on_bad_row")
