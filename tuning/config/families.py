@@ -1,4 +1,4 @@
-"""The only table of model names, for facts that no configuration file states."""
+"""The only table of model names, for what no configuration file states."""
 
 from dataclasses import dataclass
 
