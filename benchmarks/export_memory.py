@@ -44,7 +44,7 @@ def merge(folder: Path) -> None:
     from tuning.commands import export
 
     before = peak_rss_bytes()
-    export.compare = lambda *_: None
+    export.has_memory_for_logits = lambda _: False
     words = ["--adapter", folder / "adapter", "--base", folder / "base", "--output", folder / "merged"]
     assert cli.main(["export", *map(str, words)]) == 0
     print(json.dumps([before, peak_rss_bytes()]))
