@@ -22,6 +22,7 @@ from tuning.config.options import RunConfig
 from tuning.config.parse import build_config, check_options, describe_options, read_json, read_options
 from tuning.console import print0
 from tuning.data.dataset import EncodingCollator
+from tuning.data.dummy_samples import dummy_samples
 from tuning.data.from_config import (
     check_first_rows,
     dummy_batch,
@@ -116,7 +117,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         parts=find_parts(model),
         fingerprint=fingerprint,
         attention=pick_attention(config, model_config),
-        dummy_samples=encoder.dummy_samples,
+        dummy_samples=partial(dummy_samples, encoder),
         wrap_classes=plan.wrap_classes,
         image_limit=encoder.max_images,
         padded_before=progress.padded,
@@ -125,7 +126,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         **options_of_trainer(config),
     )
     trainer.hub = hub
-    write_run_info(config, trainer, encoder, source.parts, goes_on=progress.folder is not None)
+    write_run_info(config, trainer, encoder, source.files, goes_on=progress.folder is not None)
     with lock, trainer.report:
         return run(trainer, config, progress)
 

@@ -19,7 +19,7 @@ GIGABYTE = 1e9
 class Lengths:
     """Figures of every good row, arrays of equal length: where it stands, and its tokens."""
 
-    part: np.ndarray
+    file: np.ndarray
     number: np.ndarray
     tokens: np.ndarray
     image_tokens: np.ndarray
@@ -119,7 +119,7 @@ def _row_weights(source: Any, lengths: Lengths) -> np.ndarray:
     if isinstance(source, Mixture):
         first = 0
         for dataset, draws in zip(source.sources, source.draws, strict=True):
-            inside = (lengths.part >= first) & (lengths.part < first + len(dataset.parts))
+            inside = (lengths.file >= first) & (lengths.file < first + len(dataset.files))
             weights[inside] = draws / len(dataset)
-            first += len(dataset.parts)
+            first += len(dataset.files)
     return weights

@@ -25,7 +25,7 @@ from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import dummy_batch, make_encoder, open_rows, open_validation_rows
 from tuning.data.row_lengths import CHUNK, Measured, RowLengths, RowMeter, measure_rows
-from tuning.data.sources import Part, Row, Stream, read_part
+from tuning.data.sources import DataFile, Row, Stream, read_file
 from tuning.errors import UserError
 from tuning.exit_codes import exit_code_of
 from tuning.files import write_json, write_text
@@ -48,7 +48,7 @@ SHOWN_PER_KIND = 3
 class Findings:
     """What was measured, growing by a chunk of rows at a time; figures of good rows are plain numbers to stay small."""
 
-    parts: list[Part]
+    files: list[DataFile]
     problems: list[Problem] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
     tried: set[tuple[str, int]] = field(default_factory=set)
@@ -61,7 +61,7 @@ class Findings:
         for row in chunk:
             self.counts["rows"] += 1
             if row.error is not None:
-                self.note(row.error, self.parts[row.part].name, row.number)
+                self.note(row.error, self.files[row.file].name, row.number)
                 continue
             self.image_sizes.update(row.image_sizes)
             self.counts.update(
@@ -69,12 +69,12 @@ class Findings:
                 dropped_images=row.dropped_images,
                 rows_left_out=row.left_out,
                 rows_cut=row.cut,
-                rows_with_control_tokens=row.has_controls,
+                rows_with_control_tokens=row.has_special_tokens,
             )
             if row.left_out:
-                self.left_out.append({"row": row.number, "file": self.parts[row.part].name, "tokens": row.tokens})
+                self.left_out.append({"row": row.number, "file": self.files[row.file].name, "tokens": row.tokens})
             else:
-                good.append((row.part, row.number, row.tokens, row.image_tokens, row.supervised_tokens))
+                good.append((row.file, row.number, row.tokens, row.image_tokens, row.supervised_tokens))
         self.figures.append(np.array(good, dtype=np.int32).reshape(-1, 5))
 
     def note(self, error: UserError, file: str, number: int) -> None:
@@ -120,7 +120,7 @@ def check(config: RunConfig) -> Report:
     totals = {**count_totals(findings, lengths), **{f"validation_{k}": v for k, v in _few(validation).items()}}
     report = Report(
         model=config.model.model_name_or_path,
-        data=", ".join(dict.fromkeys(part.name for part in findings.parts)),
+        data=", ".join(dict.fromkeys(file.name for file in findings.files)),
         totals=totals,
         problems=[*findings.problems, *(validation.problems if validation else [])],
         lengths=lengths.by_role(),
@@ -142,15 +142,15 @@ def check(config: RunConfig) -> Report:
 
 def measure_all(config: RunConfig, source: Any, meter: RowMeter) -> Findings:
     """Measure every row, or the first `max_rows`, with a progress bar."""
-    findings, limit = Findings(source.parts), config.check.max_rows
-    known = sum(part.size for part in source.parts)
+    findings, limit = Findings(source.files), config.check.max_rows
+    known = sum(file.size for file in source.files)
     total = min(known, limit or known) if known else limit
     if isinstance(source, Stream):
         chunks = _measure_stream(source, meter, limit)
     else:
         workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
         few = total is not None and total <= 4 * CHUNK  # starting processes would take longer
-        chunks = measure_rows(source.parts, meter, limit=limit, workers=0 if few else workers)
+        chunks = measure_rows(source.files, meter, limit=limit, workers=0 if few else workers)
     with tqdm(total=total, desc="checking rows", unit="row") as progress:
         for chunk in chunks:
             findings.add(chunk)
@@ -159,21 +159,21 @@ def measure_all(config: RunConfig, source: Any, meter: RowMeter) -> Findings:
 
 
 def _measure_stream(source: Stream, meter: RowMeter, limit: int | None) -> Iterable[list[Measured]]:
-    numbered = ((number, row) for number, part in enumerate(source.parts) for row in read_part(part))
+    numbered = ((number, row) for number, file in enumerate(source.files) for row in read_file(file))
     for number, row in itertools.islice(numbered, limit):
         if isinstance(row, UserError):
             raise row
-        yield meter.measure([(number, row)])
+        yield meter.measure([row], number)
 
 
 def find_rows(source: Any, lengths: Lengths):
     """A function from a position in `lengths` to its row."""
 
     def find(index: int) -> Row:
-        part, number = source.parts[lengths.part[index]], int(lengths.number[index])
+        file, number = source.files[lengths.file[index]], int(lengths.number[index])
         if isinstance(source, Stream):
-            return part.row(number, next(iter(part.rows.skip(number))))
-        return part.row(number, part.rows[number])
+            return file.row(number, next(iter(file.rows.skip(number))))
+        return file.row(number, file.rows[number])
 
     return find
 
@@ -202,7 +202,7 @@ def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Enc
         return None
     measured = RowLengths(source, encoder, exact=True)
     measured.known[:] = NOT_TRAINED
-    measured.known[np.take(measured.ends, lengths.part) + lengths.number] = lengths.tokens
+    measured.known[np.take(measured.ends, lengths.file) + lengths.number] = lengths.tokens
     return make_token_batches(config.training, len(source), measured, budget, padded=padded).count_items()
 
 
@@ -230,8 +230,7 @@ def describe_model(
         return None, settings
     collator = probe_collator(encoder.processor)
     collator.padding_free = not padded
-    batch = collator(samples)
-    del batch["facts"]
+    batch = collator.join(samples)
     if collator.padding_free:
         set_decoder_attention(model, PACKED)
     elif "flash" in attention.loaded:
@@ -263,7 +262,7 @@ def _few(validation: Findings | None) -> dict[str, int]:
 def find_warnings(findings: Findings, encoder: Encoder) -> list[str]:
     """What is no error, but deserves a look."""
     counts, warnings = findings.counts, []
-    if split := encoder.find_split_prompt():
+    if split := encoder.chat.find_split_prompt():
         warnings.append(
             f"The chat template's generation prompt ends in {split!r}, which training joins with the answer's first"
             " word into one token: the model would be asked in another way than it was trained."

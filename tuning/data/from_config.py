@@ -15,10 +15,12 @@ from tuning.console import print0
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import Collator, probe_collator
 from tuning.data.dataset import EncodedRows, StreamedRows, encode_row
+from tuning.data.dummy_samples import dummy_image_sample
 from tuning.data.encode import Encoder
 from tuning.data.formats import describe_format
 from tuning.data.images import ImageRules
-from tuning.data.sources import Mixture, Part, Source, Stream, open_source
+from tuning.data.open_source import open_source
+from tuning.data.sources import DataFile, Mixture, Source, Stream
 from tuning.errors import UserError
 
 TYPICAL_IMAGE = (1024, 768)
@@ -33,15 +35,15 @@ def open_rows(config: RunConfig) -> Source | Mixture | Stream:
         open_path(data, entry["path"], entry.get("split") or data.dataset_split, streaming=data.streaming)
         for entry in entries
     ]
-    print_formats([part for source in sources for part in source.parts], data)
+    print_formats([file for source in sources for file in source.files], data)
     weights = [entry["weight"] for entry in entries] if entries[0].get("weight") else None
     if data.streaming:  # the files of one dataset share its weight: how large each is, is not known
         pairs = zip(sources, weights or [], strict=False)
-        shared = [weight / len(source.parts) for source, weight in pairs for _ in source.parts]
-        return Stream([part for source in sources for part in source.parts], shared or None)
+        shared = [weight / len(source.files) for source, weight in pairs for _ in source.files]
+        return Stream([file for source in sources for file in source.files], shared or None)
     if weights:
         return Mixture(sources, weights)
-    return Source([part for source in sources for part in source.parts])
+    return Source([file for source in sources for file in source.files])
 
 
 def open_validation_rows(config: RunConfig) -> Source:
@@ -65,9 +67,9 @@ def open_path(
     )
 
 
-def print_formats(parts: Iterable[Part], data: RowArguments) -> None:
+def print_formats(files: Iterable[DataFile], data: RowArguments) -> None:
     """Say which forms were recognised, where they are not the documented one."""
-    sentences = (describe_format(part.format, data.dataset_text_field, data.dataset_image_field) for part in parts)
+    sentences = (describe_format(file.format, data.dataset_text_field, data.dataset_image_field) for file in files)
     for sentence in dict.fromkeys(filter(None, sentences)):
         print0(f"Rows: {sentence}")
 
@@ -137,16 +139,14 @@ def encode_validation(config: RunConfig, encoder: Encoder, skip_bad_rows: bool) 
 
 
 def make_collator(encoder: Encoder, training: TrainingArguments) -> Collator:
-    """How rows become batches; on several processes every batch has an image. See `Encoder.filler`."""
-    dummy_image_sample = encoder.dummy_image_sample() if training.world_size > 1 else None
-    return replace(probe_collator(encoder.processor), dummy_image_sample=dummy_image_sample)
+    """How rows become batches; on several processes every batch has an image. See `dummy_image_sample`."""
+    dummy = dummy_image_sample(encoder) if training.world_size > 1 else None
+    return replace(probe_collator(encoder.processor), dummy_image_sample=dummy)
 
 
 def dummy_batch(encoder: Encoder, rows: int) -> dict[str, torch.Tensor]:
     """A batch of `rows` rows with one dummy image each and no supervised token, as the model takes it."""
-    batch = probe_collator(encoder.processor)([encoder.dummy_image_sample()] * rows)
-    del batch["facts"]
-    return batch
+    return probe_collator(encoder.processor).join([dummy_image_sample(encoder)] * rows)
 
 
 def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_bad_rows: bool) -> None:

@@ -49,7 +49,7 @@ def ask(row: Row, encoder: Encoder) -> Question:
         row.file,
         row.number,
         text="\n".join(words),
-        prompt=encoder.chat.controls.show(text),
+        prompt=encoder.chat.escaper.unescape_text(text),
         reference=reference,
         references=[] if reference is None else [reference],
         sample=sample,
@@ -68,8 +68,8 @@ def join_on_the_right(samples: Sequence[Sample], collator: Collator) -> dict[str
     turned = [
         replace(sample, sequence={name: value.flip(0) for name, value in sample.sequence.items()}) for sample in samples
     ]
-    batch = replace(collator, padding_free=False)(turned)
-    del batch["facts"], batch["labels"]
+    batch = replace(collator, padding_free=False).join(turned)
+    del batch["labels"]
     names = [name for name in batch if name in samples[0].sequence]
     return batch | {name: batch[name].flip(1) for name in names}
 

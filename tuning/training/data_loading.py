@@ -11,14 +11,11 @@ from tuning.model.padding_free import TrialBatches
 
 
 def make_trial_batches(samples: Sequence[Sample], collator: Collator) -> TrialBatches:
-    """Batches that try whether a model may be given padding-free batches, from `Encoder.dummy_samples`."""
+    """Batches that try whether a model may be given padding-free batches, from `dummy_samples`."""
     alone = replace(collator, padding_free=False, dummy_image_sample=None)
     packed = replace(alone, padding_free=True)
     changed = [_disturb(samples[0], samples[1].sequence["input_ids"]), *samples[1:]]
-    batches = [*(alone([sample]) for sample in samples), packed(samples), packed(changed)]
-    for batch in batches:
-        del batch["facts"]
-    return TrialBatches(batches[:-2], batches[-2], batches[-1])
+    return TrialBatches([alone.join([sample]) for sample in samples], packed.join(samples), packed.join(changed))
 
 
 def _disturb(sample: Sample, others: torch.Tensor) -> Sample:

@@ -17,6 +17,7 @@ from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.data.collator import Collator
 from tuning.data.dataset import EncodedRows, StreamedRows
+from tuning.data.dummy_samples import dummy_image_sample
 from tuning.data.encode import TOO_LONG, Encoder, Sample
 from tuning.data.images import thumbnail
 from tuning.data.prompts import Question, ask, join_on_the_right, right_answers
@@ -154,7 +155,7 @@ class GenerationEvaluator:
                     error = found
                 processes.raise_on_all_ranks(error)
                 samples = [question.sample for _, question in asked]
-                samples = samples or ([self.encoder.dummy_image_sample()] if together else [])
+                samples = samples or ([dummy_image_sample(self.encoder)] if together else [])
                 texts, failure = self._try_to_answer(model, samples, together=together)
                 if processes.share([failure is not None]).any():
                     raise CannotAnswer(failure)

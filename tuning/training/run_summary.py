@@ -22,7 +22,7 @@ from tuning.config.rules import DATA_SUFFIXES
 from tuning.data.encode import Encoder
 from tuning.data.formats import describe_format
 from tuning.data.from_config import TYPICAL_IMAGE
-from tuning.data.sources import Part
+from tuning.data.sources import DataFile
 from tuning.errors import UserError
 from tuning.files import CARD_FILE, RUN_INFO_FILE, hide_paths, is_local_path, read_json, write_json
 from tuning.model.parts import count_parameters
@@ -34,9 +34,9 @@ PACKAGES = ("vlm-tuning", "torch", "transformers", "peft", "accelerate", "datase
 
 
 def write_run_info(
-    config: RunConfig, trainer: SupervisedTrainer, encoder: Encoder, parts: list[Part], *, goes_on: bool
+    config: RunConfig, trainer: SupervisedTrainer, encoder: Encoder, files: list[DataFile], *, goes_on: bool
 ) -> None:
-    """Write what the run trains, on what data (`parts` of it) and with what, from the first process.
+    """Write what the run trains, on what data (`files`) and with what, from the first process.
 
     A run that `goes_on` keeps the time it was begun at.
     """
@@ -54,7 +54,7 @@ def write_run_info(
         "dtype": ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in trainer.dtypes.values()})),
         "attention": trainer.attention.reason.removeprefix("Attention: "),
         "adapter": _describe_adapter(config.lora) if config.lora.peft_method else None,
-        "data": _describe_data(config, trainer, encoder, parts),
+        "data": _describe_data(config, trainer, encoder, files),
         "machine": _describe_machine(trainer),
     }
     try:
@@ -72,11 +72,11 @@ def _describe_adapter(lora: LoraArguments) -> dict[str, Any]:
     return {name: value for name, value in asdict(lora).items() if value not in (None, False)}
 
 
-def _describe_data(config: RunConfig, trainer: SupervisedTrainer, encoder: Encoder, parts: list[Part]) -> dict:
+def _describe_data(config: RunConfig, trainer: SupervisedTrainer, encoder: Encoder, files: list[DataFile]) -> dict:
     args, data, (width, height) = config.training, config.data, TYPICAL_IMAGE
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     budget = f"as many as {data.max_tokens_per_batch:,} tokens take" if data.max_tokens_per_batch else None
-    forms = {describe_format(part.format, data.dataset_text_field, data.dataset_image_field) for part in parts}
+    forms = {describe_format(file.format, data.dataset_text_field, data.dataset_image_field) for file in files}
     tokens = encoder.count_image_tokens(Image.new("RGB", TYPICAL_IMAGE))
     return {
         "training_data": _name_data(config),

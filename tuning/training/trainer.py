@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.data.batch_sampler import RowBatches, RowOrder, SharedBatches, make_row_batches, make_token_batches
-from tuning.data.collator import BatchInfo, Collator
+from tuning.data.collator import BatchInfo, Collator, take_info
 from tuning.data.encode import Sample
 from tuning.data.row_lengths import RowLengths
 from tuning.distributed.failures import is_out_of_memory, name_killed_worker, out_of_memory
@@ -246,7 +246,7 @@ class SupervisedTrainer(ResumableTrainer):
         return batches, counts[0]
 
     def _take_facts(self, batch: dict[str, Any], evaluating: bool = False) -> BatchInfo:
-        facts = batch.pop("facts")
+        facts = take_info(batch)
         if facts.error is not None:
             raise facts.error
         self.rows.take(facts, evaluating=evaluating)

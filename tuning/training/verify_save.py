@@ -257,10 +257,10 @@ def read_logits(trainer: Any, model: Any) -> torch.Tensor:
 
     By the stock forward, without labels; what lies behind the end of a row is 0.
     """
-    batch = replace(trainer.collator, padding_free=False, dummy_image_sample=None)(trainer.dummy_samples())
+    batch = replace(trainer.collator, padding_free=False, dummy_image_sample=None).join(trainer.dummy_samples())
     lengths = batch["attention_mask"].sum(dim=1)
     kept = torch.cat([torch.arange(max(0, length - LAST_TOKENS), length) for length in lengths.tolist()]).unique()
-    inputs = {name: value for name, value in batch.items() if name not in ("facts", "labels")}
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     some = "logits_to_keep" in inspect.signature(type(base).forward).parameters
     if some:
