@@ -44,10 +44,7 @@ class RowFormat:
         field = self.text_fields[0]
         with error_field(field):
             messages = read_messages(
-                columns[field],
-                f"{where}, field '{field}'",
-                image_strings=self.image_strings,
-                needs_answer=needs_answer,
+                columns[field], f"{where}, field '{field}'", image_strings=self.image_strings, needs_answer=needs_answer
             )
         return Conversation(*take_images(messages, stored))
 

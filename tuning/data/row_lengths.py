@@ -125,8 +125,9 @@ class RowMeter:
         )
         excess = tokens - encoder.max_seq_length
         if excess > 0:
-            spare = [int((overlaps(offsets, [content]) & ~placeholders).sum()) - 1 for content in chat.contents]
-            if encoder.overlong_rows == "truncate_text" and sum(max(0, tokens) for tokens in spare) >= excess:
+            answers = [int((overlaps(offsets, [content]) & ~placeholders).sum()) for content in chat.contents]
+            removable = sum(max(0, answer - 1) for answer in answers)
+            if encoder.overlong_rows == "truncate_text" and removable >= excess:
                 left = max(1, row.supervised_tokens - excess - 1)  # the end token is not trained either
                 return replace(row, tokens=encoder.max_seq_length, supervised_tokens=left, cut=True)
             if encoder.overlong_rows == "drop":

@@ -12,7 +12,7 @@ from transformers import AddedToken
 from tuning.data.messages import Message
 from tuning.errors import UserError
 
-FIRST_STAND_IN = 0xF0000  # Supplementary Private Use Area-A: no text that people write holds these
+FIRST_STAND_IN = 0xF0000  # Supplementary Private Use Area-A: no written text uses these
 
 
 class SpecialTokenEscaper:
