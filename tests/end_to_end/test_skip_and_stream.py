@@ -15,6 +15,7 @@ import tuning
 from tuning import sft_trainer
 from tuning.config.parse import build_config
 from tuning.data import encode
+from tuning.data.from_config import ROWS_CHECKED_FIRST
 from tuning.errors import UserError
 from tuning.training.trainer import SupervisedTrainer
 
@@ -325,7 +326,7 @@ def test_an_interrupted_stream_ends_where_an_uninterrupted_one_does(
     assert len(logs[0]) == 7
     if workers == 0:  # else they are opened in other processes
         left = {where for batch in batches for where in batch}
-        assert len(opened) == sft_trainer.ROWS_CHECKED_FIRST + sum(map(len, batches))
+        assert len(opened) == ROWS_CHECKED_FIRST + sum(map(len, batches))
         assert left <= {place.partition(", field")[0] for _, _, place, _ in opened}
 
 
