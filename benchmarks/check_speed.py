@@ -73,7 +73,7 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
     import datasets
     from tiny_models import save_layout
 
-    from tuning.commands.check import measure_all
+    from tuning.checking.findings import measure_all
     from tuning.config.parse import build_config
     from tuning.data.from_config import make_encoder, open_rows
     from tuning.data.row_lengths import RowMeter
@@ -91,7 +91,7 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
     threading.Thread(target=watch_memory, args=(stop, peak), daemon=True).start()
     time.sleep(0.2)
     before, started = peak[0], time.perf_counter()
-    findings = measure_all(config, source, meter)
+    findings = measure_all(source, meter)
     seconds = time.perf_counter() - started
     stop.set()
     assert findings.counts["rows"] == rows

@@ -33,7 +33,7 @@ from tuning.data.from_config import (
     open_rows,
 )
 from tuning.distributed.failures import name_killed_worker
-from tuning.distributed.launch import check_launcher, choose_launch_options, configure_libraries, launch
+from tuning.distributed.launch import SCRIPT, check_launcher, choose_launch_options, configure_libraries, launch
 from tuning.distributed.processes import exit_process
 from tuning.errors import UserError
 from tuning.exit_codes import exit_code_of, on_interrupt_say
@@ -44,6 +44,7 @@ from tuning.model import load
 from tuning.model.build import make_model, pick_attention, plan_model
 from tuning.model.parts import find_parts
 from tuning.training.evaluation import make_examiner
+from tuning.training.final_model import save_final_model
 from tuning.training.resume import (
     Progress,
     describe_kept,
@@ -55,7 +56,6 @@ from tuning.training.resume import (
 from tuning.training.run_summary import write_run_info
 from tuning.training.trackers import make_trackers
 from tuning.training.trainer import SupervisedTrainer, options_of_trainer
-from tuning.training.verify_save import save
 
 USAGE = "vlm-tuning train config.json | --name value …    (also: python tuning/sft_trainer.py)"
 
@@ -77,7 +77,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     check_launcher(config)
     if config.answers.eval_generate_rows:
         check_metrics(config.answers.metric_names, "eval_metrics")
-    configure_libraries(config.training)
+    config = configure_libraries(config)
     set_seed(config.training.seed)
 
     model_config = load.load_config(config.model)
@@ -105,7 +105,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         print0("What of this model gets no gradient could not be told beforehand: ddp_find_unused_parameters is true.")
         config.training.ddp_find_unused_parameters = True
     trackers, hub = make_trackers(config), open_hub(config)
-    model = make_model(config, model_config, plan, progress.folder)
+    model = make_model(config, model_config, plan, progress.resume_from)
     lock = prepare_output(config, progress, fingerprint)
     trainer = SupervisedTrainer(
         model=model,
@@ -126,7 +126,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         **options_of_trainer(config),
     )
     trainer.hub = hub
-    write_run_info(config, trainer, encoder, source.files, goes_on=progress.folder is not None)
+    write_run_info(config, trainer, encoder, source.files, goes_on=progress.resume_from is not None)
     with lock, trainer.report:
         return run(trainer, config, progress)
 
@@ -145,20 +145,21 @@ def run(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> Tr
         raise UserError(
             where=where, problem="the machines find different checkpoints here.", fix="Give one that all of them share."
         )
-    if progress.folder and progress.trained_to_end:
-        print0(f"{progress.folder} is the end of training: only the final model remains to be saved.")
-        trainer.load_trainer_state(progress.folder)
+    if progress.resume_from and progress.trained_to_end:
+        print0(f"{progress.resume_from} is the end of training: only the final model remains to be saved.")
+        trainer.load_trainer_state(progress.resume_from)
     else:
-        if progress.folder:
-            print0(f"Continuing from {progress.folder}.")
+        if progress.resume_from:
+            print0(f"Continuing from {progress.resume_from}.")
         told = on_interrupt_say(lambda: describe_kept(Path(config.training.output_dir)))
         lost = trainer.processes.name_lost_process()
         with told, trainer.interruption, trainer.workers, lost, trainer.raise_friendly_oom(), name_killed_worker():
-            metrics = trainer.train(resume_from_checkpoint=str(progress.folder) if progress.folder else None).metrics
+            checkpoint = str(progress.resume_from) if progress.resume_from else None
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         metrics |= next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
         trainer.end_if_stopped()
     trainer.rows.report()
-    save(trainer, config, progress)
+    save_final_model(trainer, config, progress)
     report = Path(config.training.output_dir, REPORT_FILE)
     print0(f"Done: {config.save_model_dir} holds the model after {trainer.state.global_step} steps. Look at {report}.")
     return TrainingResult(Path(config.save_model_dir), trainer.state.global_step, metrics)
@@ -170,7 +171,7 @@ def start(arguments: Sequence[str], *, all_gpus: bool = False) -> None:
     values, _ = check_options(options)
     asked = values.get("accelerate_launch_args", {})
     if launch_args := choose_launch_options(asked, all_gpus=all_gpus and not values.get("use_cpu")):
-        launch(launch_args, arguments)
+        launch(launch_args, [str(SCRIPT), *arguments])
     else:
         train(build_config(options))
 

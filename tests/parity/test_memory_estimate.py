@@ -83,8 +83,8 @@ def estimate(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(load, "load_model", skeleton)
             model = make_model(config)
-        hold = patch_master_weights if config.model.keep_master_weights else None
-        return estimate_memory(model, batch, config.training, hold_masters=hold, **kwargs)
+        patch_optimizer = patch_master_weights if config.model.keep_master_weights else None
+        return estimate_memory(model, batch, config.training, patch_optimizer=patch_optimizer, **kwargs)
 
     return run
 
@@ -175,7 +175,7 @@ def test_long_rows_do_not_fill_this_machine(make_options, estimate, monkeypatch)
     batch = make_batch(400)
     batch["attention_mask"][0, -50:] = 0
     expected = estimate(make_options("llava15"), batch)
-    monkeypatch.setattr(dry_run, "TOO_MANY", 100_000)
+    monkeypatch.setattr(dry_run, "MAX_MASK_SIZE", 100_000)
     assert estimate(make_options("llava15"), batch) == expected
     assert expected.activations > estimate(make_options("llava15"), make_batch(400)).activations + 2 * 400 * 400
 
@@ -226,7 +226,7 @@ def test_a_model_that_cannot_be_simulated_has_an_estimate_without_activations(ma
 
     options = make_options("llava15")
     whole = estimate(options, make_batch())
-    monkeypatch.setattr(build, "install_supervised_loss", lambda model: None)
+    monkeypatch.setattr(build, "patch_supervised_loss", lambda model: None)
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", decides_by_a_number)
     estimated = estimate(options, make_batch())
     assert estimated.activations is None

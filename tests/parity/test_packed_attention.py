@@ -79,7 +79,7 @@ def test_a_row_without_bounds_is_one_sample_and_rows_may_be_several():
         torch.testing.assert_close(got[row : row + 1], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_mask_and_a_cache_are_heeded_as_by_sdpa():
+def test_a_mask_or_a_cache_goes_to_sdpa():
     query, key, value = states(4, 4, torch.float64)
     stock = AttentionInterface()["sdpa"]
     mask = torch.rand(1, 1, 25, 25) > 0.3
@@ -130,16 +130,16 @@ def varlen_of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is
 def test_the_flash_kernel_is_asked_for_the_same(kernel, heads, name, monkeypatch):
     takes = set(inspect.signature(kernel).parameters)
     monkeypatch.setattr(module, "varlen_attn", kernel)
-    monkeypatch.setattr(module, "_VARLEN_TAKES", takes)
+    monkeypatch.setattr(module, "_VARLEN_OPTIONS", takes)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     half = [tensor.detach().to(torch.bfloat16) for tensor in states(*heads, torch.float64)]
     asked = {"cu_seq_lens_q": BOUNDS, "max_length_q": max(LENGTHS), **SETTINGS[name]}
-    suits = module._suits_flash(half[0], 0.0, None, SETTINGS[name].get("sliding_window"))
+    suits = module._can_use_flash(half[0], 0.0, None, SETTINGS[name].get("sliding_window"))
     assert suits == ("window_size" in takes or name != "a sliding window")
     got = AttentionInterface()[module.PACKED_FLASH](MODULE, *half, None, **asked)[0]
     expected = separately(*(tensor.double() for tensor in half), **SETTINGS[name])
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=0.05)
-    monkeypatch.setattr(module, "_one_by_one", None)
+    monkeypatch.setattr(module, "_sample_by_sample", None)
     if suits:  # rotary embeddings leave queries and keys in float32 under autocast
         with torch.autocast("cpu", dtype=torch.bfloat16):
             cast = AttentionInterface()[module.PACKED_FLASH](

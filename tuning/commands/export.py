@@ -8,11 +8,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedConfig
 
@@ -41,7 +39,7 @@ from tuning.export.safetensors_files import find_folder, find_places, read_check
 from tuning.export.vllm import Serving, plan_transformers, plan_vllm, write_renamed
 from tuning.files import CARD_FILE, CONFIG_FILE, read_json, write_text
 from tuning.hub import CANNOT_UPLOAD, NOT_OF_THE_MODEL, explain, uploaded_content
-from tuning.machine import check_space
+from tuning.machine import check_space, free_memory
 from tuning.model import load
 from tuning.model.attention import choose_attention
 from tuning.model.lora import Adapter, add_adapter, find_adapter, has_processor, load_base_config
@@ -176,7 +174,7 @@ def compare(
     """
     entries = [entry for shard in merge.shards.values() for entry in shard.values()]
     needed = int(1.2 * sum(4 * torch.Size(entry.source.shape).numel() for entry in entries))
-    if needed > (free := psutil.virtual_memory().available):
+    if needed > (free := free_memory()):
         print0(
             f"Logits were not compared: the model in float32 needs {needed / 1e9:.0f} GB of memory and"
             f" {free / 1e9:.0f} GB are free. Each merged layer was compared on its own."
@@ -195,7 +193,7 @@ def compare(
 
 def sample_batches(models: Models, options: ExportArguments, rows: RowArguments) -> list[dict[str, Any]]:
     """The user's first rows, or built-in ones with and without an image, a batch each."""
-    encoder = make_encoder(rows, models.processor, models.config, rows.date_string or date.today().strftime("%d %b %Y"))
+    encoder = make_encoder(rows, models.processor, models.config, rows.run_date)
     samples = dummy_samples(encoder)
     if options.data_path:
         source = open_path(rows, options.data_path, rows.dataset_split)

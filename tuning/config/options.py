@@ -1,6 +1,7 @@
 """Every option of a run, one documented line each; Hugging Face's own `TrainingArguments` stand beside ours."""
 
 from dataclasses import dataclass, field, fields
+from datetime import date
 from typing import Any
 
 from transformers import TrainingArguments
@@ -81,6 +82,11 @@ class RowArguments:
     max_image_megabytes: float = option(100.0, "Largest stored image in MB (10⁶ bytes).")
     max_messages_per_row: int = option(1000, "Most messages in a row.")
     date_string: str | None = option(None, "The date that templates write as today's (default: the day the run began).")
+
+    @property
+    def run_date(self) -> str:
+        """The date that templates write as today's, if the run begins today."""
+        return self.date_string or date.today().strftime("%d %b %Y")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from tuning.errors import UserError
+from tuning.errors import UserError, first_line
 
 TIMEOUT = 10.0  # seconds without an answer
 DEADLINE = 60.0  # seconds for a whole image
@@ -40,7 +40,7 @@ def fetch_image(url: str, where: str, *, max_bytes: int) -> bytes:
         raise ValueError(f"more than {MAX_REDIRECTS} redirects")
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         is_late = isinstance(error, (httpx.TimeoutException, TimeoutError))
-        reason = "no answer in time" if is_late else str(error) or type(error).__name__
+        reason = "no answer in time" if is_late else first_line(error)
         raise UserError(
             where=where,
             problem=f"the image {url[:200]} cannot be fetched: {reason}.",

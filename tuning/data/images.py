@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tuning.data.image_download import fetch_image
-from tuning.errors import UserError
+from tuning.errors import UserError, first_line
 
 THUMBNAIL = (320, 320)
 ORIENTATION = 0x0112  # the EXIF tag; with 5 to 8, width and height change places (CIPA DC-008)
@@ -107,10 +107,8 @@ def _unreadable_is_user_error(where: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        if isinstance(error, UnidentifiedImageError):
-            reason = "it is not in a known image format"
-        else:
-            reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is not in a known image format" if is_unknown else first_line(error)
         raise UserError(
             where=where,
             problem=f"the image cannot be read: {reason}.",

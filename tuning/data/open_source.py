@@ -13,7 +13,7 @@ from datasets.features import Image, Json, List
 
 from tuning.data.formats import detect_format
 from tuning.data.sources import UNREADABLE, DataFile, Source, read_file, unreadable
-from tuning.errors import UserError
+from tuning.errors import UserError, first_line
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 FIRST_ROWS, SPREAD = 16, 48  # the format is detected from the first rows, and from some of all over the data
@@ -126,9 +126,9 @@ def _unreadable_file(file: Path, name: str, error: Exception) -> UserError:
                         problem=f"the line is not valid JSON: {fault.msg} (column {fault.colno}).",
                         fix="Repair the line.",
                     )
-    reason = str(error.__cause__ or error).splitlines()[0]
+    reason = first_line(error.__cause__ or error)
     return UserError(
-        where=name, problem=f"the file cannot be read as {file.suffix[1:]}: {reason}", fix="Repair the file."
+        where=name, problem=f"the file cannot be read as {file.suffix[1:]}: {reason}.", fix="Repair the file."
     )
 
 
@@ -183,10 +183,9 @@ def _open_hub(name: str, split: str, config_name: str | None, streaming: bool) -
     try:
         rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
             where=name,
-            problem=f"there is no such file or folder, and the hub dataset could not be loaded: {reason}",
+            problem=f"there is no such file or folder, and the hub dataset could not be loaded: {first_line(error)}.",
             fix="Check the name, dataset_config_name and dataset_split.",
         ) from error
     return DataFile(name, rows, Path(datasets.config.HF_CACHE_HOME))  # the folder of downloaded image files

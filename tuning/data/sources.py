@@ -12,7 +12,7 @@ import datasets
 import pyarrow
 
 from tuning.data.formats import RowFormat
-from tuning.errors import UserError
+from tuning.errors import UserError, first_line
 
 # What `datasets` raises for files that it cannot read. It checks no row before it is read.
 UNREADABLE = (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, TypeError)
@@ -167,7 +167,7 @@ def unreadable(file: str, error: Exception) -> UserError:
     """The error of a file that cannot be read because of one of `UNREADABLE`."""
     return UserError(
         where=file,
-        problem=f"the file cannot be read: {str(error).splitlines()[0]}",
+        problem=f"the file cannot be read: {first_line(error)}.",
         fix="Repair the file.",
         kind="unreadable",
     )

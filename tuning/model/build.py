@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.distributed.fsdp import choose_wrap_classes, is_fsdp_asked_for, is_sharded
-from tuning.errors import UserError
+from tuning.errors import UserError, try_optional
 from tuning.files import SHARDED_MODEL
 from tuning.model import load
 from tuning.model.attention import Attention, choose_attention
-from tuning.model.dry_run import CANNOT_SIMULATE, find_idle_parameters
+from tuning.model.dry_run import find_idle_parameters
 from tuning.model.lora import add_lora, check_dora, check_modules_to_save, load_adapter, resolve_targets
 from tuning.model.loss import patch_supervised_loss
 from tuning.model.mllama import patch_mllama_cross_attention
@@ -33,7 +33,7 @@ from tuning.model.quantize import Quantization, plan_quantization
 from tuning.model.vision_tower import (
     TowerOutput,
     patch_cached_vision_features,
-    patch_frozen_tower_without_grad,
+    patch_frozen_tower,
     probe_tower,
 )
 
@@ -85,11 +85,8 @@ def wanted_wrap_classes(config: RunConfig) -> list[str]:
 def find_idle_vision(skeleton: PreTrainedModel, batch: dict[str, torch.Tensor]) -> set[str] | None:
     """Names of trainable parameters of the vision tower that no image can reach; None where that cannot be told."""
     parts = find_parts(skeleton)
-    try:
-        idle = find_idle_parameters(skeleton, batch)
-        return {name for name in idle if parts.of(name) == VISION_TOWER}
-    except (*CANNOT_SIMULATE, TypeError, ValueError, IndexError):  # of code that expects numbers
-        return None
+    idle = try_optional(lambda: find_idle_parameters(skeleton, batch)).value
+    return None if idle is None else {name for name in idle if parts.of(name) == VISION_TOWER}
 
 
 def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, resume_from: Path | None):
@@ -135,7 +132,7 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, lora_targets: list[
     patch_supervised_loss(model)
     if config.lora.peft_method:
         model = add_lora(model, config.lora, lora_targets)
-        patch_frozen_tower_without_grad(model, sharded=is_sharded(config.training))
+        patch_frozen_tower(model, sharded=is_sharded(config.training))
         return model
     frozen = {
         VISION_TOWER: config.model.freeze_vision_tower,
@@ -143,7 +140,7 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, lora_targets: list[
         LANGUAGE_MODEL: config.model.freeze_language_model,
     }
     freeze_parts(model, find_parts(model), {part for part, freeze in frozen.items() if freeze})
-    patch_frozen_tower_without_grad(model, sharded=is_sharded(config.training))
+    patch_frozen_tower(model, sharded=is_sharded(config.training))
     return model
 
 

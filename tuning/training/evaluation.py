@@ -22,9 +22,8 @@ from tuning.data.encode import TOO_LONG, Encoder, Sample
 from tuning.data.images import thumbnail
 from tuning.data.prompts import Question, ask, join_on_the_right, right_answers
 from tuning.data.sources import Row
-from tuning.distributed.failures import is_out_of_memory
 from tuning.distributed.processes import Processes
-from tuning.errors import UserError
+from tuning.errors import UserError, is_out_of_memory
 from tuning.files import SAMPLES_FILE, read_lines, to_lines, write_text
 from tuning.metrics import check_right_answers, mean_scores, score_rows
 from tuning.model.generate import generate_texts
@@ -171,7 +170,7 @@ class GenerationEvaluator:
         try:
             texts = answer(model, samples, self.encoder, self.collator, max_new_tokens=limit, together=together)
         except CANNOT_GENERATE as error:
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             return [], error
         return texts, None

@@ -139,7 +139,7 @@ def gather_facts(trainer: SupervisedTrainer, config: RunConfig) -> RunSummary:
         steps=state.global_step,
         epochs=state.epoch or 0.0,
         log_history=state.log_history,
-        best_step=step_of(best) if (best := trainer.final_source(None)) else None,
+        best_step=step_of(best) if (best := trainer.best_checkpoint) else None,
         base_metadata=read_metadata(name),
         versions=find_versions(),
     )

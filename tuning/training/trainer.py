@@ -21,7 +21,7 @@ from tuning.data.batch_sampler import RowBatches, RowOrder, SharedBatches, make_
 from tuning.data.collator import BatchInfo, Collator, take_info
 from tuning.data.encode import Sample
 from tuning.data.row_lengths import RowLengths
-from tuning.distributed.failures import is_out_of_memory, name_killed_worker, out_of_memory
+from tuning.distributed.failures import name_killed_worker, out_of_memory
 from tuning.distributed.fsdp import (
     cast_trainable_to_fp32,
     is_fsdp_asked_for,
@@ -30,7 +30,7 @@ from tuning.distributed.fsdp import (
 )
 from tuning.distributed.interruption import Interruption, Workers
 from tuning.distributed.processes import Processes
-from tuning.errors import RunEnded, UserError
+from tuning.errors import RunEnded, UserError, is_out_of_memory
 from tuning.exit_codes import EXIT_STOPPED
 from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.build import compile_layers

@@ -84,8 +84,8 @@ CHOICES = {
     "no GPU": ({"device_type": "cpu"}, "sdpa", "packed", "needs a CUDA GPU"),
     "wrong precision": ({"dtype": torch.float32}, "sdpa", "packed", "bfloat16 or float16"),
     "all there": ({}, "sdpa", "packed_flash", "torch.nn.attention.varlen"),
-    "named": ({"attn_implementation": "flash_attention_2"}, *["flash_attention_2"] * 2, "as attn_implementation says"),
-    "named, padded": ({"attn_implementation": "eager"}, "eager", None, "as attn_implementation says"),
+    "named": ({"attn_implementation": "flash_attention_2"}, *["flash_attention_2"] * 2, "from attn_implementation"),
+    "named, padded": ({"attn_implementation": "eager"}, "eager", None, "from attn_implementation"),
 }
 
 
@@ -98,10 +98,13 @@ def test_attention_is_chosen_and_explained(case):
     assert words in chosen.reason
 
 
-def test_without_a_launcher_one_of_several_gpus_is_used_and_said(capsys):
-    arguments = SimpleNamespace(n_gpu=4, _n_gpu=4, disable_tqdm=False)
-    configure_libraries(arguments)
-    assert arguments._n_gpu == 1
+def test_without_a_launcher_one_of_several_gpus_is_used_and_named(capsys, tmp_path):
+    options = {"model_name_or_path": "some/model", "training_data_path": str(tmp_path / "rows.json")}
+    (tmp_path / "rows.json").write_text("[]")
+    config = build_config({**options, "output_dir": str(tmp_path / "out")})
+    config.training._n_gpu = 4
+    assert configure_libraries(config).training.n_gpu == 1
+    assert config.training.n_gpu == 4
     assert "--num_processes=4" in capsys.readouterr().out
 
 
