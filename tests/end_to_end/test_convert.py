@@ -19,7 +19,8 @@ from tuning.commands import convert
 from tuning.data.chat_template import ChatFormat
 from tuning.data.encode import Encoder
 from tuning.data.images import ImageRules
-from tuning.data.sources import Source, open_source
+from tuning.data.open_source import open_source
+from tuning.data.sources import Source
 
 IMAGE = {"type": "image"}
 SUFFIXES = (".jsonl", ".parquet")
@@ -372,7 +373,7 @@ def test_a_prompt_with_answers_is_refused(folder, capsys):
     row = {"prompt": [*chat("q"), {"role": "user", "content": "Sure?"}], "completion": "Yes.", "images": []}
     before = write_rows(folder / "rows.jsonl", [row])
     run(before, folder.parent / "out" / "rows.jsonl", expect=1)
-    assert f"{before}, row 0, field 'prompt': has assistant turns" in capsys.readouterr().err
+    assert f"{before}, row 0, field 'prompt': the prompt has assistant turns" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -382,12 +383,12 @@ def test_a_prompt_with_answers_is_refused(folder, capsys):
         (["rows.jsonl"], "the following arguments are required: OUT"),
         (["rows.jsonl", "out.csv"], "cannot write .csv files. Use .jsonl or .parquet."),
         (["rows.jsonl", "out"], "cannot write this kind of files"),
-        (["none.jsonl", "out.jsonl"], "is neither a local file or folder"),
+        (["none.jsonl", "out.jsonl"], "there is no such file or folder, and the hub dataset"),
         (["rows.jsonl", "none/out.jsonl"], "cannot be written: No such file or directory"),
         (["rows.jsonl", "out.jsonl", "--allow_outside_paths", "maybe"], "expected true or false, got 'maybe'"),
         (["rows.jsonl", "out.jsonl", "--max_image_megabytes", "many"], "expected a number, got 'many'"),
         (["rows.jsonl", "out.jsonl", "--model_name_or_path", "x"], "unrecognized arguments"),
-        (["rows.jsonl", "out.jsonl", "--dataset_image_field", "photo"], "has no column 'photo'"),
+        (["rows.jsonl", "out.jsonl", "--dataset_image_field", "photo"], "there is no column 'photo'"),
     ],
 )
 def test_wrong_words_are_the_users_to_mend(folder, monkeypatch, capsys, words, message):

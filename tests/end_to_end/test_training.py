@@ -16,7 +16,7 @@ from tuning import sft_trainer
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder
-from tuning.data.sources import open_source
+from tuning.data.open_source import open_source
 
 SAMPLE = {
     "dataset_text_field": "messages",
@@ -129,11 +129,9 @@ def encode_rows(options: dict, path: Path) -> list:
     """Every row alone, as `(inputs, labels)`."""
     processor = AutoProcessor.from_pretrained(options["model_name_or_path"])
     encoder = Encoder(processor, ChatFormat(processor), 2048)
-    collate = probe_collator(processor)
-    batches = [
-        collate([encoder.encode(row)]) for row in open_source(str(path), text_field="messages", image_field="images")
-    ]
-    return [({k: v for k, v in batch.items() if k not in ("facts", "labels")}, batch["labels"]) for batch in batches]
+    rows = open_source(str(path), text_field="messages", image_field="images")
+    batches = [probe_collator(processor).join([encoder.encode(row)]) for row in rows]
+    return [({k: v for k, v in batch.items() if k != "labels"}, batch["labels"]) for batch in batches]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

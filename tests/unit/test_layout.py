@@ -14,6 +14,7 @@ USED_PACKAGES = {
     "accelerate",
     "datasets",
     "evaluate",
+    "httpx",
     "jinja2",
     "numpy",
     "peft",

@@ -132,7 +132,7 @@ def show_row(row: Row, encoder: Encoder) -> SampleRow:
         Token(number, text, IMAGE if number == encoder.image_token_id else SUPERVISED if label != IGNORED else TEXT)
         for number, text, label in zip(ids, token_texts(encoder.processor.tokenizer, ids), labels, strict=True)
     ]
-    rendered = encoder.chat.controls.show(prepared.chat.text)
+    rendered = encoder.chat.escaper.unescape_text(prepared.chat.text)
     return SampleRow(row.number, row.file, rendered, supervised_texts(tokens), tokens, pictures)
 
 

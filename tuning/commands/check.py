@@ -73,7 +73,7 @@ def check(config: RunConfig) -> Report:
 
     report = Report(
         model=config.model.model_name_or_path,
-        data=", ".join(dict.fromkeys(part.name for part in findings.parts)),
+        data=", ".join(dict.fromkeys(file.name for file in findings.files)),
         totals=count_totals(findings, lengths, validation),
         problems=[*findings.problems, *(validation.problems if validation else [])],
         lengths=lengths.by_role(),
@@ -108,7 +108,7 @@ def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Enc
         return None
     measured = RowLengths(source, encoder, exact=True)
     measured.known[:] = NOT_TRAINED
-    measured.known[np.take(measured.ends, lengths.part) + lengths.number] = lengths.tokens
+    measured.known[np.take(measured.ends, lengths.file) + lengths.number] = lengths.tokens
     return make_token_batches(config.training, len(source), measured, budget, padded=padded).count_items()
 
 
@@ -142,8 +142,7 @@ def estimate_batch_memory(
     config: RunConfig, model: Any, attention: Attention, collator: Collator, samples: list[Sample]
 ) -> MemoryEstimate:
     """The peak memory of a step on a batch of these samples. `model` is a skeleton, and is used up."""
-    batch = collator(samples)
-    del batch["facts"]
+    batch = collator.join(samples)
     if collator.padding_free:
         set_decoder_attention(model, PACKED)
     elif "flash" in attention.loaded:
@@ -173,7 +172,7 @@ def count_totals(findings: Findings, lengths: Lengths, validation: Findings | No
 def find_warnings(findings: Findings, encoder: Encoder) -> list[str]:
     """What is not an error, but worth a look."""
     counts, warnings = findings.counts, []
-    if split := encoder.find_split_prompt():
+    if split := encoder.chat.find_split_prompt():
         warnings.append(
             f"The chat template's generation prompt ends in {split!r}. In training, this end and the first word of the"
             " answer become one token, so you would ask the model in another way than it was trained."

@@ -26,7 +26,8 @@ from tuning.data.formats import describe_format
 from tuning.data.from_config import image_rules
 from tuning.data.images import EncodedImage, ImageRules, find_image
 from tuning.data.messages import Message, count_images
-from tuning.data.sources import Row, Source, open_source
+from tuning.data.open_source import open_source
+from tuning.data.sources import Row, Source
 from tuning.errors import UserError, error_field
 from tuning.exit_codes import exit_code_of
 
@@ -89,16 +90,16 @@ def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedIm
     messages, stored = conversation.messages, conversation.images
     if any(message["role"] == "assistant" for message in messages[: conversation.trained_from]):
         field = row.format.text_fields[0]
-        with error_field(field):
-            raise UserError(
-                where=f"{row.where}, field '{field}'",
-                problem="has assistant turns: they are context here, but the documented form would train them.",
-                fix="Train on the data as it is.",
-                kind="prompt with answers",
-            )
+        raise UserError(
+            where=f"{row.where}, field '{field}'",
+            problem="the prompt has assistant turns. They are context here, but the documented format trains them.",
+            fix="Train on the data as it is.",
+            field=field,
+            kind="prompt with answers",
+        )
     if count_images(messages) != len(stored):
         raise wrong_number_of_images(row, count_images(messages), len(stored))
-    field = row.format.image_field or row.format.text_fields[0]
+    field = row.format.field_of_images
     with error_field(field):
         images = [
             find_image(image, row.folder, f"{row.where}, field '{field}', image {index}", rules)
@@ -109,14 +110,14 @@ def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedIm
 
 def _read_rows(source: Source) -> Iterator[Row]:
     """All rows in order; `datasets` reads them in runs, which is several times as fast as by index."""
-    for part in source.parts:
-        for number, columns in enumerate(part.rows):
-            yield part.row(number, columns)
+    for file in source.files:
+        for number, columns in enumerate(file.rows):
+            yield file.row(number, columns)
 
 
 def _describe_forms(source: Source, data: DataArguments) -> Iterator[str]:
-    for part in source.parts:
-        sentence = describe_format(part.format, data.dataset_text_field, data.dataset_image_field)
+    for file in source.files:
+        sentence = describe_format(file.format, data.dataset_text_field, data.dataset_image_field)
         yield sentence or "in the documented form already."
 
 

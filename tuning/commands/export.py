@@ -18,6 +18,7 @@ from tuning.config.options import ModelSource, RowArguments, option
 from tuning.config.parse import describe_command, read_command
 from tuning.console import print0
 from tuning.data.collator import probe_collator
+from tuning.data.dummy_samples import dummy_samples
 from tuning.data.from_config import make_encoder, open_path
 from tuning.errors import RunEnded, UserError
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, exit_code_of
@@ -195,12 +196,12 @@ def compare(
 def sample_batches(models: Models, options: ExportArguments, rows: RowArguments) -> list[dict[str, Any]]:
     """The user's first rows, or built-in ones with and without an image, a batch each."""
     encoder = make_encoder(rows, models.processor, models.config, rows.run_date)
-    samples = encoder.dummy_samples()
+    samples = dummy_samples(encoder)
     if options.data_path:
         source = open_path(rows, options.data_path, rows.dataset_split)
         samples = [encoder.encode(row) for row in itertools.islice(source, ROWS)]
-    batches = [probe_collator(encoder.processor)([sample]) for sample in samples]
-    return [{name: value for name, value in batch.items() if name not in ("facts", "labels")} for batch in batches]
+    batches = [probe_collator(encoder.processor).join([sample]) for sample in samples]
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 
 
 def run_model(

@@ -241,7 +241,7 @@ def predict(source: ModelSource, rows: RowArguments, options: PredictArguments) 
     output = Path(options.output)
     extra = [options.references_field] if options.references_field else []
     data = open_path(rows, options.data_path, rows.dataset_split, more_fields=extra)
-    print_formats(data.parts, rows)
+    print_formats(data.files, rows)
     models = [source, *([replace(source, model_name_or_path=options.compare)] if options.compare else [])]
     check_models(models)
     asked = range(min(len(data), options.max_rows or len(data)))

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
-from tuning.data.collator import BatchInfo
+from tuning.data.collator import BatchInfo, take_info
 from tuning.data.from_config import TrainingData
 from tuning.distributed.failures import name_killed_worker
 from tuning.distributed.fsdp import (
@@ -182,7 +182,7 @@ class SupervisedTrainer(ResumableTrainer):
         return batches, all_supervised
 
     def _take_info(self, batch: dict[str, Any], evaluating: bool = False) -> BatchInfo:
-        info = batch.pop("facts")
+        info = take_info(batch)
         if info.error is not None:
             raise info.error
         self.rows.take(info, evaluating=evaluating)
