@@ -163,7 +163,7 @@ class DataLoading(TrainerCallback):
                 nested_images=self.data.collator.nested_images,
                 half=mixed_precision or not HALF.isdisjoint(self.model.dtypes.values()),
             )
-        padded = bool(self.processes.share([reason != ""]).any())
+        padded = bool(self.processes.all_gather_ints([reason != ""]).any())
         if padded:
             reason = reason or "it fails without padding on another process"
         if padded and wanted is True:

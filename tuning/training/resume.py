@@ -116,7 +116,7 @@ def find_progress(config: RunConfig, fingerprint: dict[str, Any]) -> Progress:
 
 def check_same_progress(processes: Processes, config: RunConfig, progress: Progress) -> None:
     """Raises `UserError` where machines do not share output_dir, and so see different checkpoints."""
-    if len(set(processes.share([progress.global_step])[:, 0].tolist())) > 1:
+    if len(set(processes.all_gather_ints([progress.global_step])[:, 0].tolist())) > 1:
         raise UserError(
             where=f"output_dir {config.training.output_dir}",
             problem="the machines find different checkpoints here.",

@@ -86,7 +86,7 @@ class SkippedRows:
     def report(self) -> None:
         """Print what all processes left out. Raises `UserError` if no row was trained."""
         counts = [self.dropped_images, self.rows_seen, self.saw_supervised_tokens]
-        images, seen, supervised = self.processes.share(counts).sum(dim=0).tolist()
+        images, seen, supervised = self.processes.all_gather_ints(counts).sum(dim=0).tolist()
         cut = len(set(gather_object(list(self.cut_rows))))
         if images:
             print0(f"Images left out because {self.image_rule}: {images}.")

@@ -78,7 +78,7 @@ class SelfCheck(TrainerCallback):
         after = fingerprints(stepped_weights(model, _unwrap(optimizer)))
         changed = {name for name, value in after.items() if value != self._before[name]}
         mine = [self._look(part, model, _unwrap(optimizer), changed) for part in PARTS]
-        shared = self.processes.share([flag for effect in mine for flag in vars(effect).values()]).amax(dim=0)
+        shared = self.processes.all_gather_ints([flag for effect in mine for flag in vars(effect).values()]).amax(dim=0)
         self._before = {}
         for part, found in zip(PARTS, shared.view(len(PARTS), -1).bool().tolist(), strict=True):
             self._judge(part, StepEffect(*found), model, changed, args.learning_rate)

@@ -49,7 +49,7 @@ class StepGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         is_bad = ~torch.isfinite(torch.stack(self.step.losses))
         reason = self.interruption.check()
-        found = self.processes.share([int(is_bad.any()), reason != ""])
+        found = self.processes.all_gather_ints([int(is_bad.any()), reason != ""])
         if found[:, 0].any():
             self._end_at_bad_loss(is_bad.tolist())
         if found[:, 1].any():

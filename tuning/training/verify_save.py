@@ -92,7 +92,7 @@ def verify_saved_model(
     if as_second_adapter:  # PEFT loads no second adapter that trains biases
         as_second_adapter = trained.model.peft_config[trained.model.active_adapter].bias == "none"
     reason = "" if as_second_adapter or not main else why_not_loaded(trained, settings, force=force)
-    loads = bool(trained.processes.share([main and not reason]).any())
+    loads = bool(trained.processes.all_gather_ints([main and not reason]).any())
     weights: Mapping[str, torch.Tensor] = {}
     logits = None
     if source is None and not trained.is_deepspeed and (main or trained.needs_all_processes):
