@@ -1,4 +1,4 @@
-"""Processor, attention and device: what is chosen, and what is said about it."""
+"""How processor, attention and device are chosen, and what is printed about it."""
 
 from types import SimpleNamespace
 
