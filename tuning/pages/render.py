@@ -67,6 +67,16 @@ def format_percent(share: float, digits: int = 1) -> str:
     return f"{share:.{digits}%}"
 
 
+def quote_names(names: list[str]) -> str:
+    """Names as Markdown code, with commas."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def escape_cell(text: str) -> str:
+    """A text for a cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
 def format_date(when: str) -> str:
     """A time in ISO 8601 for people. Any other text stays as it is."""
     try:
@@ -85,11 +95,13 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 ENVIRONMENT.filters |= {
+    "cell": escape_cell,
     "commas": "{:,}".format,
     "plural": plural,
     "date": format_date,
     "number": format_number,
     "percent": format_percent,
+    "quoted": quote_names,
     "to_words": to_words,
     "value": format_value,
 }
