@@ -82,13 +82,13 @@ def trainers(monkeypatch):
     """The trainers of this test's runs, as they were when the final model was saved."""
     from tuning import sft_trainer
 
-    seen, save = [], sft_trainer.save
+    seen, save = [], sft_trainer.save_final_model
 
     def remember(trainer, *rest):
         seen.append(trainer)
         save(trainer, *rest)
 
-    monkeypatch.setattr(sft_trainer, "save", remember)
+    monkeypatch.setattr(sft_trainer, "save_final_model", remember)
     return seen
 
 

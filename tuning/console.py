@@ -1,29 +1,29 @@
-"""What a run tells its user."""
+"""Printing to the user: once, whatever the number of processes, and on a line of its own."""
 
 import os
 import sys
 
 
 def print0(text: str) -> None:
-    """Print once, from the first process."""
+    """Print from the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
-def tell(message: str, trace: str = "") -> None:
-    """Print the last words of a run, and write `message` to `TERMINATION_LOG_FILE`, if that is set."""
-    _close_progress_bars()
-    other_bar = "\n" if os.environ.get("RANK", "0") != "0" else ""  # the first process's, which may have no end
-    print(other_bar + trace + message, file=sys.stderr, flush=True)
+def print_error(message: str, trace: str = "") -> None:
+    """Print why a command ends, and write `message` to the file that `TERMINATION_LOG_FILE` names, if it is set."""
+    close_progress_bars()
+    line_break = "\n" if os.environ.get("RANK", "0") != "0" else ""  # the first process may have left a bar open
+    print(line_break + trace + message, file=sys.stderr, flush=True)
     if log_file := os.environ.get("TERMINATION_LOG_FILE"):
         with open(log_file, "w", encoding="utf-8") as file:
             file.write(message + "\n")
 
 
-def _close_progress_bars(*, silently: bool = False) -> None:
-    """End the lines of tqdm's bars, so that a message has a line of its own; `silently`: without drawing them again."""
+def close_progress_bars(*, redraw: bool = True) -> None:
+    """End the lines of tqdm's bars, so that a message starts on a line of its own; without `redraw`, erase the bars."""
     if "tqdm" in sys.modules:
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
-            bar.leave = bar.leave and not silently
-            bar.disable = bar.disable or silently
+            bar.leave = bar.leave and redraw
+            bar.disable = bar.disable or not redraw
             bar.close()

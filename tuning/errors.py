@@ -1,14 +1,21 @@
-"""What went wrong, for whom: errors the user can mend, and the exit codes of every command."""
+"""The two exceptions that end a command without a traceback, and the guards that turn others into words."""
 
 import functools
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 class UserError(Exception):
-    """The user's input is at fault: `where` (file, row, field), what the `problem` is, and how to `fix` it.
+    """The user's input is at fault: `where` (file, row, option), what the `problem` is, and how to `fix` it.
 
-    Shown as one message in that order, without a traceback. Every other exception keeps its traceback. Errors of a row
-    also have the `field` they were found in, and a `kind`, by which a report groups them.
+    Printed as one message in that order, without a traceback. Every other exception keeps its traceback. An error of a
+    row also names the `field` it was found in and a `kind`, by which a report groups such errors.
     """
 
     def __init__(self, *, problem: str, where: str = "", fix: str = "", field: str = "", kind: str = ""):
@@ -30,9 +37,9 @@ class UserError(Exception):
 
 
 class RunEnded(Exception):
-    """A run that ended early for a reason outside of the program: a signal, another process, the machine.
+    """A run ended early for a reason outside of the program: a signal, another process, the machine.
 
-    Shown as `message` without a traceback, or not at all where it is empty; the command ends with `exit_code`.
+    The command prints `message` without a traceback, or nothing if it is empty, and ends with `exit_code`.
     """
 
     def __init__(self, message: str, exit_code: int):
@@ -41,9 +48,66 @@ class RunEnded(Exception):
 
 
 @contextmanager
-def error_field(name: str):
+def error_field(name: str) -> Iterator[None]:
     """Name the field `name` in every `UserError` raised inside that names none."""
     try:
         yield
     except UserError as error:
         raise error.with_field(name) from error.__cause__
+
+
+@contextmanager
+def writing(where: object, fix: str = "Make room, check the permissions, or give another place.") -> Iterator[None]:
+    """Turn an `OSError` raised inside into a `UserError`: `where` (a file, an option and its folder) cannot be written.
+
+    Only the user can make room or change permissions. Nothing inside may read files or use the network:
+    those fail with an `OSError`, too.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(where=str(where), problem=f"cannot be written: {reason}.", fix=fix) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text without its full stop, or the name of its type if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def describe_failure(error: BaseException) -> str:
+    """An error of another library in one line, such as `TypeError: unsupported operand`."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out. CUDA has an exception of its own, the CPU's allocator only a text."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[T]):
+    """How an optional step ended: with a `value`, or with the `error` that stopped it."""
+
+    value: T | None = None
+    error: Exception | None = None
+
+
+def try_optional(action: Callable[[], T], *, catch_user_errors: bool = False) -> Attempt[T]:
+    """Run an optional step whose failure the caller reports instead of ending the run.
+
+    Such a step runs the code of a model, a processor or a tracker that we have never seen, and any exception may come
+    out of it. `UserError`, `RunEnded` and running out of memory still end the run.
+    `catch_user_errors`: the caller reports a `UserError` as well. Set the log level DEBUG to see the traceback.
+    """
+    try:
+        return Attempt(value=action())
+    except RunEnded:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or (isinstance(error, UserError) and not catch_user_errors):
+            raise
+        logging.getLogger(__name__).debug("An optional step failed.", exc_info=error)
+        return Attempt(error=error)

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and which process of a launch may say why."""
+"""How a command ends: its exit code, and which process of a launch may print why."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tuning.console import _close_progress_bars, tell
+from tuning.console import close_progress_bars, print_error
 from tuning.errors import RunEnded, UserError
 
 EXIT_OK = 0
@@ -22,7 +22,7 @@ LAUNCHED = "VLM_TUNING_LAUNCHED"
 
 @contextmanager
 def on_interrupt_say(words: Callable[[], str]) -> Iterator[None]:
-    """Let the end by Ctrl-C of what is inside say, in `words` asked for then, what is left of it."""
+    """On Ctrl-C, add `words()` to the interrupt message."""
     try:
         yield
     except KeyboardInterrupt:
@@ -30,11 +30,11 @@ def on_interrupt_say(words: Callable[[], str]) -> Iterator[None]:
 
 
 def exit_code_of(command: Callable[[], object]) -> int:
-    """Run `command` and turn how it ended into an exit code; the only place that catches every exception.
+    """Run `command` and turn how it ended into an exit code. This is where every exception is caught.
 
-    0: done. 1: `UserError`, one message on standard error. 143, 203: `RunEnded`. 203: anything else, with its
-    traceback. Of the processes of a launch only the first to fail speaks: the others fail for its sake. With the
-    environment variable `TERMINATION_LOG_FILE` set, the message is also written to that file.
+    0: done. 1: `UserError`, one message on standard error. 130: Ctrl-C. 143, 203: `RunEnded`. 203: anything else, with
+    its traceback. Only the first failing process of a launch prints its error: the others fail as a result. The message
+    also goes to the file that the environment variable `TERMINATION_LOG_FILE` names.
     """
     trace = ""
     if was_launched():
@@ -45,8 +45,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
         message, code = f"Error: {error}", EXIT_USER_ERROR
     except RunEnded as error:
         message, code = error.message, error.exit_code
-        if not message:  # another process speaks, and should have the last word
-            _close_progress_bars(silently=True)
+        if not message:  # another process prints the error, which should be the last line
+            close_progress_bars(redraw=False)
     except KeyboardInterrupt as interrupt:
         message, code = f"Interrupted. {interrupt}".strip(), 130
     except SystemExit as exit_request:
@@ -57,25 +57,30 @@ def exit_code_of(command: Callable[[], object]) -> int:
     else:
         return EXIT_OK
     if message and claim_error_output():
-        tell(message, trace)
+        print_error(message, trace)
     return code
 
 
 def _interrupt_once(*_: object) -> None:
-    """Ctrl-C reaches a process twice: from the terminal, and from the launcher that passes it on."""
+    """Ignore the second of two signals: Ctrl-C comes from the terminal, and again from the launcher."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def was_launched() -> bool:
-    """Whether a launcher has started this process. `tuning.launch` leaves a mark: accelerate sets nothing for a single
-    process. RANK and WORLD_SIZE alone say nothing: Kubeflow sets them where a launcher is still to be started.
+    """Whether a launcher has started this process.
+
+    Our own launcher marks its processes, because accelerate sets no variable for a single one. RANK and WORLD_SIZE are
+    no proof: Kubeflow sets them before a launcher is started.
     """
     return "LOCAL_RANK" in os.environ or LAUNCHED in os.environ
 
 
 def claim_error_output() -> bool:
-    """Whether this process is the first of its launch on this machine to ask; always true for a process alone."""
+    """Whether this process may print why it ends: of each launch, the first process on this machine that asks.
+
+    A process without a launcher always may.
+    """
     if "LOCAL_RANK" not in os.environ:
         return True
     for file in Path(tempfile.gettempdir()).glob("vlm-tuning-[0-9]*-[0-9]*"):
@@ -86,12 +91,12 @@ def claim_error_output() -> bool:
         claim_file(os.getppid()).touch(exist_ok=False)
     except FileExistsError:
         return False
-    except (OSError, psutil.Error):  # there is no such file: better twice than never
+    except (OSError, psutil.Error):  # no place for the file: better to print twice than never
         return True
     return True
 
 
 def claim_file(launcher: int) -> Path:
-    """The file by which the processes started by `launcher` (its process id) know that one of them has spoken."""
+    """The file that exists once a process started by `launcher` (its process id) has printed its error."""
     started = psutil.Process(launcher).create_time()
     return Path(tempfile.gettempdir(), f"vlm-tuning-{launcher}-{started:.2f}")

@@ -1,4 +1,4 @@
-"""The files in output_dir that several rooms know, and how to write one so that its readers always see it whole."""
+"""The names of the files in output_dir, and how to write one so that its readers never see half of it."""
 
 import json
 import os
@@ -6,21 +6,40 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-LOG_FILE, SKIPPED_FILE, COMPLETE_FILE = "training_logs.jsonl", "skipped_rows.jsonl", ".complete"
-CONFIG_FILE, RUN_INFO_FILE, PROGRESS_FILE = "resolved_config.json", "run_facts.json", "run_progress.json"
-SAMPLES_FILE, REPORT_FILE, CARD_FILE = "sample_predictions.jsonl", "report.html", "README.md"
+# Files of a run in its output_dir.
+LOG_FILE = "training_logs.jsonl"  # a line of figures for every logging step and every evaluation
+SKIPPED_FILE = "skipped_rows.jsonl"  # the rows that were not trained, and why
+SAMPLES_FILE = "sample_predictions.jsonl"  # answers to a few rows before, during and after training
+REPORT_FILE = "report.html"  # the page of the run, while it trains and afterwards
+CARD_FILE = "README.md"  # the model card
+CONFIG_FILE = "resolved_config.json"  # every option of the run
+RUN_INFO_FILE = "run_facts.json"  # model, data, parts and machine, known before the first step
+PROGRESS_FILE = "run_progress.json"  # how far the run is, and how it ended
+RUNS_FILE = "tracker_runs.json"  # for each tracker the id of this run there
+COMPLETE_FILE = ".complete"  # the fingerprint of a run whose model is saved
+LOCK_FILE = ".lock"  # locked while a run is at work
+
+# Files of a checkpoint, besides the model's.
+FINGERPRINT_FILE = "run_identity.json"  # what must stay the same for the run to be resumed
+STATE_FILE = "trainer_state.json"  # step, log and callbacks; written last: without it a checkpoint is not complete
+OPTIMIZER_FILE = "optimizer.pt"
+SCHEDULER_FILE = "scheduler.pt"
+RANDOM_FILE = "random_states.pt"  # of every process
+SCALER_FILE = "scaler.pt"  # of the gradient scaler of fp16
+SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # folders that accelerate writes
+NOT_OF_A_MODEL = (STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE, SCALER_FILE)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None where there is no whole one."""
+    """The JSON object in a file, or None if the file is missing or holds only a part of one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # of what is no JSON, or no text
+    except (OSError, ValueError):  # ValueError: not JSON, or not text
         return None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write as JSON, in one piece like `write_text`."""
+    """Write as JSON, so that a reader sees the old or the new file, never half of one."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
@@ -33,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, which need not be there; a line half written by a killed process is not."""
+    """The objects of a file of JSON lines, which may be missing. A half-written line is left out."""
     if not path.is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -52,12 +71,12 @@ def to_lines(values: Iterable[Mapping[str, Any]]) -> str:
 
 
 def is_local_path(name: str) -> bool:
-    """Whether `name` can only mean a place on this machine: a hub id is `owner/name` or `name`."""
+    """Whether `name` can only be a path: a hub id is `owner/name` or `name`."""
     return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
 
 
 def hide_paths(value: Any) -> Any:
-    """A value of an option as others may see it: of a path on this machine only the last name is left."""
+    """An option's value for others to see: of a local path only the last name, of anything else all."""
     if isinstance(value, dict):
         return {key: hide_paths(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -65,12 +84,3 @@ def hide_paths(value: Any) -> Any:
     if not isinstance(value, str) or "://" in value or "{" in value:  # an address, a template
         return value
     return Path(value).name if is_local_path(value) else value
-
-
-FINGERPRINT_FILE = "run_identity.json"
-STATE_FILE = "trainer_state.json"  # without it a checkpoint is not complete
-OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "random_states.pt"
-SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # folders that accelerate writes
-NOT_OF_A_MODEL = (STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE, "scaler.pt")
-
-RUNS_FILE = "tracker_runs.json"  # tracker → the id of this run there

@@ -10,7 +10,7 @@ from launches import outcomes, run_jobs
 
 import tuning
 
-FORTY_POSITIONS = {"tuning.model.loss.LOGITS_AT_ONCE": 20_000}  # of a vocabulary of about 500
+FORTY_POSITIONS = {"tuning.model.loss.MAX_LOGITS": 20_000}  # of a vocabulary of about 500
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4, "lora_dropout": 0.0}
 METHODS = {"full": {}, "lora": LORA, "all tokens": {"assistant_only_loss": False}}
 CASES = {f"{layout} {method}": (layout, method) for layout in ("granite_vision", "llava15") for method in METHODS}
@@ -41,7 +41,7 @@ def make_job(models, rows, folder: Path, case: str, size: int) -> dict:
 def two_processes(request, tmp_path_factory, models, short_and_long):
     root = tmp_path_factory.mktemp(f"chunks-{request.param}")
     jobs = [make_job(models, short_and_long, root / case, case, 4) | {"constants": FORTY_POSITIONS} for case in CASES]
-    jobs[-1]["constants"] = FORTY_POSITIONS | {"tuning.model.loss.FSDP_TAKES_CHUNKS": False}  # an older PyTorch
+    jobs[-1]["constants"] = FORTY_POSITIONS | {"tuning.model.loss.FSDP_ALLOWS_CHUNKS": False}  # an older PyTorch
     run_jobs(request.param, jobs, root)
     return root
 

@@ -31,6 +31,7 @@ from tuning.data import encode
 from tuning.distributed.interruption import Interruption
 from tuning.errors import RunEnded, UserError
 from tuning.exit_codes import EXIT_STOPPED
+from tuning.files import OPTIMIZER_FILE, STATE_FILE
 from tuning.training import checkpoint_files, checkpointing
 from tuning.training.checkpointing import ResumableTrainer
 from tuning.training.trainer import SupervisedTrainer
@@ -94,8 +95,8 @@ MOMENTS = {
     "before the optimizer is written": (die_at(ResumableTrainer, "_write_training_state", 2), 2),
     "with half of the optimizer written": (die_at(checkpointing, "_save_tensors", 4), 2),
     "before the last file": (die_at(ResumableTrainer, "_write_trainer_state", 2), 2),
-    "before the checkpoint has its name": (die_at(checkpointing, "put_in_place", 2), 2),
-    "when the checkpoint has its name": (die_at(checkpointing, "put_in_place", 2, after=True), 4),
+    "before the checkpoint has its name": (die_at(checkpointing, "commit_checkpoint", 2), 2),
+    "when the checkpoint has its name": (die_at(checkpointing, "commit_checkpoint", 2, after=True), 4),
     "before an old checkpoint is deleted": (die_at(checkpoint_files.shutil, "rmtree", 1), 6),
     "when an old checkpoint is no longer one": (die_at(checkpoint_files.shutil, "rmtree", 2), 6),
     "before the final model is saved": (die_at(ResumableTrainer, "save_final", 1), 6),
@@ -185,7 +186,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, whole, opt
 
 @pytest.mark.parametrize(
     ("save_steps", "kept"),
-    [(2, "go on from {}/checkpoint-2."), (6, "start again: no checkpoint was written yet (save_steps).")],
+    [(2, "resume from {}/checkpoint-2."), (6, "start again: no checkpoint was written yet (save_steps).")],
 )
 def test_ctrl_c_ends_a_run_at_once_and_says_what_is_kept(save_steps, kept, options):
     code, said = run_in_child({**options, "save_steps": save_steps}, signal_itself(signal.SIGINT))
@@ -371,7 +372,7 @@ def test_the_only_complete_checkpoint_is_never_deleted(options, tmp_path):
     for name, complete in (("checkpoint-2", True), ("checkpoint-9", False)):
         (tmp_path / name).mkdir()
         if complete:
-            (tmp_path / name / checkpoint_files.STATE_FILE).write_text("{}")
+            (tmp_path / name / STATE_FILE).write_text("{}")
     checkpoint_files.remove_oldest(tmp_path, 1, keep=set())
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-9"]
 
@@ -418,7 +419,7 @@ def test_a_stopped_run_keeps_its_last_checkpoint_beside_the_best(options, rows, 
     with pytest.raises(RunEnded, match="checkpoint-4 is complete"):
         tuning.train({**options, **changes})
     left = {folder.name for folder in checkpoint_files.list_checkpoints(Path(options["output_dir"]))}
-    state = json.loads(Path(options["output_dir"], "checkpoint-4", checkpoint_files.STATE_FILE).read_text())
+    state = json.loads(Path(options["output_dir"], "checkpoint-4", STATE_FILE).read_text())
     assert left == {"checkpoint-4", Path(state["best_model_checkpoint"]).name}
     assert len(left) == 2
 
@@ -461,7 +462,7 @@ def test_memory_that_the_optimizer_lacks_is_explained(options, monkeypatch):
 def test_a_checkpoint_whose_optimizer_goes_by_number_alone_goes_on(whole, options):
     with pytest.raises(RunEnded):
         tuning.train({**options, "save_before_walltime": 0.001})
-    file = Path(options["output_dir"], "checkpoint-1", checkpoint_files.OPTIMIZER_FILE)
+    file = Path(options["output_dir"], "checkpoint-1", OPTIMIZER_FILE)
     state = torch.load(file)
     del state["names"]  # as the stock trainer writes it
     torch.save(state, file)
@@ -472,7 +473,7 @@ def test_a_checkpoint_whose_optimizer_goes_by_number_alone_goes_on(whole, option
 def test_an_optimizer_of_other_parameters_is_refused(options):
     with pytest.raises(RunEnded):
         tuning.train({**options, "save_before_walltime": 0.001})
-    file = Path(options["output_dir"], "checkpoint-1", checkpoint_files.OPTIMIZER_FILE)
+    file = Path(options["output_dir"], "checkpoint-1", OPTIMIZER_FILE)
     state = torch.load(file)
     state["names"][0] = "another"
     torch.save(state, file)

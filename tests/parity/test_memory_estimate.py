@@ -1,4 +1,4 @@
-"""The estimated peak memory against what torch's tracker counts while the real trainer trains."""
+"""The estimated peak memory equals what torch's tracker counts while the real trainer trains, within a tolerance."""
 
 import json
 from collections import OrderedDict
@@ -48,14 +48,14 @@ def measure(monkeypatch):
         def tracked_train(trainer, *args, **kwargs):
             tracker.track_external(trainer.model)
             for parameter in trainer.model.parameters():
-                if not parameter.requires_grad:  # the tracker would hang a hook on it, which torch refuses
+                if not parameter.requires_grad:  # the tracker would add a hook to it, which torch refuses
                     tracker._param_to_grad_hook_handles[parameter] = (RemovableHandle(OrderedDict()),) * 2
             with tracker:
                 return train(trainer, *args, **kwargs)
 
         def seen_step(trainer, model, inputs, num_items_in_batch=None):
             batches.append(dict(inputs) if not batches else None)
-            tracker.reset_mod_stats()  # it tells modules apart by it, and refuses a second forward; totals stay
+            tracker.reset_mod_stats()  # else it refuses a second forward of a module; totals stay
             return step(trainer, model, inputs, num_items_in_batch)
 
         with monkeypatch.context() as patch:
@@ -83,8 +83,8 @@ def estimate(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(load, "load_model", skeleton)
             model = make_model(config)
-        hold = patch_master_weights if config.model.keep_master_weights else None
-        return estimate_memory(model, batch, config.training, hold_masters=hold, **kwargs)
+        patch_optimizer = patch_master_weights if config.model.keep_master_weights else None
+        return estimate_memory(model, batch, config.training, patch_optimizer=patch_optimizer, **kwargs)
 
     return run
 
@@ -175,7 +175,7 @@ def test_long_rows_do_not_fill_this_machine(make_options, estimate, monkeypatch)
     batch = make_batch(400)
     batch["attention_mask"][0, -50:] = 0
     expected = estimate(make_options("llava15"), batch)
-    monkeypatch.setattr(dry_run, "TOO_MANY", 100_000)
+    monkeypatch.setattr(dry_run, "MAX_MASK_SIZE", 100_000)
     assert estimate(make_options("llava15"), batch) == expected
     assert expected.activations > estimate(make_options("llava15"), make_batch(400)).activations + 2 * 400 * 400
 
@@ -226,7 +226,7 @@ def test_a_model_that_cannot_be_simulated_has_an_estimate_without_activations(ma
 
     options = make_options("llava15")
     whole = estimate(options, make_batch())
-    monkeypatch.setattr(build, "install_supervised_loss", lambda model: None)
+    monkeypatch.setattr(build, "patch_supervised_loss", lambda model: None)
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", decides_by_a_number)
     estimated = estimate(options, make_batch())
     assert estimated.activations is None

@@ -1,4 +1,4 @@
-"""Attention over samples end to end = plain attention of each sample by itself, in float64 and 16 bits."""
+"""Attention over packed samples equals plain attention of each separate sample, in float64 and in 16 bits."""
 
 import inspect
 import math
@@ -31,7 +31,7 @@ def states(heads: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def plain_attention(query, key, value, *, scaling=None, sliding_window=None, softcap=None) -> torch.Tensor:
-    """One sample, number by number: the formula of scaled dot-product attention, written down."""
+    """Scaled dot-product attention of one sample, written out as its formula."""
     heads, length, size = query.shape[1:]
     rows = []
     for head in range(heads):
@@ -79,7 +79,7 @@ def test_a_row_without_bounds_is_one_sample_and_rows_may_be_several():
         torch.testing.assert_close(got[row : row + 1], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_mask_and_a_cache_are_heeded_as_by_sdpa():
+def test_a_mask_or_a_cache_goes_to_sdpa():
     query, key, value = states(4, 4, torch.float64)
     stock = AttentionInterface()["sdpa"]
     mask = torch.rand(1, 1, 25, 25) > 0.3
@@ -101,7 +101,7 @@ def test_dropout_drops_within_samples_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize("extra", [{"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}])
-def test_what_it_cannot_do_is_refused(extra):
+def test_unsupported_attention_raises(extra):
     with pytest.raises(NotImplementedError):
         packed_attention(MODULE, *states(4, 4, torch.float64), None, cu_seq_lens_q=BOUNDS, **extra)
 
@@ -109,7 +109,7 @@ def test_what_it_cannot_do_is_refused(extra):
 def varlen_like(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
 ):
-    """torch.nn.attention.varlen's contract (torch 2.13), by the plain formula. Runs on the CPU, which that does not."""
+    """What torch.nn.attention.varlen computes (torch 2.13), by the plain formula, so that it runs on a CPU."""
     assert (cu_seq_q is cu_seq_k, max_q, max_k) == (True, max(LENGTHS), max(LENGTHS))
     assert cu_seq_q.dtype == torch.int32
     assert enable_gqa or query.shape[1] == key.shape[1]
@@ -127,19 +127,19 @@ def varlen_of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is
 @pytest.mark.parametrize("kernel", [varlen_like, varlen_of_torch_2_10])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("name", ["plain", "a scale of its own", "a sliding window"])
-def test_the_flash_kernel_is_asked_for_the_same(kernel, heads, name, monkeypatch):
+def test_the_flash_kernel_gets_the_same_attention(kernel, heads, name, monkeypatch):
     takes = set(inspect.signature(kernel).parameters)
     monkeypatch.setattr(module, "varlen_attn", kernel)
-    monkeypatch.setattr(module, "_VARLEN_TAKES", takes)
+    monkeypatch.setattr(module, "_VARLEN_OPTIONS", takes)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     half = [tensor.detach().to(torch.bfloat16) for tensor in states(*heads, torch.float64)]
     asked = {"cu_seq_lens_q": BOUNDS, "max_length_q": max(LENGTHS), **SETTINGS[name]}
-    suits = module._suits_flash(half[0], 0.0, None, SETTINGS[name].get("sliding_window"))
+    suits = module._can_use_flash(half[0], 0.0, None, SETTINGS[name].get("sliding_window"))
     assert suits == ("window_size" in takes or name != "a sliding window")
     got = AttentionInterface()[module.PACKED_FLASH](MODULE, *half, None, **asked)[0]
     expected = separately(*(tensor.double() for tensor in half), **SETTINGS[name])
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=0.05)
-    monkeypatch.setattr(module, "_one_by_one", None)
+    monkeypatch.setattr(module, "_sample_by_sample", None)
     if suits:  # rotary embeddings leave queries and keys in float32 under autocast
         with torch.autocast("cpu", dtype=torch.bfloat16):
             cast = AttentionInterface()[module.PACKED_FLASH](

@@ -1,7 +1,6 @@
-"""Rows end to end = rows padded, in loss and every gradient; and models for which it is not so are found out."""
+"""Packed rows give the loss and gradients of padded rows, and the trial finds models for which they do not."""
 
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from tuning.data.encode import Encoder
 from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.loss import patch_supervised_loss, supervised_loss
 from tuning.model.packed_attention import PACKED
-from tuning.model.padding_free import Trial, try_packed, why_padding_is_needed
+from tuning.model.padding_free import run_trial, why_padding_is_needed
 from tuning.training.data_loading import make_trial_batches
 
 PLAIN = [layout for layout in LAYOUTS if layout != "mllama"]
@@ -22,7 +21,7 @@ ATTENTION = Attention("sdpa", PACKED, "")
 
 
 def batches(layout: str) -> list[dict]:
-    """The same samples padded, and end to end."""
+    """The same samples, padded and packed."""
     samples, collator = make_batch(layout), probe_collator(build_processor(layout))
     made = []
     for collator.padding_free in (False, True):
@@ -51,7 +50,7 @@ def test_loss_and_gradients_equal_padded_ones(layout):
 
 @pytest.mark.parametrize("layout", PLAIN)
 def test_no_mask_of_tokens_by_tokens_is_made(layout):
-    """No layer is given one."""
+    """No layer gets one."""
     packed = batches(layout)[1]
     model = build_model(layout, dtype=torch.float64)
     patch_supervised_loss(model)
@@ -72,7 +71,7 @@ def encoder_of(layout: str) -> Encoder:
 
 
 def try_rows(model, forward, encoder, *, half: bool = False) -> str:
-    """Why this model needs padding, tried as training tries it."""
+    """Why this model needs padding, by the trial that training runs."""
     collator = probe_collator(encoder.processor)
     return why_padding_is_needed(
         model,
@@ -85,13 +84,13 @@ def try_rows(model, forward, encoder, *, half: bool = False) -> str:
 
 
 @pytest.mark.parametrize("layout", PLAIN)
-def test_a_right_model_is_found_right(layout):
+def test_the_trial_passes_a_model_that_keeps_rows_apart(layout):
     model, encoder = build_model(layout), encoder_of(layout)
     patch_supervised_loss(model)
     batches = make_trial_batches(encoder.dummy_samples(), probe_collator(encoder.processor))
-    trial = try_packed(model, model, batches, ATTENTION)
+    trial = run_trial(model, model, batches, ATTENTION)
     assert trial.distance < 1e-5
-    assert replace(trial, distance=0.0) == Trial(0.0, leaks=False, other_masks=False, other_positions=False)
+    assert (trial.has_own_positions, trial.masks.is_needed, trial.leaks) == (True, False, False)
     assert try_rows(model, model, encoder) == ""
     assert model.config.get_text_config()._attn_implementation == "sdpa"  # as it was
 
@@ -108,7 +107,7 @@ def attend_across(attend):
 
 
 def forget_positions(forward):
-    """A decoder that makes its own of the positions it is given."""
+    """A decoder that computes other positions from those it gets."""
     return lambda position_ids=None, **kwargs: forward(
         position_ids=None if position_ids is None else position_ids // 9, **kwargs
     )
@@ -116,14 +115,14 @@ def forget_positions(forward):
 
 FAULTS = {
     "leak": "would change each other",
-    "positions": "more than causal",  # transformers masks by position
-    "refusal": "does not take rows end to end (TypeError",
+    "positions": "more or less than causal",  # transformers masks by position
+    "refusal": "fails on packed rows (TypeError",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_model_that_mixes_samples_is_found_out(fault, dtype, monkeypatch):
+def test_the_trial_finds_a_model_that_mixes_samples(fault, dtype, monkeypatch):
     from transformers import AttentionInterface
 
     model, encoder = build_model("granite_vision"), encoder_of("granite_vision")
@@ -149,8 +148,8 @@ def test_a_model_that_mixes_samples_is_found_out(fault, dtype, monkeypatch):
     assert try_rows(model, forward, encoder, half=dtype == torch.bfloat16) == ""
 
 
-@pytest.mark.parametrize("positions_at_once", [1, 3, 7, 8, 100])
-def test_a_loss_in_chunks_is_the_loss_at_once(positions_at_once):
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 8, 100])
+def test_a_loss_in_chunks_is_the_loss_at_once(chunk_size):
     torch.manual_seed(0)
     hidden = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
     head = torch.nn.Linear(6, 11).double()
@@ -164,7 +163,7 @@ def test_a_loss_in_chunks_is_the_loss_at_once(positions_at_once):
         loss.backward()
         return [loss, hidden.grad, head.weight.grad, head.bias.grad]
 
-    for got, expected in zip(run(positions_at_once=positions_at_once), run(positions_at_once=10**6), strict=True):
+    for got, expected in zip(run(chunk_size=chunk_size), run(chunk_size=10**6), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -173,12 +172,12 @@ def test_never_more_logits_at_once_than_allowed():
     head = torch.nn.Linear(4, 50)
     head.register_forward_hook(lambda module, given, output: shapes.append(len(output)))
     hidden = torch.randn(1, 101, 4, requires_grad=True)
-    supervised_loss(hidden, torch.zeros(1, 101, dtype=torch.long), head, lambda x: x, positions_at_once=30).backward()
+    supervised_loss(hidden, torch.zeros(1, 101, dtype=torch.long), head, lambda x: x, chunk_size=30).backward()
     assert shapes == [30, 30, 30, 10, 10, 30, 30, 30]  # the forward's, and again in the backward
 
 
-def test_chunks_that_others_need_change_nothing(monkeypatch):
-    """Under ZeRO-3 a process with few trained tokens calls the head as often as one with many."""
+def test_empty_chunks_change_nothing(monkeypatch):
+    """Under ZeRO-3 a process with few supervised tokens calls the head as often as one with many."""
     torch.manual_seed(0)
     head, labels = torch.nn.Linear(6, 11).double(), torch.randint(0, 11, (1, 9))
     results, calls = [], []
@@ -190,7 +189,7 @@ def test_chunks_that_others_need_change_nothing(monkeypatch):
         hidden = torch.randn(1, 9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         head.zero_grad()
         calls.clear()
-        loss = supervised_loss(hidden, labels, head, lambda logits: logits, positions_at_once=3)
+        loss = supervised_loss(hidden, labels, head, lambda logits: logits, chunk_size=3)
         loss.backward()
         results.append([loss.detach(), hidden.grad, head.weight.grad.clone()])
         assert len(calls) == 2 * (most or 3)  # forward and backward

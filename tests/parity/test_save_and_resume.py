@@ -103,7 +103,7 @@ BATCHES = {
 def test_a_run_goes_on_with_the_rows_it_would_have_had(batches, stop, make_options, tmp_path, monkeypatch):
     monkeypatch.setattr("tuning.data.batch_sampler.STEPS_OF_WINDOW", 2)
     monkeypatch.setattr("tuning.data.batch_sampler.LEAST_ROWS", 1)
-    monkeypatch.setattr("tuning.data.batch_sampler.WINDOW", 6)
+    monkeypatch.setattr("tuning.data.batch_sampler.PACKED_ROWS", 6)
     changes = {"max_steps": 12, "gradient_accumulation_steps": 2, "save_steps": 1, **BATCHES[batches]}
 
     def options(folder: str) -> dict:
@@ -142,7 +142,7 @@ def test_a_run_that_must_pad_from_now_on_keeps_its_order(changes, make_options, 
     whole = run(tmp_path / "whole")
     cut = cut_back(tmp_path / "whole", tmp_path / "cut", 3)
     if "max_tokens_per_batch" in changes:
-        with pytest.raises(UserError, match="must be padded, which shows only now"):
+        with pytest.raises(UserError, match="must be padded, but they were filled as if they were not"):
             run(cut, attn_implementation="eager")
     else:
         rest = run(cut, attn_implementation="eager")
@@ -271,7 +271,7 @@ CHANGES = {
 def test_a_changed_option_is_named_on_resume(name, resumable):
     changed = {**resumable, name: CHANGES[name]}
     before = contents(Path(resumable["output_dir"]))
-    with pytest.raises(UserError, match=f"cannot be continued, because .*{name} was"):
+    with pytest.raises(UserError, match=f"cannot be resumed, because .*{name} was"):
         tuning.train(changed)
     assert contents(Path(resumable["output_dir"])) == before
 

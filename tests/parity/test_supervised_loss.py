@@ -1,4 +1,4 @@
-"""Our loss and its gradients against a plain reference in float64: all logits, then cross-entropy."""
+"""Our loss and its gradients equal a plain reference in float64: all logits, then cross-entropy."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from sample_batches import as_inputs, assert_same_gradients, gradients, make_bat
 from tiny_models import LAYOUTS, build_model
 from transformers import GraniteForCausalLM
 
-from tuning.model.loss import logit_arithmetic, patch_supervised_loss
+from tuning.model.loss import logit_transform, patch_supervised_loss
 from tuning.model.mllama import patch_mllama_cross_attention
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_gradients_equal_the_plain_reference(layout):
-    # Mllama's stock forward mixes rows with and without images up: there the reference holds for equal rows.
+    # Mllama's stock forward mixes rows with different numbers of images, so the reference needs equal rows.
     inputs = as_inputs(layout, make_batch(layout)[: 4 if layout == "mllama" else 6])
     labels = inputs.pop("labels")
     model = build_model(layout, dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_granite_logits_are_those_of_its_text_model():
     text.lm_head.load_state_dict(model.lm_head.state_dict())
     ids = torch.arange(5, 25)[None]
     hidden = model.model.language_model(ids).last_hidden_state
-    ours = logit_arithmetic(model.config)(model.lm_head(hidden))
+    ours = logit_transform(model.config)(model.lm_head(hidden))
     torch.testing.assert_close(ours, text(ids).logits)
 
 

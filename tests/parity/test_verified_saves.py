@@ -3,8 +3,8 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,6 +19,7 @@ from tuning.errors import RunEnded
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, exit_code_of
 from tuning.files import SHARDED_MODEL
 from tuning.training import verify_save
+from tuning.training.final_model import trained_model
 from tuning.training.trainer import SupervisedTrainer
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
@@ -99,21 +100,24 @@ FAULTS = {
     "full: one number": (change_weights(nudge), r"1 of \d+ tensors differ, by up to [\d.]+e-0[67]"),
     "full: another precision": (change_weights(round_off), r"is float16 \[.*\] instead of float32 \["),
     "full: one tensor more": (change_weights(add_one), "has 1 tensors too many, first zz.weight"),
-    "full: no chat template": (lose_template, "its chat template is another"),
+    "full: no chat template": (lose_template, "its chat template differs"),
     "full: no processor": (lose_processor, "it cannot be read back"),
     "full: half a file": (cut_off, "it cannot be read back"),
     "full: another norm": (
         change_json("config.json", "text_config", "rms_norm_eps", value=0.5),
         r"its logits are off by [\d.e-]+ of their norm, though its tensors are the same",
     ),
-    "full: another end": (change_json("generation_config.json", "eos_token_id", value=7), "its generation config is"),
+    "full: another end": (
+        change_json("generation_config.json", "eos_token_id", value=7),
+        "its generation config differs",
+    ),
     "lora: a tensor is missing": (change_weights(drop), "the file lacks 1 tensors, first base_model"),
     "lora: no training": (change_weights(untrain), r"\d+ of \d+ tensors differ, by up to [\d.e-]+, first .*lora_B"),
     "lora: half of one tensor": (change_weights(halve), r"1 of \d+ tensors differ"),
-    "lora: no chat template": (lose_template, "its chat template is another"),
+    "lora: no chat template": (lose_template, "its chat template differs"),
     "lora: another scale": (
         change_json("adapter_config.json", "lora_alpha", value=16),
-        "its adapter config is another",
+        "its adapter config differs",
     ),
 }
 
@@ -121,7 +125,7 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, models, rows):
     """Method → options of a run that has ended with a checkpoint, and its trainer. Copied before use."""
-    root, seen, save = tmp_path_factory.mktemp("verified"), [], sft_trainer.save
+    root, seen, save = tmp_path_factory.mktemp("verified"), [], sft_trainer.save_final_model
 
     def train(method: str) -> tuple[dict, SupervisedTrainer]:
         options = {
@@ -139,7 +143,9 @@ def finished(tmp_path_factory, models, rows):
         return options, seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft_trainer, "save", lambda trainer, *rest: (seen.append(trainer), save(trainer, *rest)))
+        patch.setattr(
+            sft_trainer, "save_final_model", lambda trainer, *rest: (seen.append(trainer), save(trainer, *rest))
+        )
         return {method: train(method) for method in METHODS}
 
 
@@ -148,13 +154,12 @@ def test_a_save_that_went_wrong_is_told(name, finished, tmp_path, models):
     (fault, told), (options, trainer) = FAULTS[name], finished[name.partition(":")[0]]
     folder = tmp_path / "saved"
     shutil.copytree(options["output_dir"], folder)
-    settings = ModelArguments(model_name_or_path=str(models["llava15"]))
-    verify_save.verify_saved(trainer, folder, None, settings, wanted=None)
+    settings, trained = ModelArguments(model_name_or_path=str(models["llava15"])), trained_model(trainer)
+    verify_save.verify_saved_model(trained, folder, None, settings, force=False)
     fault(folder, models["llava15"])
     with pytest.raises(RunEnded, match=re.escape(f"The model saved in {folder} is not the one that was")) as ended:
-        verify_save.verify_saved(trainer, folder, None, settings, wanted=None)
+        verify_save.verify_saved_model(trained, folder, None, settings, force=False)
     assert re.search(told, ended.value.message)
-    verify_save.verify_saved(trainer, folder, None, settings, wanted=False)
 
 
 def break_saves(patch: pytest.MonkeyPatch, fault, base: Path) -> None:
@@ -202,28 +207,28 @@ def test_a_checkpoint_that_cannot_be_read_is_told(finished, tmp_path):
     options, trainer = finished["full"]
     folder, checkpoint = Path(options["output_dir"]), tmp_path / "checkpoint-1"
     shutil.copytree(folder / "checkpoint-1", checkpoint)
-    settings = ModelArguments(model_name_or_path=options["model_name_or_path"])
+    settings, trained = ModelArguments(model_name_or_path=options["model_name_or_path"]), trained_model(trainer)
     told = re.escape(f"it cannot be compared with {checkpoint} (")
     cut_off(checkpoint, folder)
     with pytest.raises(RunEnded, match=told):
-        verify_save.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
+        verify_save.verify_saved_model(trained, folder, checkpoint, settings, force=False)
     dcp.save({"model": trainer.model.state_dict()}, checkpoint_id=checkpoint / SHARDED_MODEL, no_dist=True)
-    verify_save.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
+    verify_save.verify_saved_model(trained, folder, checkpoint, settings, force=False)
     next((checkpoint / SHARDED_MODEL).glob("*.distcp")).write_bytes(b"")
     with pytest.raises(RunEnded, match=told):
-        verify_save.verify_saved(trainer, folder, checkpoint, settings, wanted=None)
+        verify_save.verify_saved_model(trained, folder, checkpoint, settings, force=False)
 
 
 def test_the_first_process_alone_reads_a_checkpoint(finished, monkeypatch):
     """Every other one would have the whole model in memory."""
     options, trainer = finished["full"]
-    talk = SimpleNamespace(number=2, share=torch.tensor, raise_on_all_ranks=lambda error: None)
-    monkeypatch.setattr(trainer, "processes", talk)
-    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    trained = replace(trained_model(trainer), is_fsdp=True, is_main_process=False)
+    monkeypatch.setattr(trained.processes, "number", 2)
+    monkeypatch.setattr(trained.processes, "all_gather_ints", torch.tensor)
+    monkeypatch.setattr(trained.processes, "raise_on_all_ranks", lambda error: None)
     monkeypatch.setattr(verify_save, "checkpoint_weights", None)
     folder = Path(options["output_dir"])
-    verify_save.verify_saved(trainer, folder, folder / "checkpoint-1", ModelArguments(), wanted=None)
+    verify_save.verify_saved_model(trained, folder, folder / "checkpoint-1", ModelArguments(), force=False)
 
 
 def test_the_trained_model_stays_as_it_was(make_options, trainers, capsys):
@@ -237,7 +242,8 @@ def test_the_trained_model_stays_as_it_was(make_options, trainers, capsys):
         trainer = trainers[-1]
         model = trainer.model.train()
         before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
-        verify_save.verify_saved(trainer, Path(trainer.args.output_dir), None, ModelArguments(), wanted=None)
+        folder = Path(trainer.args.output_dir)
+        verify_save.verify_saved_model(trained_model(trainer), folder, None, ModelArguments(), force=False)
         assert "its weights and logits are those that were trained." in capsys.readouterr().out
         after = dict(model.named_parameters())
         assert after.keys() == before.keys()
@@ -257,29 +263,18 @@ def test_under_deepspeed_one_process_loads_no_adapter(finished, monkeypatch, cap
     """PEFT would gather the weights that DeepSpeed sharded, and wait for the other processes for ever."""
     options, trainer = finished["lora"]
     folder, settings = Path(options["output_dir"]), ModelArguments(model_name_or_path=options["model_name_or_path"])
-    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    trained = replace(trained_model(trainer), is_deepspeed=True)
     monkeypatch.setattr(verify_save, "find_loading_fault", None)
-    verify_save.verify_saved(trainer, folder, None, settings, wanted=True)
-    assert f"Read {folder} back: its files are whole. It was not loaded: under DeepSpeed" in capsys.readouterr().out
+    verify_save.verify_saved_model(trained, folder, None, settings, force=True)
+    assert f"Read {folder} back: its files are complete. It was not loaded: under DeepSpeed" in capsys.readouterr().out
 
 
 def test_the_room_for_what_deepspeed_sharded_is_that_of_the_whole(finished, monkeypatch):
-    _, trainer = finished["full"]
     model, size = torch.nn.ParameterList([torch.empty(0)]), psutil.virtual_memory().available
-    assert verify_save.has_room(trainer, model)
+    trained = replace(trained_model(finished["full"][1]), model=model)
+    assert verify_save.has_room(trained)
     monkeypatch.setattr(model[0], "ds_numel", size, raising=False)
-    assert not verify_save.has_room(trainer, model)
-
-
-def test_a_containers_memory_is_what_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify_save, "CGROUP", tmp_path)
-    machine = verify_save.free_memory()
-    assert machine > 2**20
-    for name, text in {"current": "700\n", "stat": "anon 5\ninactive_file 60\nslab 7\n", "max": "1000\n"}.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert verify_save.free_memory() == 1000 - 700 + 60
-    (tmp_path / "memory.max").write_text("max\n")
-    assert verify_save.free_memory() > 2**20
+    assert not verify_save.has_room(trained)
 
 
 def test_a_full_model_takes_the_place_of_an_earlier_adapter(make_options, capsys):

@@ -1,4 +1,4 @@
-"""A frozen vision tower: no graph, few images at a time, features from disk; and the same training all along."""
+"""A frozen vision tower: no graph, few images at a time, features from disk; training gives the same results."""
 
 import errno
 import json
@@ -22,17 +22,20 @@ LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 FROZEN = {"freeze_vision_tower": True}
 LAVAS = [layout for layout in LAYOUTS if layout != "mllama"]
 QUICK = {"max_steps": 4, "save_strategy": "no"}
-QUICK |= {"padding_free": False, "verify_save": False}  # trying it would run the tower, and so would verifying
+QUICK |= {
+    "padding_free": False,
+    "verify_save": False,
+}  # both would run the tower
 
 
 @pytest.fixture
 def tower_runs(monkeypatch):
     """Of every run of the tower: images, runs of its first layer, and whether the output has a graph."""
-    runs, make_model = [], sft_trainer.make_model
+    runs, build_model = [], sft_trainer.build_model
 
     def watched(*args):
-        model = make_model(*args)
-        tower = vision_tower.find_tower(model)
+        built = build_model(*args)
+        tower = vision_tower.find_tower(built.model)
         active = tower.modules_to_save["default"] if isinstance(tower, ModulesToSaveWrapper) else tower
         layers = next(module for module in active.modules() if isinstance(module, torch.nn.ModuleList))
         norm = next(module for module in layers[0].modules() if isinstance(module, torch.nn.LayerNorm))
@@ -46,9 +49,9 @@ def tower_runs(monkeypatch):
             current.clear()
 
         tower.register_forward_hook(end)
-        return model
+        return built
 
-    monkeypatch.setattr(sft_trainer, "make_model", watched)
+    monkeypatch.setattr(sft_trainer, "build_model", watched)
     return runs
 
 
@@ -88,15 +91,15 @@ def assert_equal_runs(found: Path, expected: Path, **tolerances) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_frozen_tower_has_no_graph_and_runs_once(layout, method, checkpointing, train, tower_runs, monkeypatch):
     changes = {**method, "gradient_checkpointing": checkpointing}
-    spared = train(layout, **changes)
+    patched = train(layout, **changes)
     assert len(tower_runs) == 4
     assert all(run["layers"] == 1 and run["graphs"] == 0 for run in tower_runs)
-    monkeypatch.setattr(build, "spare_frozen_tower", lambda *args, **kwargs: None)
-    assert_equal_runs(spared, train(layout, **changes))
+    monkeypatch.setattr(build, "patch_frozen_tower", lambda *args, **kwargs: None)
+    assert_equal_runs(patched, train(layout, **changes))
 
 
 def test_without_it_a_tower_under_checkpointing_would_run_twice(train, tower_runs, monkeypatch):
-    monkeypatch.setattr(build, "spare_frozen_tower", lambda *args, **kwargs: None)
+    monkeypatch.setattr(build, "patch_frozen_tower", lambda *args, **kwargs: None)
     train("granite_vision", **LORA, gradient_checkpointing=True)
     assert all(run["graphs"] for run in tower_runs)
     assert tower_runs[1]["layers"] == 2  # of which one belongs to the backward before
@@ -115,13 +118,13 @@ def test_a_tower_that_trains_is_left_alone(case, train, tower_runs, monkeypatch)
     monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 1)
     found = train("llava15", **TRAINING_TOWERS[case])
     assert all(run["graphs"] and run["layers"] == 1 for run in tower_runs)
-    monkeypatch.setattr(build, "spare_frozen_tower", lambda *args, **kwargs: None)
+    monkeypatch.setattr(build, "patch_frozen_tower", lambda *args, **kwargs: None)
     assert_equal_runs(found, train("llava15", **TRAINING_TOWERS[case]))
 
 
-def test_it_is_asked_in_every_call_whether_the_tower_trains():
+def test_every_call_finds_out_whether_the_tower_trains():
     model = build_model("llava15")
-    vision_tower.patch_frozen_tower_without_grad(model, sharded=False)
+    vision_tower.patch_frozen_tower(model, sharded=False)
     tower, pixels = vision_tower.find_tower(model), torch.rand(2, 3, 32, 32)
     assert tower(pixels).last_hidden_state.requires_grad
     tower.requires_grad_(False)
@@ -150,7 +153,7 @@ def test_every_output_of_the_tower_is_put_together(layout, monkeypatch):
     pixels = torch.rand(7, 3, 32, 32)
     expected = tower(pixels, output_hidden_states=True)
     model = build_model(layout).requires_grad_(False)
-    vision_tower.patch_frozen_tower_without_grad(model, sharded=False)
+    vision_tower.patch_frozen_tower(model, sharded=False)
     monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 2 * 32 * 32)
     found = vision_tower.find_tower(model)(pixel_values=pixels, output_hidden_states=True)
     assert type(found) is type(expected)
@@ -170,19 +173,19 @@ class Odd(torch.nn.Module):
 def test_images_that_cannot_be_divided_go_through_at_once(call, monkeypatch):
     model, tower = build_model("llava15"), Odd()
     monkeypatch.setattr(vision_tower, "find_tower", lambda model: tower)
-    vision_tower.patch_frozen_tower_without_grad(model, sharded=False)
+    vision_tower.patch_frozen_tower(model, sharded=False)
     monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 1)
     pixels = torch.rand(5, 3, 4, 4)
     assert torch.equal(tower(pixels, **call), pixels.flatten(1)[None])
 
 
-def test_dropout_and_sharding_keep_the_images_together(monkeypatch):
+def test_with_dropout_or_sharding_all_images_go_through_at_once(monkeypatch):
     monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 1)
     for dropout, sharded, together in [(0.0, False, False), (0.1, False, True), (0.0, True, True)]:
         model = build_model("llava15").requires_grad_(False)
         tower = vision_tower.find_tower(model)
         tower.config.attention_dropout = dropout
-        vision_tower.patch_frozen_tower_without_grad(model, sharded=sharded)
+        vision_tower.patch_frozen_tower(model, sharded=sharded)
         sizes = []
         tower.encoder.layers[0].register_forward_hook(
             lambda layer, args, output, sizes=sizes: sizes.append(len(output))
@@ -224,7 +227,7 @@ def test_equal_shapes_give_equal_bits(train, rows, tmp_path):
 
 
 @pytest.mark.parametrize(("layout", "layers"), [("granite_vision", 3), ("llava15", 1)])
-def test_only_what_is_read_is_kept(layout, layers, train, tmp_path):
+def test_only_features_that_the_model_uses_are_kept(layout, layers, train, tmp_path):
     train(layout, **LORA, cache_vision_features=str(tmp_path / "features"))
     for file in (tmp_path / "features").rglob("*.safetensors"):
         assert [tensor.dim() for tensor in load_file(file).values()] == [2] * layers
@@ -282,7 +285,7 @@ def test_broken_files_are_replaced(train, tower_runs, tmp_path):
     assert_equal_runs(train("llava15", **options), expected, rtol=1e-5, atol=1e-6)
     assert sum(run["images"] for run in tower_runs) == 3
     assert kept(folder).keys() == whole.keys()
-    store = vision_tower.FeatureFolder(folder)
+    store = vision_tower.FeatureCache(folder)
     assert all(store.load(name.replace("/", "").partition(".")[0]) for name in files)
 
 
@@ -290,7 +293,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    store = vision_tower.FeatureFolder.open(str(tmp_path), "option")
+    store = vision_tower.FeatureCache.open(str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -302,7 +305,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert len(kept(tmp_path)) == 1
 
 
-def test_a_full_disk_is_said_once_and_the_run_goes_on(train, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_once_and_the_run_continues(train, tmp_path, monkeypatch, capsys):
     attempts = []
 
     def full(*args):
@@ -314,12 +317,12 @@ def test_a_full_disk_is_said_once_and_the_run_goes_on(train, tmp_path, monkeypat
     found = train("llava15", **LORA, cache_vision_features=str(tmp_path / "features"))
     assert_equal_runs(found, expected, rtol=1e-5, atol=1e-6)
     assert len(attempts) == 1
-    assert capsys.readouterr().out.count("takes no more features (No space left on device)") == 1
+    assert capsys.readouterr().out.count("failed (No space left on device)") == 1
     assert not kept(tmp_path / "features")
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(train, rows):
-    with pytest.raises(UserError, match=r"cache_vision_features .*: cannot be made: "):
+    with pytest.raises(UserError, match=r"cache_vision_features .*: cannot be written: "):
         train("llava15", **LORA, cache_vision_features=str(rows / "below a file"))
 
 

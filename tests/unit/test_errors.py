@@ -1,9 +1,11 @@
+import errno
+import logging
 import pickle
 import sys
 
 import pytest
 
-from tuning.errors import UserError
+from tuning.errors import RunEnded, UserError, describe_failure, first_line, try_optional, writing
 from tuning.exit_codes import exit_code_of
 
 
@@ -86,3 +88,65 @@ def test_message_has_only_what_is_known(error, shown):
 def test_user_error_survives_pickling():
     error = pickle.loads(pickle.dumps(UserError(where="rows.json", problem="is not JSON.", fix="Mend it.")))
     assert (error.problem, error.where, error.fix) == ("is not JSON.", "rows.json", "Mend it.")
+
+
+def failing_with(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "described"),
+    [
+        (ValueError("\n no such layer. \nThe rest."), "no such layer", "ValueError: no such layer"),
+        (KeyError(), "KeyError", "KeyError"),
+        (RuntimeError(" \n"), "RuntimeError", "RuntimeError"),
+    ],
+)
+def test_a_failure_is_described_by_the_first_line_of_its_text(error, line, described):
+    assert first_line(error) == line
+    assert describe_failure(error) == described
+
+
+def test_a_disk_that_cannot_be_written_is_a_user_error():
+    with (
+        pytest.raises(UserError, match=r"^out/log: cannot be written: No space left on device\. Make room"),
+        writing("out/log"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(UserError, match=r"^out/log: cannot be written: disk gone\. Look\.$"),
+        writing("out/log", "Look."),
+    ):
+        raise OSError("disk gone")
+
+
+def test_an_optional_step_gives_its_value_or_its_error_with_a_trace(caplog):
+    assert try_optional(lambda: 3).value == 3
+    error = TypeError("odd")
+    with caplog.at_level(logging.DEBUG, logger="tuning.errors"):
+        assert try_optional(failing_with(error)).error is error
+    assert "in action" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError(problem="went wrong."),
+        RunEnded("Stopped.", 143),
+        KeyboardInterrupt(),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    ],
+)
+def test_an_optional_step_does_not_hide_what_ends_a_run(error):
+    with pytest.raises(type(error)):
+        try_optional(failing_with(error))
+
+
+def test_an_optional_step_may_report_user_errors_too():
+    error = UserError(problem="went wrong.")
+    assert try_optional(failing_with(error), catch_user_errors=True).error is error

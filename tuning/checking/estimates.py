@@ -1,4 +1,4 @@
-"""Lengths of all rows → what an epoch costs, and how much of it is padding."""
+"""From the lengths of all rows: the steps and tokens of a run, its memory, and how much of its batches is padding."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from tuning.checking.memory import MemoryEstimate
-from tuning.checking.report import padding_share
 from tuning.config.options import RunConfig
 from tuning.data.batch_sampler import RowOrder
 from tuning.data.sources import Mixture
@@ -17,7 +16,7 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Lengths:
-    """Figures of every good row, arrays of equal length: where it stands, and its tokens."""
+    """The tokens of every good row, as arrays of equal length. `part` and `number` are its place in the data."""
 
     part: np.ndarray
     number: np.ndarray
@@ -26,6 +25,7 @@ class Lengths:
     supervised_tokens: np.ndarray
 
     def by_role(self) -> dict[str, np.ndarray]:
+        """Tokens per row by role, as `Report.lengths` names them."""
         return {
             "total": self.tokens,
             "text": self.tokens - self.image_tokens,
@@ -34,7 +34,7 @@ class Lengths:
         }
 
     def spread(self, count: int) -> list[int]:
-        """The positions of `count` rows from all over the data, the first among them, and the longest row."""
+        """Positions of `count` rows: the first, the longest, and others evenly spread over the data."""
         if not len(self.tokens) or count < 1:
             return []
         longest = int(self.tokens.argmax())
@@ -44,7 +44,10 @@ class Lengths:
         return sorted(set(even))
 
     def padding_shares(self, batch_size: int, seed: int, group: int) -> dict[str, float]:
-        """Padding in batches of random rows, and in those of rows of similar length. `group`: rows of a step."""
+        """The share of padding with random batches, and with batches of rows of similar length.
+
+        `group`: rows of a step.
+        """
         rows = len(self.tokens)
         by_length = RowOrder(rows, seed, lambda chosen: self.tokens[list(chosen)], group)
         orders = {
@@ -54,8 +57,19 @@ class Lengths:
         return {name: padding_share(self.tokens, batch_size, order) for name, order in orders.items()}
 
 
+def padding_share(tokens: np.ndarray, batch_size: int, order: np.ndarray) -> float:
+    """The share of the positions of padded batches that is padding, with the rows in `order`."""
+    lengths = tokens[order]
+    starts = np.arange(0, len(lengths), batch_size)
+    if not len(starts):
+        return 0.0
+    longest = np.maximum.reduceat(lengths, starts)
+    sizes = np.diff(np.append(starts, len(lengths)))
+    return float(1 - lengths.sum() / (longest * sizes).sum())
+
+
 def count_processes(config: RunConfig) -> int:
-    """How many processes the run will have: those running now, or those that its config asks to launch."""
+    """How many processes the run will have: as many as run now, or as many as its config launches."""
     if config.training.world_size > 1:
         return config.training.world_size
     return int(config.run.accelerate_launch_args.get("num_processes", 1))
@@ -69,7 +83,10 @@ def rows_of_a_step(config: RunConfig) -> int:
 def estimate_run(
     config: RunConfig, source: Any, lengths: Lengths, memory: MemoryEstimate | None, batches: int | None = None
 ) -> dict[str, tuple[float, str]]:
-    """Figures by name, each with how it was found. `batches`: of an epoch, with `max_tokens_per_batch`."""
+    """Estimates by name, each with a text about how it was found.
+
+    `batches`: batches of an epoch with `max_tokens_per_batch`; None where not all rows were measured, or without it.
+    """
     training, processes = config.training, count_processes(config)
     weights = _row_weights(source, lengths)
     tokens = float(lengths.tokens @ weights)
@@ -77,7 +94,7 @@ def estimate_run(
     epochs = training.num_train_epochs if training.max_steps < 0 else training.max_steps / max(steps_of_epoch, 1)
     estimates = {
         "steps_per_epoch": (steps_of_epoch, how),
-        "tokens_per_epoch": (tokens, "text and image tokens of all good rows, no padding"),
+        "tokens_per_epoch": (tokens, "text and image tokens of all good rows, without padding"),
         "supervised_tokens_per_epoch": (float(lengths.supervised_tokens @ weights), "the tokens that are trained"),
         "steps": (
             training.max_steps if training.max_steps > 0 else math.ceil(steps_of_epoch * epochs),
@@ -86,13 +103,13 @@ def estimate_run(
     }
     if memory is None:
         return estimates
-    activations = f"not found ({memory.unknown})"
+    activations = f"unknown ({memory.unknown})"
     if memory.activations is not None:
         activations = f"{memory.activations / GIGABYTE:.3g}"
     budget = config.data.max_tokens_per_batch
     heaviest = f"{budget:,} tokens" if budget else f"the {training.per_device_train_batch_size} longest rows"
     how = (
-        f"one step on {heaviest}, run without weights, counting tensors:"
+        f"the tensors of one step on {heaviest}, run without weights:"
         f" weights {memory.weights / GIGABYTE:.3g}, gradients {memory.gradients / GIGABYTE:.3g}, optimizer"
         f" {memory.optimizer / GIGABYTE:.3g}, activations {activations} GB"
         + (f"; FSDP over {processes} processes" if processes > 1 else "")
@@ -102,19 +119,19 @@ def estimate_run(
 
 def _steps_of_epoch(config: RunConfig, rows: float, tokens: float, batches: int | None) -> tuple[int, str]:
     training, processes, budget = config.training, count_processes(config), config.data.max_tokens_per_batch
-    together = processes * training.gradient_accumulation_steps
+    batches_of_step = processes * training.gradient_accumulation_steps
     per_step = f"{processes} processes × {training.gradient_accumulation_steps} accumulated"
     if budget is None:
         how = f"{rows:,.0f} rows in batches of {training.per_device_train_batch_size} × {per_step}"
         return math.ceil(rows / rows_of_a_step(config)), how
     if batches is not None:
-        return math.ceil(batches / together), f"{batches:,} batches of at most {budget:,} tokens; {per_step}"
+        return math.ceil(batches / batches_of_step), f"{batches:,} batches of at most {budget:,} tokens; {per_step}"
     how = f"at least, as not all rows were measured: {tokens:,.0f} tokens in batches of {budget:,}; {per_step}"
-    return math.ceil(tokens / (budget * together)), how
+    return math.ceil(tokens / (budget * batches_of_step)), how
 
 
 def _row_weights(source: Any, lengths: Lengths) -> np.ndarray:
-    """How often an epoch passes each row: more than once, or less, where datasets are mixed by weight."""
+    """How often an epoch contains each row: once, but more or less often where datasets are mixed by weight."""
     weights = np.ones(len(lengths.tokens))
     if isinstance(source, Mixture):
         first = 0

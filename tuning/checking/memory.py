@@ -1,4 +1,4 @@
-"""Peak device memory of a training step, found by running one without weights and counting tensors."""
+"""Estimate the peak device memory of training: run a step without weights and count its tensors."""
 
 import inspect
 import warnings
@@ -19,13 +19,12 @@ from transformers import Trainer, TrainingArguments
 from tuning.config.legacy_names import CHECKPOINTING, CHECKPOINTING_KWARGS
 from tuning.data.encode import IGNORED
 from tuning.distributed.fsdp import cast_trainable_to_fp32
-from tuning.model.dry_run import CANNOT_SIMULATE, META, DryRun
+from tuning.errors import describe_failure, try_optional
+from tuning.model.dry_run import META, DryRun
 from tuning.model.quantize import scales_of
 
-CANNOT_BUILD = (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
-
 _aten = torch.ops.aten
-# What autocast computes in half precision, and in float32, as far as these models call it.
+# The operations of these models that autocast computes in half precision, and those that it computes in float32.
 _HALF = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.addmm}
 _HALF |= {torch.conv1d, torch.conv2d, torch.conv3d, F.scaled_dot_product_attention}
 _FULL = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.cross_entropy}
@@ -33,12 +32,12 @@ _FULL = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.soft
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of tensors on one device; what the allocator wastes and the CUDA context itself are not in them.
+    """Bytes of tensors on one device, without the CUDA context and what the allocator wastes.
 
-    `weights`: parameters, buffers and scales, under FSDP also those of the blocks that are gathered. `gradients` and
-    `optimizer`: all of them, as at the step. `activations`: what the peak has beyond these three: saved for the
-    backward, temporary, and the batch itself; `None` where the model cannot be simulated, for the reason in `unknown`:
-    `peak` lacks it then.
+    `weights`: parameters, buffers and quantisation scales; under FSDP also the weights of the gathered blocks.
+    `gradients` and `optimizer`: as they are at the optimizer's step. `activations`: the rest of the peak, that is the
+    batch, temporary tensors, and tensors saved for the backward. They are `None` where the model does not run without
+    weights, for the reason in `unknown`; `peak` does not contain them then.
     """
 
     weights: int
@@ -55,19 +54,19 @@ def estimate_memory(
     training: TrainingArguments,
     *,
     processes: int = 1,
-    hold_masters: Callable[[Optimizer], Optimizer] | None = None,
+    patch_optimizer: Callable[[Optimizer], Optimizer] | None = None,
 ) -> MemoryEstimate:
-    """The peak of the steps of a run on batches like `batch`, without loading a weight.
+    """The peak of a run's steps on batches like `batch`, without loading weights.
 
-    `model` is a skeleton on the meta device in the weights' dtype, prepared as for training; it is used up: its
-    precision, mode and gradients change. `batch` is what the collator made, without its facts, on the CPU. Leave out
-    its `attention_mask` for FlashAttention-2, which never builds a mask of tokens × tokens. `processes` above 1: FSDP
-    over so many devices. `hold_masters`: what makes the optimizer one that steps float32 copies of 16-bit weights, if
-    it is to be one; FSDP shards those weights in float32 then.
+    `model` is a skeleton on the meta device in the weights' dtype, prepared as for training. Do not use it afterwards:
+    its precision, mode and gradients change. `batch` holds what the collator made for the model, on the CPU. Leave out
+    its `attention_mask` for FlashAttention-2, which never builds a mask of tokens × tokens. With `processes` above 1,
+    FSDP shards the model over that many devices. `patch_optimizer` gives the optimizer float32 master weights; FSDP
+    then shards the trained 16-bit weights in float32.
 
-    The step really runs, forward, backward and optimizer, on tensors without contents, and its live tensors are
-    counted; a second one where gradients are accumulated. The peak is the largest sum of weights, optimizer state,
-    gradients and activations at one moment.
+    The step really runs, forward, backward and optimizer, on tensors without values, while a meter counts the live
+    tensors. Where gradients are accumulated, a second batch runs too. The peak is the largest sum of weights,
+    optimizer state, gradients and activations at one moment.
     """
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     if processes > 1 and half:
@@ -75,57 +74,59 @@ def estimate_memory(
     gathered = _gathered_bytes(model, half) if processes > 1 else 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     meter = _Meter(model, processes)
-    arithmetic = _DeviceArithmetic(half, meter.disown if processes > 1 else None)
-    unknown = ""
-    try:
-        _simulate(model, batch, training, meter, arithmetic)
-    except CANNOT_SIMULATE as error:
-        unknown = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    device = _DeviceEmulation(half, meter.ignore if processes > 1 else None)
+    simulated = try_optional(lambda: _simulate_step(model, batch, training, meter, device))
+    if simulated.error:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-    if processes > 1 and hold_masters:
-        _raise_with_gradients(trained)
+    if processes > 1 and patch_optimizer:
+        _cast_with_gradients_to_fp32(trained)
     weights = bytes_of(tensors_of(model))
     gradients = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
-    optimizer, in_step = _optimizer_bytes(trained, training, hold_masters)
-    held = weights // processes + gathered, gradients // processes, optimizer // processes
-    if unknown:
-        return MemoryEstimate(*held, activations=None, peak=sum(held), unknown=unknown)
-    peak = max(held[0] + held[2] + meter.peak, sum(held) + in_step // processes)
-    return MemoryEstimate(*held, activations=peak - sum(held), peak=peak)
+    optimizer, temporary = _optimizer_bytes(trained, training, patch_optimizer)
+    weights, gradients, optimizer = weights // processes + gathered, gradients // processes, optimizer // processes
+    total = weights + gradients + optimizer
+    if simulated.error:
+        unknown = describe_failure(simulated.error)
+        return MemoryEstimate(weights, gradients, optimizer, activations=None, peak=total, unknown=unknown)
+    peak = max(weights + optimizer + meter.peak, total + temporary // processes)
+    return MemoryEstimate(weights, gradients, optimizer, activations=peak - total, peak=peak)
 
 
-def _simulate(
+def _simulate_step(
     model: nn.Module,
     batch: dict[str, Any],
     training: TrainingArguments,
     meter: "_Meter",
-    arithmetic: "_DeviceArithmetic",
+    device: "_DeviceEmulation",
 ) -> None:
-    """Run a step, as `SupervisedTrainer` does, under `meter`. A second batch finds the gradients of the first."""
+    """Run forward and backward as the trainer does, under `meter`.
+
+    With accumulation, a second batch runs while the gradients of the first exist.
+    """
     model.train()
     if getattr(training, CHECKPOINTING):
-        _checkpoint(model, getattr(training, CHECKPOINTING_KWARGS) or {}, arithmetic)
-    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}  # the longest length is none
+        _enable_checkpointing(model, getattr(training, CHECKPOINTING_KWARGS) or {}, device)
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}  # not the lengths
     tensors = {name: value.to(META) if value.is_floating_point() else value for name, value in tensors.items()}
     steps = training.gradient_accumulation_steps
     items = steps * int((batch["labels"][:, 1:] != IGNORED).sum())
-    meter.hold(tensors.values(), steps)  # all batches of a step are on the device before it
-    with warnings.catch_warnings(), arithmetic, meter:
+    meter.count_permanent(tensors.values(), steps)  # all batches of a step are on the device before it begins
+    with warnings.catch_warnings(), device, meter:
         warnings.simplefilter("ignore")
         for _ in range(min(steps, 2)):
-            with arithmetic.forward():
+            with device.keep_casts():
                 loss = model(**{**batch, **tensors}, num_items_in_batch=items).loss
             loss.backward()
             del loss
 
 
-def _checkpoint(model: nn.Module, settings: dict[str, Any], arithmetic: "_DeviceArithmetic") -> None:
-    """Recompute activations in the backward, during which torch suspends `arithmetic`: recomputation resumes it."""
-    beside = {name: value for name, value in settings.items() if name in ("every_n_layers", "offload")}
-    own = {name: value for name, value in settings.items() if name not in beside}
-    own |= {"use_reentrant": False, "context_fn": lambda: (nullcontext(), arithmetic)}
-    getattr(model, f"{CHECKPOINTING}_enable")(**{CHECKPOINTING_KWARGS: own}, **beside)
+def _enable_checkpointing(model: nn.Module, settings: dict[str, Any], device: "_DeviceEmulation") -> None:
+    """Recompute activations in the backward. There torch suspends `device`, so the recomputation enters it again."""
+    for_model = {name: value for name, value in settings.items() if name in ("every_n_layers", "offload")}
+    for_torch = {name: value for name, value in settings.items() if name not in for_model}
+    for_torch |= {"use_reentrant": False, "context_fn": lambda: (nullcontext(), device)}
+    getattr(model, f"{CHECKPOINTING}_enable")(**{CHECKPOINTING_KWARGS: for_torch}, **for_model)
 
 
 def tensors_of(model: nn.Module) -> list[torch.Tensor]:
@@ -133,86 +134,89 @@ def tensors_of(model: nn.Module) -> list[torch.Tensor]:
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind `tensors`; shared ones count once."""
+    """Bytes of the storages of `tensors`; a shared storage counts once."""
     storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storages.values())
 
 
 class _Meter(DryRun):
-    """Counts the bytes of live tensors of a dry run."""
+    """Counts the bytes of the live tensors of a dry run, by the storages behind them."""
 
     def __init__(self, model: nn.Module, processes: int):
         super().__init__()
         self.processes = processes
         self.activations, self.gradients, self.peak = 0, 0, 0
-        self.known: dict[int, str | None] = {}  # storage → what it counts as, if anything
+        self.counted_as: dict[int, str | None] = {}  # storage → "activations", "gradients", or None: not counted here
         for tensor in tensors_of(model):
-            self.known[tensor.untyped_storage()._cdata] = None
+            self.counted_as[tensor.untyped_storage()._cdata] = None
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._keep_gradient)
+                parameter.register_post_accumulate_grad_hook(self._move_to_gradients)
 
-    def hold(self, tensors: Iterable[torch.Tensor], times: int) -> None:
-        """Count `tensors` as there all the time, `times` over."""
+    def count_permanent(self, tensors: Iterable[torch.Tensor], times: int) -> None:
+        """Count the bytes of `tensors` `times` over, as activations that exist during the whole step."""
         tensors = list(tensors)
-        self._count("activations", times * bytes_of(tensors))
-        self.known.update({tensor.untyped_storage()._cdata: None for tensor in tensors})
+        self._add("activations", times * bytes_of(tensors))
+        self.counted_as.update({tensor.untyped_storage()._cdata: None for tensor in tensors})
 
-    def disown(self, tensor: torch.Tensor) -> None:
-        """Count `tensor` no longer: it is counted elsewhere."""
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Stop counting `tensor`, because it is counted elsewhere."""
         storage = tensor.untyped_storage()
-        self._count("activations", -storage.nbytes())
-        self.known[storage._cdata] = None
+        self._add("activations", -storage.nbytes())
+        self.counted_as[storage._cdata] = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = super().__torch_dispatch__(func, types, args, kwargs)
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
-                self._see(value.untyped_storage(), "activations")
+                self._count(value.untyped_storage())
         return result
 
-    def _see(self, storage: torch.UntypedStorage, kind: str) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self.known:
+        if key in self.counted_as:
             return
-        self.known[key] = kind
-        self._count(kind, storage.nbytes())
-        weakref.finalize(storage, self._forget, key, storage.nbytes()).atexit = False
+        self.counted_as[key] = "activations"
+        self._add("activations", storage.nbytes())
+        weakref.finalize(storage, self._remove, key, storage.nbytes()).atexit = False
 
-    def _forget(self, key: int, size: int) -> None:
-        if kind := self.known.pop(key):
-            self._count(kind, -size)
+    def _remove(self, key: int, size: int) -> None:
+        if kind := self.counted_as.pop(key):
+            self._add(kind, -size)
 
-    def _keep_gradient(self, parameter: torch.Tensor) -> None:
+    def _move_to_gradients(self, parameter: torch.Tensor) -> None:
         storage = parameter.grad.untyped_storage()
-        if self.known.get(storage._cdata) == "activations":
-            self._count("activations", -storage.nbytes())
-            self.known[storage._cdata] = "gradients"
-            self._count("gradients", storage.nbytes())
+        if self.counted_as.get(storage._cdata) == "activations":
+            self._add("activations", -storage.nbytes())
+            self.counted_as[storage._cdata] = "gradients"
+            self._add("gradients", storage.nbytes())
 
-    def _count(self, kind: str, size: int) -> None:
+    def _add(self, kind: str, size: int) -> None:
         setattr(self, kind, getattr(self, kind) + size)
         self.peak = max(self.peak, self.activations + self.gradients // self.processes)
 
 
-class _DeviceArithmetic(TorchFunctionMode):
-    """What a GPU does and the meta device does not: attention in one kernel, and autocast to `half`.
+class _DeviceEmulation(TorchFunctionMode):
+    """Does what a GPU does and the meta device does not: attention in one kernel, and autocast to `half`.
 
     Autocast casts the inputs of matrix products, and keeps the cast of a trained weight until the end of the forward.
-    FSDP gathers weights in half precision already: `on_cast` is then told of every weight's cast.
+    Under FSDP the weights are gathered in half precision already: then `on_weight_cast` gets each cast of a weight.
     """
 
-    def __init__(self, half: torch.dtype | None, on_cast: Callable[[torch.Tensor], None] | None):
+    def __init__(self, half: torch.dtype | None, on_weight_cast: Callable[[torch.Tensor], None] | None):
         super().__init__()
-        self.half, self.on_cast, self.in_forward = half, on_cast, False
+        self.half, self.on_weight_cast, self.keeps_casts = half, on_weight_cast, False
         self.casts: dict[torch.Tensor, torch.Tensor] = {}
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        self.in_forward = True
-        yield
-        self.in_forward = False
-        self.casts.clear()
+    def keep_casts(self) -> Iterator[None]:
+        """Keep the casts of trained weights while inside, as autocast does in a forward."""
+        self.keeps_casts = True
+        try:
+            yield
+        finally:
+            self.keeps_casts = False
+            self.casts.clear()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -230,9 +234,9 @@ class _DeviceArithmetic(TorchFunctionMode):
         if tensor in self.casts:
             return self.casts[tensor]
         cast = tensor.to(self.half)
-        if self.on_cast and isinstance(tensor, nn.Parameter):
-            self.on_cast(cast)
-        elif self.in_forward and tensor.is_leaf and tensor.requires_grad:
+        if self.on_weight_cast and isinstance(tensor, nn.Parameter):
+            self.on_weight_cast(cast)
+        elif self.keeps_casts and tensor.is_leaf and tensor.requires_grad:
             self.casts[tensor] = cast
         return cast
 
@@ -251,9 +255,9 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Attention that keeps query, key, value, output and one float per row, never a score of token × token.
+    """Attention that keeps query, key, value, output and one float per row, but no scores of tokens × tokens.
 
-    A mask of truth values is made into one to add at every call, as PyTorch's kernels want it.
+    A boolean mask becomes an additive one at every call, as PyTorch's kernels need it.
     """
     if query.device != META or query.dim() != 4 or query.shape[-1] != value.shape[-1]:
         return F.scaled_dot_product_attention(
@@ -265,8 +269,8 @@ def _attend(
     return attend(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-def _raise_with_gradients(parameters: list[nn.Parameter]) -> None:
-    """Weights and their gradients in float32, as FSDP shards them where 16-bit weights are trained."""
+def _cast_with_gradients_to_fp32(parameters: list[nn.Parameter]) -> None:
+    """Cast weights and their gradients to float32, as FSDP shards them where 16-bit weights train."""
     for parameter in parameters:
         gradient, parameter.grad = parameter.grad, None
         parameter.data = parameter.data.float()
@@ -274,9 +278,10 @@ def _raise_with_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def _gathered_bytes(model: nn.Module, half: torch.dtype | None) -> int:
-    """Of weights that FSDP holds whole: the two largest blocks at a time, one of them ahead, and what is in no block.
+    """Bytes of the weights that FSDP gathers: what is in no block, and two blocks, the second one being prefetched.
 
-    Blocks are the modules that transformers does not split (`_no_split_modules`), which accelerate wraps.
+    Blocks are the modules that transformers does not split (`_no_split_modules`), which accelerate wraps. The two
+    largest count.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
@@ -292,35 +297,44 @@ def _gathered_bytes(model: nn.Module, half: torch.dtype | None) -> int:
 def _optimizer_bytes(
     parameters: list[nn.Parameter],
     training: TrainingArguments,
-    hold_masters: Callable[[Optimizer], Optimizer] | None,
+    patch_optimizer: Callable[[Optimizer], Optimizer] | None,
 ) -> tuple[int, int]:
-    """Bytes of the optimizer's state after a step on `parameters`, whose gradients are there, and of what goes after.
+    """Bytes of the optimizer's state, and of what it needs beyond that during a step on `parameters` with gradients.
 
-    The real optimizer makes its state, of tensors without contents. Of one that cannot (it is not installed, or its
-    first step looks at numbers) the rule is Adam's two states per trained number: in the weight's dtype, or of one
-    byte for those named 8bit and half a byte for 4bit. Master weights are float32, and so are states beside them.
+    The real optimizer makes its state, of tensors without values. Where it cannot (it is not installed, or its first
+    step reads numbers), the size follows from its name; see `_optimizer_bytes_by_name`.
     """
-    try:
+
+    def step() -> tuple[int, int]:
         make, settings = Trainer.get_optimizer_cls_and_kwargs(training)
         one_by_one = {"fused": False, "foreach": False}
         known = inspect.signature(make).parameters
         settings |= {name: value for name, value in one_by_one.items() if name in known}
         optimizer = make(parameters, **settings)
-        if hold_masters:
-            optimizer = hold_masters(optimizer)
+        if patch_optimizer:
+            optimizer = patch_optimizer(optimizer)
         meter = _Meter(nn.Module(), 1)
-        meter.hold([*parameters, *(p.grad for p in parameters if p.grad is not None)], 0)  # counted elsewhere
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        meter.count_permanent([*parameters, *gradients], 0)  # they are counted elsewhere
         with meter:
             optimizer.step()
-    except CANNOT_BUILD:
-        name = str(getattr(training.optim, "value", training.optim))
-        sizes = {"8bit": 1.0, "4bit": 0.5}
-        each = next((size for part, size in sizes.items() if part in name), None)
-        size = sum(int(2 * parameter.numel() * (each or parameter.dtype.itemsize)) for parameter in parameters)
-        if hold_masters:
-            low = [parameter for parameter in parameters if parameter.dtype.itemsize == 2]
-            size += sum(parameter.numel() * (4 if each else 8) for parameter in low)
-        return size, 0
-    states = tree_leaves([list(state.values()) for state in optimizer.state.values()])
-    size = bytes_of(value for value in states if isinstance(value, torch.Tensor))
-    return size, max(0, meter.peak - size)
+        states = tree_leaves([list(state.values()) for state in optimizer.state.values()])
+        size = bytes_of(value for value in states if isinstance(value, torch.Tensor))
+        return size, max(0, meter.peak - size)
+
+    name = str(getattr(training.optim, "value", training.optim))
+    return try_optional(step).value or (_optimizer_bytes_by_name(name, parameters, bool(patch_optimizer)), 0)
+
+
+def _optimizer_bytes_by_name(name: str, parameters: list[nn.Parameter], master_weights: bool) -> int:
+    """Bytes of two states per trained number, as Adam has them.
+
+    A state has the dtype of its weight, one byte in an optimizer called 8bit, or half a byte in one called 4bit. Master
+    weights are float32, and so are their states, unless these are smaller.
+    """
+    state_size = next((size for part, size in {"8bit": 1.0, "4bit": 0.5}.items() if part in name), None)
+    size = sum(int(2 * parameter.numel() * (state_size or parameter.dtype.itemsize)) for parameter in parameters)
+    if master_weights:
+        low = [parameter for parameter in parameters if parameter.dtype.itemsize == 2]
+        size += sum(parameter.numel() * (4 if state_size else 8) for parameter in low)
+    return size

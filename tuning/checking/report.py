@@ -1,5 +1,6 @@
-"""What a check of a dataset found: pure data, from which `check.json`, the page and the printed summary are made."""
+"""What `check` found, as plain data. `check.json`, the page and the printed summary are made from it."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ TEXT, SUPERVISED, IMAGE = "text", "supervised", "image"
 
 @dataclass(frozen=True)
 class Problem:
-    """A bad row: `row` counts from 0 within `file`; `message` says what is wrong, where, and how to mend it."""
+    """A bad row: `row` counts from 0 within `file`; `message` says where, what is wrong, and how to fix it."""
 
     kind: str
     row: int
@@ -36,7 +37,7 @@ class Token:
 
 @dataclass(frozen=True)
 class SampleRow:
-    """A row as the model sees it. `pictures` are data URIs of small versions of its images."""
+    """A row as the model sees it. `pictures` are data URIs of thumbnails of its images."""
 
     row: int
     file: str
@@ -62,11 +63,13 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Report:
-    """`totals`: counts by name. `lengths`: tokens per good row by role ("text" counts all but image tokens, "total"
-    everything), arrays of equal length. `image_sizes`: how many images have a (width, height). `padding`: share of a
-    batch that is padding, by order of the rows. `estimates`: figures by name, each with how it was found.
-    `settings`: what trains, attention, and so on, in words, by name. `warnings`: what is no error but deserves a look.
-    `left_out`: row, file and tokens of rows that are longer than max_seq_length and would be dropped.
+    """Everything that `check` found.
+
+    `totals`: counts by name. `lengths`: tokens per good row by role ("text" counts all but image tokens, "total"
+    everything), arrays of equal length. `image_sizes`: the number of images by (width, height). `padding`: the share of
+    padding in a batch, by the order of the rows. `estimates`: values by name, each with a text about how it was found.
+    `settings`: texts by name: what trains, attention, and so on. `warnings`: not errors, but worth a look. `left_out`:
+    row, file and tokens of rows that `overlong_rows drop` would leave out.
     """
 
     model: str
@@ -87,7 +90,7 @@ class Report:
         return not self.problems
 
     def by_kind(self) -> dict[str, list[Problem]]:
-        """The problems grouped by kind, the most frequent kind first."""
+        """The problems by kind, the most frequent kind first."""
         kinds: dict[str, list[Problem]] = {}
         for problem in self.problems:
             kinds.setdefault(problem.kind, []).append(problem)
@@ -103,7 +106,7 @@ class Report:
             "problems": [vars(problem) for problem in self.problems],
             "left_out": list(self.left_out),
             "warnings": list(self.warnings),
-            "lengths": {name: describe(values) for name, values in self.lengths.items()},
+            "lengths": {name: summarize(values) for name, values in self.lengths.items()},
             "padding_share": dict(self.padding),
             "estimates": {name: {"value": value, "how": how} for name, (value, how) in self.estimates.items()},
             "settings": dict(self.settings),
@@ -111,8 +114,8 @@ class Report:
         }
 
 
-def describe(values: np.ndarray) -> dict[str, float]:
-    """Smallest, mean, quantiles and largest of `values`, in tokens; nothing of none."""
+def summarize(values: np.ndarray) -> dict[str, float]:
+    """Minimum, mean, quantiles and maximum of `values`; empty without values."""
     if not len(values):
         return {}
     quantiles = {f"p{percent}": float(np.percentile(values, percent)) for percent in (5, 50, 95, 99)}
@@ -120,7 +123,7 @@ def describe(values: np.ndarray) -> dict[str, float]:
 
 
 def show_row(row: Row, encoder: Encoder) -> SampleRow:
-    """Encode a row as training does, and keep what there is to see of it. Raises `UserError` for a bad row."""
+    """Encode a row as training does, and keep what a page can show of it. Raises `UserError` for a bad row."""
     prepared = encoder.prepare(row)
     sample = encoder.encode(row)
     pictures = [thumbnail(image) for image in encoder.open_images(prepared)]
@@ -134,20 +137,16 @@ def show_row(row: Row, encoder: Encoder) -> SampleRow:
 
 
 def supervised_texts(tokens: list[Token]) -> list[str]:
-    """The text of each unbroken run of supervised tokens: one an answer."""
-    texts, before = list[str](), ""
-    for token in tokens:
-        if token.role == SUPERVISED:
-            texts = [*texts[:-1], texts[-1] + token.text] if before == SUPERVISED else [*texts, token.text]
-        before = token.role
-    return texts
+    """The text of each unbroken run of supervised tokens: one per answer."""
+    runs = itertools.groupby(tokens, key=lambda token: token.role)
+    return ["".join(token.text for token in run) for role, run in runs if role == SUPERVISED]
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What each token adds to the text; of several tokens that make one character, the last has it."""
+    """The text that each token adds. Where several tokens make one character, the last one has it."""
     texts, start = [], 0
     for end in range(1, len(ids) + 1):
-        # Decoded after an anchor: some tokenizers leave out the blank that a first token begins with.
+        # Decoded together with the token before, because some tokenizers drop a leading space of the first token.
         anchor = tokenizer.decode(ids[start - 1 : start]) if start else ""
         text = tokenizer.decode(ids[max(start - 1, 0) : end])[len(anchor) :]
         if text.endswith("�") and end - start < 4 and end < len(ids):
@@ -156,14 +155,3 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
         texts.append(text)
         start = end
     return texts
-
-
-def padding_share(tokens: np.ndarray, batch_size: int, order: np.ndarray) -> float:
-    """Share of the positions of padded batches that is padding, with rows in `order`."""
-    lengths = tokens[order]
-    starts = np.arange(0, len(lengths), batch_size)
-    if not len(starts):
-        return 0.0
-    longest = np.maximum.reduceat(lengths, starts)
-    sizes = np.diff(np.append(starts, len(lengths)))
-    return float(1 - lengths.sum() / (longest * sizes).sum())

@@ -25,8 +25,7 @@ from tuning.data.from_config import make_encoder
 from tuning.data.messages import Message
 from tuning.data.prompts import ask, join_on_the_right
 from tuning.data.sources import Row
-from tuning.distributed.failures import is_out_of_memory
-from tuning.errors import UserError
+from tuning.errors import UserError, is_out_of_memory
 from tuning.exit_codes import exit_code_of
 from tuning.model.generate import greedy_settings, stream_text
 from tuning.model.lora import LoadedModel, load_answering

@@ -1,136 +1,87 @@
-"""`vlm-tuning check`: what will the model see, and is anything wrong? Reads every row, trains nothing."""
+"""`vlm-tuning check`: read every row as training would, estimate the run, and report problems. Trains nothing."""
 
-import itertools
-import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from torch import nn
 from transformers import PreTrainedConfig
 
 from tuning.checking.estimates import Lengths, count_processes, estimate_run, rows_of_a_step
+from tuning.checking.findings import Findings, measure_all, row_finder
 from tuning.checking.memory import MemoryEstimate, estimate_memory
-from tuning.checking.report import Problem, Report, SampleRow, show_row
+from tuning.checking.report import Report, SampleRow, show_row
 from tuning.config.options import RunConfig
 from tuning.config.parse import build_config, describe_options, read_options
 from tuning.console import print0
-from tuning.data.batch_sampler import NOT_TRAINED, pack_batches
-from tuning.data.collator import probe_collator
+from tuning.data.batch_sampler import NOT_TRAINED, make_token_batches
+from tuning.data.collator import Collator, probe_collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import dummy_batch, make_encoder, open_rows, open_validation_rows
-from tuning.data.row_lengths import CHUNK, Measured, RowLengths, RowMeter, measure_rows
-from tuning.data.sources import Part, Row, Stream, read_part
-from tuning.errors import UserError
+from tuning.data.row_lengths import RowLengths, RowMeter
+from tuning.errors import UserError, writing
 from tuning.exit_codes import exit_code_of
 from tuning.files import write_json, write_text
 from tuning.model import load
-from tuning.model.attention import set_decoder_attention
-from tuning.model.build import pick_attention, plan_model, prepare_model
+from tuning.model.attention import Attention, set_decoder_attention
+from tuning.model.build import ModelPlan, pick_attention, plan_model, prepare_model
 from tuning.model.packed_attention import PACKED
 from tuning.model.padding_free import why_padding_is_needed_by_structure
 from tuning.model.parts import find_parts, freeze_parameters, parameter_table
 from tuning.model.quantize import quantise_skeleton
 from tuning.pages.check_page import render_page
 from tuning.training.optimizer import patch_master_weights
-from tuning.training.resume import run_date
 
 USAGE = "vlm-tuning check config.json | --name value …    (the options are those of train)"
 SHOWN_PER_KIND = 3
 
 
-@dataclass
-class Findings:
-    """What was measured, growing by a chunk of rows at a time; figures of good rows are plain numbers to stay small."""
-
-    parts: list[Part]
-    problems: list[Problem] = field(default_factory=list)
-    left_out: list[dict[str, Any]] = field(default_factory=list)
-    tried: set[tuple[str, int]] = field(default_factory=set)
-    figures: list[np.ndarray] = field(default_factory=list)
-    image_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def add(self, chunk: Iterable[Measured]) -> None:
-        good = []
-        for row in chunk:
-            self.counts["rows"] += 1
-            if row.error is not None:
-                self.note(row.error, self.parts[row.part].name, row.number)
-                continue
-            self.image_sizes.update(row.image_sizes)
-            self.counts.update(
-                images=len(row.image_sizes),
-                dropped_images=row.dropped_images,
-                rows_left_out=row.left_out,
-                rows_cut=row.cut,
-                rows_with_control_tokens=row.has_controls,
-            )
-            if row.left_out:
-                self.left_out.append({"row": row.number, "file": self.parts[row.part].name, "tokens": row.tokens})
-            else:
-                good.append((row.part, row.number, row.tokens, row.image_tokens, row.supervised_tokens))
-        self.figures.append(np.array(good, dtype=np.int32).reshape(-1, 5))
-
-    def note(self, error: UserError, file: str, number: int) -> None:
-        self.counts["bad_rows"] += 1
-        self.problems.append(Problem(error.kind or "other", number, error.field, str(error), file))
-
-    def attempt(self, action: Callable[[Row], Any], rows: Iterable[Row]) -> list[Any]:
-        """What `action` makes of each row; a row that only now turns out to be bad is noted."""
-        made = []
-        for row in rows:
-            try:
-                made.append(action(row))
-            except UserError as error:
-                if (row.file, row.number) not in self.tried:
-                    self.note(error, row.file, row.number)
-                self.tried.add((row.file, row.number))
-        return made
-
-    def lengths(self) -> Lengths:
-        return Lengths(*np.concatenate([np.empty((0, 5), np.int32), *self.figures]).T)
-
-
 def check(config: RunConfig) -> Report:
-    """Look at all rows as training would, estimate the run, and write `check.json` and `check.html`."""
+    """Read all rows as training would, estimate the run, and write `check.json` and `check.html`."""
     for note in config.notes:
         print0(note)
     model_config = load.load_config(config.model)
     processor = load.load_processor(config.model, model_config)
-    encoder = make_encoder(config.data, processor, model_config, run_date(config))
+    encoder = make_encoder(config.data, processor, model_config, config.data.run_date)
+
     source = open_rows(config)
     meter = RowMeter(encoder, decode_images=config.check.decode_images)
-    findings = measure_all(config, source, meter)
+    findings = measure_all(source, meter, config.check.max_rows)
     validation = None
     if config.data.validation_data_path:
-        validation = measure_all(config, open_validation_rows(config), meter)
+        validation = measure_all(open_validation_rows(config), meter, config.check.max_rows)
     lengths = findings.lengths()
-    rows = find_rows(source, lengths)
-    chosen = lengths.spread(config.check.sample_rows)
-    samples = findings.attempt(lambda row: show_row(row, encoder), map(rows, chosen))
-    batch = findings.attempt(encoder.encode, map(rows, heaviest(config, lengths)))
-    padded = pads_batches(config, model_config, encoder)
-    memory, settings = describe_model(config, model_config, encoder, batch, padded=padded)
-    totals = {**count_totals(findings, lengths), **{f"validation_{k}": v for k, v in _few(validation).items()}}
+    find_row = row_finder(source, lengths)
+    samples = findings.map_good(
+        lambda row: show_row(row, encoder), map(find_row, lengths.spread(config.check.sample_rows))
+    )
+    heaviest_batch = findings.map_good(encoder.encode, map(find_row, heaviest_rows(config, lengths)))
+
+    attention = pick_attention(config, model_config)
+    collator = probe_collator(encoder.processor)
+    collator.padding_free = not why_padding_is_needed_by_structure(
+        attention, model_config, nested_images=collator.nested_images, padding_free=config.data.padding_free
+    )
+    batches = count_batches(config, source, lengths, encoder, padded=not collator.padding_free)
+    plan = plan_model(config, model_config, partial(dummy_batch, encoder))
+    model = build_trained_skeleton(config, model_config, plan, attention)
+    settings = describe_settings(config, encoder, plan, model, attention)
+    memory = estimate_batch_memory(config, model, attention, collator, heaviest_batch) if heaviest_batch else None
+
     report = Report(
         model=config.model.model_name_or_path,
         data=", ".join(dict.fromkeys(part.name for part in findings.parts)),
-        totals=totals,
+        totals=count_totals(findings, lengths, validation),
         problems=[*findings.problems, *(validation.problems if validation else [])],
         lengths=lengths.by_role(),
         image_sizes=findings.image_sizes,
         padding=lengths.padding_shares(
             config.training.per_device_train_batch_size, config.training.seed, rows_of_a_step(config)
         ),
-        estimates=estimate_run(
-            config, source, lengths, memory, count_batches(config, source, lengths, encoder, padded=padded)
-        ),
+        estimates=estimate_run(config, source, lengths, memory, batches),
         settings=settings,
         warnings=[*find_warnings(findings, encoder), *compare_counts(samples, lengths, encoder)],
         samples=samples,
@@ -140,46 +91,8 @@ def check(config: RunConfig) -> Report:
     return report
 
 
-def measure_all(config: RunConfig, source: Any, meter: RowMeter) -> Findings:
-    """Measure every row, or the first `max_rows`, with a progress bar."""
-    findings, limit = Findings(source.parts), config.check.max_rows
-    known = sum(part.size for part in source.parts)
-    total = min(known, limit or known) if known else limit
-    if isinstance(source, Stream):
-        chunks = _measure_stream(source, meter, limit)
-    else:
-        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
-        few = total is not None and total <= 4 * CHUNK  # starting processes would take longer
-        chunks = measure_rows(source.parts, meter, limit=limit, workers=0 if few else workers)
-    with tqdm(total=total, desc="checking rows", unit="row") as progress:
-        for chunk in chunks:
-            findings.add(chunk)
-            progress.update(len(chunk))
-    return findings
-
-
-def _measure_stream(source: Stream, meter: RowMeter, limit: int | None) -> Iterable[list[Measured]]:
-    numbered = ((number, row) for number, part in enumerate(source.parts) for row in read_part(part))
-    for number, row in itertools.islice(numbered, limit):
-        if isinstance(row, UserError):
-            raise row
-        yield meter.measure([(number, row)])
-
-
-def find_rows(source: Any, lengths: Lengths):
-    """A function from a position in `lengths` to its row."""
-
-    def find(index: int) -> Row:
-        part, number = source.parts[lengths.part[index]], int(lengths.number[index])
-        if isinstance(source, Stream):
-            return part.row(number, next(iter(part.rows.skip(number))))
-        return part.row(number, part.rows[number])
-
-    return find
-
-
-def heaviest(config: RunConfig, lengths: Lengths) -> list[int]:
-    """The rows of the batch that needs the most memory."""
+def heaviest_rows(config: RunConfig, lengths: Lengths) -> list[int]:
+    """The rows of the batch that needs the most memory, as positions in `lengths`."""
     order, size = np.argsort(-lengths.tokens, kind="stable"), config.training.per_device_train_batch_size
     if not len(order):
         return []
@@ -188,93 +101,90 @@ def heaviest(config: RunConfig, lengths: Lengths) -> list[int]:
     return [int(order[i % len(order)]) for i in range(size)]
 
 
-def pads_batches(config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder) -> bool:
-    """Whether batches of this model are padded, as far as can be told without running it."""
-    attention, collator = pick_attention(config, model_config), probe_collator(encoder.processor)
-    obstacle = why_padding_is_needed_by_structure(attention, model_config, nested_images=collator.nested_images)
-    return config.data.padding_free is False or obstacle != ""
-
-
 def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Encoder, *, padded: bool) -> int | None:
-    """Batches of an epoch with `max_tokens_per_batch`, all processes together; None where rows were not measured."""
+    """Batches of an epoch with `max_tokens_per_batch`, of all processes; None where not all rows were measured."""
     budget = config.data.max_tokens_per_batch
     if budget is None or config.check.max_rows:
         return None
     measured = RowLengths(source, encoder, exact=True)
     measured.known[:] = NOT_TRAINED
     measured.known[np.take(measured.ends, lengths.part) + lengths.number] = lengths.tokens
-    return pack_batches(config.training, len(source), measured, budget, padded=padded).number_of_batches()
+    return make_token_batches(config.training, len(source), measured, budget, padded=padded).count_items()
 
 
-def describe_model(
-    config: RunConfig, model_config: PreTrainedConfig, encoder: Encoder, samples: list[Sample], *, padded: bool
-) -> tuple[MemoryEstimate | None, dict[str, str]]:
-    """What trains and how, read from a model without weights, and the memory that a step on `samples` needs."""
-    plan = plan_model(config, model_config, partial(dummy_batch, encoder))
-    attention = pick_attention(config, model_config)
+def build_trained_skeleton(
+    config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, attention: Attention
+) -> nn.Module:
+    """The model without weights, prepared as for training."""
     model_config._attn_implementation = attention.loaded if attention.loaded in ("sdpa", "eager") else "sdpa"
     skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
-    parts, classes = find_parts(skeleton), plan.wrap_classes
     if plan.quantization:
         quantise_skeleton(skeleton, plan.quantization)
-    model = prepare_model(skeleton, config, plan.lora_targets)
+    model = prepare_model(skeleton, config, plan.parts, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
-    settings = {
-        "parts": parameter_table(model, parts),
+    return model
+
+
+def describe_settings(
+    config: RunConfig, encoder: Encoder, plan: ModelPlan, model: Any, attention: Attention
+) -> dict[str, str]:
+    """What trains and how, as texts by name."""
+    return {
+        "parts": parameter_table(model, find_parts(model)),
         "attention": attention.reason.removeprefix("Attention: "),
-        "FSDP would wrap": ", ".join(classes) or "nothing: no class of layers was found",
+        "FSDP would wrap": ", ".join(plan.wrap_classes) or "nothing, because no class of layers was found",
         "end of an answer": repr(encoder.chat.end_of_turn),
         "overlong rows": f"max_seq_length {encoder.max_seq_length}, overlong_rows {config.data.overlong_rows}",
     }
-    if not samples:
-        return None, settings
-    collator = probe_collator(encoder.processor)
-    collator.padding_free = not padded
+
+
+def estimate_batch_memory(
+    config: RunConfig, model: Any, attention: Attention, collator: Collator, samples: list[Sample]
+) -> MemoryEstimate:
+    """The peak memory of a step on a batch of these samples. `model` is a skeleton, and is used up."""
     batch = collator(samples)
     del batch["facts"]
     if collator.padding_free:
         set_decoder_attention(model, PACKED)
     elif "flash" in attention.loaded:
         del batch["attention_mask"]
-    hold = patch_master_weights if config.model.keep_master_weights else None
-    processes = count_processes(config)
-    return estimate_memory(model, batch, config.training, processes=processes, hold_masters=hold), settings
+    return estimate_memory(
+        model,
+        batch,
+        config.training,
+        processes=count_processes(config),
+        patch_optimizer=patch_master_weights if config.model.keep_master_weights else None,
+    )
 
 
-def count_totals(findings: Findings, lengths: Lengths) -> dict[str, int]:
-    counts = findings.counts
-    return {
-        "rows": counts["rows"],
-        "bad_rows": counts["bad_rows"],
-        "rows_left_out": counts["rows_left_out"],
-        "rows_cut": counts["rows_cut"],
-        "images": counts["images"],
-        "dropped_images": counts["dropped_images"],
-        "tokens": int(lengths.tokens.sum(dtype=np.int64)),
-        "image_tokens": int(lengths.image_tokens.sum(dtype=np.int64)),
-        "supervised_tokens": int(lengths.supervised_tokens.sum(dtype=np.int64)),
+def count_totals(findings: Findings, lengths: Lengths, validation: Findings | None) -> dict[str, int]:
+    """The counts of the report, by name."""
+    totals = {
+        name: findings.counts[name]
+        for name in ("rows", "bad_rows", "rows_left_out", "rows_cut", "images", "dropped_images")
     }
-
-
-def _few(validation: Findings | None) -> dict[str, int]:
-    return {name: validation.counts[name] for name in ("rows", "bad_rows")} if validation else {}
+    for name in ("tokens", "image_tokens", "supervised_tokens"):
+        totals[name] = int(getattr(lengths, name).sum(dtype=np.int64))
+    if validation:
+        totals |= {f"validation_{name}": validation.counts[name] for name in ("rows", "bad_rows")}
+    return totals
 
 
 def find_warnings(findings: Findings, encoder: Encoder) -> list[str]:
-    """What is no error, but deserves a look."""
+    """What is not an error, but worth a look."""
     counts, warnings = findings.counts, []
     if split := encoder.find_split_prompt():
         warnings.append(
-            f"The chat template's generation prompt ends in {split!r}, which training joins with the answer's first"
-            " word into one token: the model would be asked in another way than it was trained."
+            f"The chat template's generation prompt ends in {split!r}. In training, this end and the first word of the"
+            " answer become one token, so you would ask the model in another way than it was trained."
         )
-    if counts["rows_with_control_tokens"]:
+    if number := counts["rows_with_control_tokens"]:
         warnings.append(
-            f"{counts['rows_with_control_tokens']} rows hold control tokens ({encoder.processor.tokenizer.eos_token},"
-            " …) in their text; they are read as the text they are."
+            f"The text of {number} rows contains control tokens such as {encoder.processor.tokenizer.eos_token}."
+            " They are treated as text."
         )
-    if counts["dropped_images"]:
-        warnings.append(f"{counts['dropped_images']} images are beyond the first {encoder.max_images} of their row.")
+    if number := counts["dropped_images"]:
+        warnings.append(f"{number} images are not used, because a row may have {encoder.max_images}.")
     if rows := findings.left_out:
         some = ", ".join(f"{row['file']} row {row['row']} ({row['tokens']} tokens)" for row in rows[:SHOWN_PER_KIND])
         more = ", …" if len(rows) > SHOWN_PER_KIND else ""
@@ -282,35 +192,35 @@ def find_warnings(findings: Findings, encoder: Encoder) -> list[str]:
     if counts["rows_cut"]:
         warnings.append(f"The answers of {counts['rows_cut']} rows would be cut to fit max_seq_length.")
     if encoder.chat.adds_end_token:
-        warnings.append(f"The chat template ends no answer; {encoder.chat.end_of_turn} is added to each.")
+        warnings.append(
+            f"The chat template writes no end token after an answer, so training adds {encoder.chat.end_of_turn}."
+        )
     return warnings
 
 
 def compare_counts(samples: list[SampleRow], lengths: Lengths, encoder: Encoder) -> list[str]:
-    """Hold what was counted against rows that were encoded in full."""
+    """Warnings where the measured length of a sample row is not the number of tokens it was encoded to."""
     warnings = []
     for sample in samples:
-        counted = lengths.tokens[(lengths.number == sample.row)].tolist()
-        is_cut = encoder.overlong_rows == "truncate_text" and encoder.max_seq_length in counted
-        if len(sample.tokens) not in counted and not is_cut:  # a cut may take a token more, to end with a character
+        measured = lengths.tokens[(lengths.number == sample.row)].tolist()
+        is_cut = encoder.overlong_rows == "truncate_text" and encoder.max_seq_length in measured
+        if len(sample.tokens) not in measured and not is_cut:  # a cut may take a token more, to end with a character
             warnings.append(
-                f"{sample.file}, row {sample.row} has {len(sample.tokens)} tokens, but {counted} were counted: the"
-                " lengths here are approximate."
+                f"{sample.file}, row {sample.row} has {len(sample.tokens)} tokens, but {measured} were measured: the"
+                " lengths in this report are approximate."
             )
     return warnings
 
 
 def write_report(report: Report, output_dir: Path) -> None:
-    """Write both files; the page is written last, so that it never belongs to other figures."""
-    try:
+    """Write both files. The page comes last, so that it never shows other values than `check.json`."""
+    with writing(f"output_dir {output_dir}"):
         write_json(output_dir / "check.json", report.to_dict())
         write_text(output_dir / "check.html", render_page(report))
-    except OSError as error:
-        raise UserError(where=f"output_dir {output_dir}", problem=f"cannot be written: {error.strerror}.") from error
 
 
 def describe(report: Report, output_dir: str) -> str:
-    """What is printed at the end."""
+    """The text that is printed at the end."""
     lines = [f"{name}: {value}" if "\n" not in value else value for name, value in report.settings.items()]
     lines += [f"{name.replace('_', ' ')}: {value:,.6g} ({how})" for name, (value, how) in report.estimates.items()]
     lines += [f"{name.replace('_', ' ')}: {value:,}" for name, value in report.totals.items() if value]
@@ -333,7 +243,7 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(
             where=str(Path(config.training.output_dir, "check.json")),
             problem=f"{bad_rows:,} rows cannot be trained.",
-            fix="It names every one of them.",
+            fix="Fix the rows that this file names.",
         )
     print0("No problems.")
 

@@ -29,7 +29,7 @@ from tuning.data.from_config import image_rules, make_encoder, open_path, print_
 from tuning.data.images import load_image, thumbnail
 from tuning.data.prompts import Question, ask_or_error, read_references, right_answers
 from tuning.data.sources import Row, Source
-from tuning.distributed.launch import WHOLE_COPIES, check_processes, choose_launch_options, launch
+from tuning.distributed.launch import DDP_SETTINGS, check_processes, choose_launch_options, launch
 from tuning.distributed.processes import exit_process
 from tuning.errors import UserError
 from tuning.exit_codes import exit_code_of, on_interrupt_say
@@ -366,7 +366,7 @@ def start(arguments: Sequence[str]) -> None:
     """Answer in this process, or in as many as the options ask for."""
     source, rows, options = read_command(arguments, *OPTIONS, required=("model_name_or_path", "data_path"))
     if launch_args := choose_launch_options(options.accelerate_launch_args, all_gpus=True):
-        launch(launch_args, arguments, script=Path(__file__), settings=WHOLE_COPIES)
+        launch(launch_args, [__file__, *arguments], settings=DDP_SETTINGS)
     else:
         predict(source, rows, options)
 

@@ -1,6 +1,7 @@
 """Every option of a run, one documented line each; Hugging Face's own `TrainingArguments` stand beside ours."""
 
 from dataclasses import dataclass, field, fields
+from datetime import date
 from typing import Any
 
 from transformers import TrainingArguments
@@ -82,6 +83,11 @@ class RowArguments:
     max_messages_per_row: int = option(1000, "Most messages in a row.")
     date_string: str | None = option(None, "The date that templates write as today's (default: the day the run began).")
 
+    @property
+    def run_date(self) -> str:
+        """The date that templates write as today's, if the run begins today."""
+        return self.date_string or date.today().strftime("%d %b %Y")
+
 
 @dataclass(frozen=True)
 class DataArguments(RowArguments):
@@ -145,6 +151,7 @@ class RunArguments:
         None,
         "Read the saved model back and compare weights and logits (default: load it if a second one fits into memory).",
     )
+    logging_dir: str | None = option(None, "Folder for TensorBoard's files (default: output_dir/runs).")
     accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch` (JSON only).")
 
 

@@ -1,37 +1,29 @@
-"""Faults of the machine, put into words: memory, and processes that were killed."""
+"""Messages for faults of the machine: no memory left, and killed data workers."""
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from transformers import TrainingArguments
 
 from tuning.config.legacy_names import CHECKPOINTING
 from tuning.data.collator import BatchInfo
 from tuning.errors import UserError
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory has run out: CUDA's has an error of its own, the CPU's allocator only words."""
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in NO_MEMORY)
-
 
 def out_of_memory(
     training: TrainingArguments, batches: Sequence[BatchInfo], step: int, lora: bool, max_tokens: int | None = None
 ) -> UserError:
-    """What was tried in step `step` when memory ran out, and what may help. `max_tokens`: max_tokens_per_batch."""
+    """The error to raise when memory ran out in step `step`, with what may help. `max_tokens`: max_tokens_per_batch."""
     tokens = ", ".join(f"{batch.tokens:,}" for batch in batches)
     return UserError(
         problem=f"the {training.device.type.upper()} has no memory left in step {step}, on batches of {tokens} tokens.",
-        fix=f"What helps, most first: {'; '.join(_remedies(training, lora, max_tokens))}.",
+        fix=f"Try one of these, in this order: {', '.join(_remedies(training, lora, max_tokens))}.",
     )
 
 
 def _remedies(training: TrainingArguments, lora: bool, max_tokens: int | None) -> list[str]:
-    """The three settings most likely to help, in order: first those that leave what is trained as it is."""
+    """The three settings most likely to help, first those that change nothing about what is trained."""
     size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
     remedies = []
     if max_tokens:
@@ -49,7 +41,7 @@ def _remedies(training: TrainingArguments, lora: bool, max_tokens: int | None) -
 
 @contextmanager
 def name_killed_worker() -> Iterator[None]:
-    """Turn the death of a process that reads data into a `UserError`."""
+    """Turn the death of a data worker into a `UserError`."""
     try:
         yield
     except RuntimeError as error:
@@ -59,5 +51,5 @@ def name_killed_worker() -> Iterator[None]:
         raise UserError(
             where="dataloader_num_workers",
             problem=f"a process that reads data (pid {found[1].strip()}) {found[2].strip()}.",
-            fix="Most often the machine had no memory left: use fewer workers, or a lower dataloader_prefetch_factor.",
+            fix="Often the machine has run out of memory: use fewer workers, or a lower dataloader_prefetch_factor.",
         ) from error

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals, and the time limit of a queue."""
+"""Requests to stop: signals, and the time limit of a queue."""
 
 import multiprocessing
 import os
@@ -11,15 +11,15 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RESERVE = 1.5  # how much longer than the longest step and checkpoint so far the last ones may take
-LEAST_SECONDS = 120  # the first checkpoint, of which nothing is known, must fit, too
+LEAST_SECONDS = 120  # enough for the first checkpoint, whose duration is not known
 
 
 class Interruption:
-    """Notices, between `__enter__` and `__exit__`, that this process should stop.
+    """As a context, remembers that SIGTERM or SIGUSR1 arrived; `check` then tells why the run should stop.
 
-    SIGTERM and SIGUSR1 are noted instead of ending the process. `minutes`: the time the queue allows since this process
-    began; the run should stop while a step and a checkpoint, `RESERVE` times as long as the longest so far and at least
-    `LEAST_SECONDS`, still fit into it.
+    `minutes`: the time that the queue allows, counted from the start of this process. The run should stop while a step
+    and a checkpoint still fit into it. They are taken to last `RESERVE` times as long as the longest so far, and at
+    least `LEAST_SECONDS`.
     """
 
     def __init__(self, minutes: float | None = None):
@@ -30,7 +30,7 @@ class Interruption:
         self._before: dict[signal.Signals, object] = {}
 
     def check(self) -> str:
-        """Once a step: why the run should stop, or "". A step is what lies between two checks: data and saving too."""
+        """Why the run should stop, or "". Call this once a step: the time between two calls counts as a step's."""
         now, before, self._checked = time.time(), self._checked, time.time()
         self.longest_step = max(self.longest_step, now - (before or now))
         if self.signal is not None:
@@ -42,38 +42,38 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
 
 
 class Workers:
-    """Keeps the processes that read data from ending when all processes of a job are signalled to stop.
+    """As a context, keeps data workers alive when all processes of a job are signalled to stop.
 
-    The trainer still needs them to finish its step. After `__exit__` they may be terminated again, as PyTorch and
-    Python do with what is left of them. `start` is run by each when it begins.
+    The trainer needs them to finish its step. After the context they may exit: PyTorch and Python terminate workers
+    that are left. `start` is the `worker_init_fn` of a loader.
     """
 
     def __init__(self, start_method: str | None = None):
-        self.leaving = multiprocessing.get_context(start_method).Event()
+        self.may_exit = multiprocessing.get_context(start_method).Event()
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.leaving.set()
+        self.may_exit.set()
 
     def start(self, *_: object) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._leave)
+        signal.signal(signal.SIGTERM, self._exit_if_allowed)
 
-    def _leave(self, number: int, frame: FrameType | None) -> None:
-        if self.leaving.is_set():
+    def _exit_if_allowed(self, number: int, frame: FrameType | None) -> None:
+        if self.may_exit.is_set():
             os._exit(0)

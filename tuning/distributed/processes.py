@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, so that they go on, stop or fail together."""
+"""The processes of a run: they exchange numbers, fail together, and name a process that was lost."""
 
 import atexit
 import os
@@ -20,24 +20,24 @@ from tuning.exit_codes import EXIT_INTERNAL_ERROR, EXIT_USER_ERROR
 
 
 class Processes:
-    """The processes of a run. Every method but `name_lost_process` must be called by all of them, in the same order."""
+    """The processes of a run. All of them must call every method but `name_lost_process`, in the same order."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.number, self.rank = accelerator.num_processes, accelerator.process_index
-        self._places = self.share([zlib.crc32(socket.gethostname().encode()), os.getpid()]).tolist()
+        self._places = self.all_gather_ints([zlib.crc32(socket.gethostname().encode()), os.getpid()]).tolist()
 
-    def share(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Every process's whole numbers, `[processes, numbers]`, on this process's device."""
+    def all_gather_ints(self, numbers: Sequence[int]) -> torch.Tensor:
+        """The integers of every process, `[processes, numbers]`, on this process's device."""
         mine = torch.tensor([list(numbers)], dtype=torch.int64, device=self.accelerator.device)
         return self.accelerator.gather(mine) if self.number > 1 else mine
 
     def raise_on_all_ranks(self, error: Exception | None, *numbers: int) -> torch.Tensor:
-        """Raise `error` where there is one, and end the other processes without a word of their own.
+        """Raise this process's `error`; on the others a `RunEnded` without a message.
 
-        Else returns what `share(numbers)` does, for the price of one message.
+        If no process has an error, returns what `all_gather_ints(numbers)` does, in the same message.
         """
-        shared = self.share([error is not None, *numbers])
+        shared = self.all_gather_ints([error is not None, *numbers])
         if error is not None:
             raise error
         if self.number > 1 and shared[:, 0].any():
@@ -46,21 +46,21 @@ class Processes:
 
     @contextmanager
     def name_lost_process(self) -> Iterator[None]:
-        """Turn the failure of talking to a process into a message that names the one that is gone or silent."""
+        """Turn an error of communication into a `RunEnded` that names the process which is gone or does not answer."""
         try:
             yield
         except RuntimeError as error:  # DistBackendError and gloo's own are RuntimeErrors
             others = {rank: self._state_of(rank) for rank in range(self.number) if rank != self.rank}
             lost = {rank: state for rank, state in others.items() if state == GONE}
-            words = str(error).lower()
-            if not others or not (lost or any(word in words for word in _TALKING)):
+            text = str(error).lower()
+            if not others or not (lost or any(words in text for words in _COMMUNICATION)):
                 raise
             named = ", ".join(
                 f"process {rank} (pid {self._places[rank][1]}) is {state}" for rank, state in (lost or others).items()
             )
-            what = f"{named}; often the machine had no memory left." if lost else f"no answer: {named}. {error}"
+            reason = f"{named}. Often the machine has run out of memory." if lost else f"no answer: {named}. {error}"
             advice = "Run the same command again to continue from the last checkpoint."
-            raise RunEnded(f"Training ended at process {self.rank}: {what} {advice}", EXIT_INTERNAL_ERROR) from error
+            raise RunEnded(f"Training ended at process {self.rank}: {reason} {advice}", EXIT_INTERNAL_ERROR) from error
 
     def _state_of(self, rank: int) -> str:
         host, pid = self._places[rank]
@@ -74,21 +74,21 @@ class Processes:
 
 
 GONE = "gone"
-_TALKING = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "nccl", "gloo")
+_COMMUNICATION = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "nccl", "gloo")
 
 
 def exit_process(exit_code: int) -> NoReturn:
-    """End this process. One of several ends without taking the interpreter apart.
+    """End this process. With several processes, exit without interpreter shutdown.
 
-    gloo's threads may still be letting go of the last message's tensors. For that they take Python's lock, which
-    aborts a process whose interpreter is going: "terminate called without an active exception", exit code -6.
+    gloo's threads may still be freeing the tensors of the last message. For that they take Python's lock, and that
+    aborts a process whose interpreter is shutting down: "terminate called without an active exception", exit code -6.
     """
     if not dist.is_initialized():
         sys.exit(exit_code)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # what sys.exit would run; there is no public way
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -1,35 +1,38 @@
-"""Cross-attention models: a row of a batch must see its own images only, as when it is alone."""
+"""Mllama's cross-attention: the result of a row must not depend on the rows next to it in the batch."""
 
 import torch
 from torch import nn
 
-MASK, OPEN_ROWS = "cross_attention_mask", "full_text_row_masked_out_mask"
+MASK, OPEN_ROWS = "cross_attention_mask", "full_text_row_masked_out_mask"  # names of arguments in transformers
 
 
 def patch_mllama_cross_attention(model: nn.Module) -> None:
-    """Keep cross-attention of one row from what fills its place where other rows have more images.
+    """Add hooks to the cross-attention layers, so that each row sees the slots of its own images only.
 
-    transformers' Mllama opens the mask of a token that may see no image (before the first, or in a row without any)
-    to all image slots of the batch, padding included, so that a row's loss depends on the rows beside it. Here such a
-    token sees the slots of its own row's images, as when the row is alone; and to a row without images, which alone
-    skips these layers, they add nothing. Layers are known by their `cross_attn`.
+    Rows of a batch have as many image slots as the row with the most images. For a token that may see no image (before
+    the first one, or in a row without any) transformers' Mllama opens all of these slots, padding included, so the loss
+    of the row depends on the other rows (seen in transformers 5.23; this can go once a row's loss in a batch is its
+    loss alone, which `tests/parity/test_supervised_loss.py` compares). Here such a token sees the slots of its own
+    row's images, as when the row is alone. A row without images gets zeros from these layers: alone, it skips them.
+    Does nothing to models without such layers, which are found by their `cross_attn`.
     """
     layers = [layer for layer in model.modules() if isinstance(getattr(layer, "cross_attn", None), nn.Module)]
     if not layers:
         return
 
-    def remember_images(body: nn.Module, args: tuple, kwargs: dict) -> None:
+    def find_own_slots(body: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get(MASK)  # [B, T, images, tiles], 1 where a token sees a tile
-        has_image = (
-            None if mask is None else (mask > 0).any(dim=1).any(dim=2, keepdim=True).expand(-1, -1, mask.shape[3])
-        )
+        own_slots = None
+        if mask is not None:
+            has_image = (mask > 0).any(dim=1).any(dim=2, keepdim=True)
+            own_slots = has_image.expand(-1, -1, mask.shape[3]).flatten(1)  # [B, images · tiles]
         for layer in layers:
-            layer.own_slots = None if has_image is None else has_image.flatten(1)  # [B, images · tiles]
+            layer.own_slots = own_slots
 
-    model.base_model.register_forward_pre_hook(remember_images, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(find_own_slots, with_kwargs=True)
     for layer in layers:
         layer.register_forward_pre_hook(_close_other_slots, with_kwargs=True)
-        layer.cross_attn.register_forward_hook(_silence_rows_without_images)
+        layer.cross_attn.register_forward_hook(_zero_rows_without_images)
 
 
 def _close_other_slots(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -42,7 +45,7 @@ def _close_other_slots(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     return args, {**kwargs, MASK: closed}
 
 
-def _silence_rows_without_images(attention: nn.Module, args: tuple, output: tuple) -> tuple:
+def _zero_rows_without_images(attention: nn.Module, args: tuple, output: tuple) -> tuple:
     if attention.has_image is None:
         return output
     return (output[0] * attention.has_image[:, None, None], *output[1:])

@@ -1,4 +1,4 @@
-"""Vision tower, projector and language model, found from the model's own structure."""
+"""The parts of a model (vision tower, projector, language model), found from its structure, and their sizes."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL)
 
 @dataclass(frozen=True)
 class Parts:
-    """Module names of the language model (with its head) and of the vision tower; all else is the projector."""
+    """Module names of the language model (with its head) and of the vision tower; the rest is the projector."""
 
     language_model: tuple[str, ...]
     vision_tower: tuple[str, ...]
 
     def of(self, name: str) -> str:
-        """The part that a parameter or module belongs to, by its name; PEFT's prefix is ignored."""
+        """The part that a parameter or module with this name belongs to; PEFT's prefix is ignored."""
         name = name.removeprefix("base_model.model.")
         if _is_inside(name, self.vision_tower):
             return VISION_TOWER
@@ -31,9 +31,9 @@ def _is_inside(name: str, roots: tuple[str, ...]) -> bool:
 
 
 def find_parts(model: PreTrainedModel | PeftModel) -> Parts:
-    """Locate the parts through `get_decoder`, `get_output_embeddings` and `get_encoder(modality="image")`.
+    """Find the parts through `get_decoder`, `get_output_embeddings` and `get_encoder(modality="image")`.
 
-    An adapted model has the parts of its base.
+    For a model with adapters, these are the parts of its base.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     names = {id(module): name for name, module in model.named_modules()}
@@ -46,27 +46,27 @@ def find_parts(model: PreTrainedModel | PeftModel) -> Parts:
 
 
 def freeze_parts(model: PreTrainedModel, parts: Parts, frozen: set[str]) -> None:
-    """Let the parameters of every part in `frozen` stay as they are, and train all others."""
+    """Freeze the parameters of the parts in `frozen`, and train all others."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parts.of(name) not in frozen)
 
 
 def freeze_parameters(model: nn.Module, names: set[str]) -> None:
-    """Let the parameters called `names` stay as they are."""
+    """Freeze the parameters with these names."""
     for name, parameter in model.named_parameters():
         if name in names:
             parameter.requires_grad_(False)
 
 
 def count_numbers(parameter: torch.Tensor) -> int:
-    """Numbers that a parameter stands for: 4-bit ones are packed, and DeepSpeed leaves nothing in what it shards."""
-    packed = getattr(parameter, "quant_state", None)  # bitsandbytes'
+    """How many numbers a parameter stands for: 4-bit weights are packed, and weights sharded by DeepSpeed are empty."""
+    packed = getattr(parameter, "quant_state", None)  # set by bitsandbytes
     return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """Parameters of a part, and how many of them are trained."""
+    """How many parameters a part has, and how many of them train."""
 
     part: str
     parameters: int
@@ -74,7 +74,7 @@ class PartSize:
 
 
 def count_parameters(model: nn.Module, parts: Parts) -> list[PartSize]:
-    """The size of every part, in the order of `PARTS`. Shared parameters count once."""
+    """The size of each part, in the order of `PARTS`. Shared parameters count once."""
     total, trained = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         size = count_numbers(parameter)
@@ -84,7 +84,7 @@ def count_parameters(model: nn.Module, parts: Parts) -> list[PartSize]:
 
 
 def parameter_table(model: nn.Module, parts: Parts) -> str:
-    """Parameters per part, total and trainable, as text."""
+    """A table in plain text: total and trainable parameters of each part."""
     rows = count_parameters(model, parts)
     rows.append(PartSize("all", sum(row.parameters for row in rows), sum(row.trained for row in rows)))
     lines = [f"{'part':<22} {'parameters':>15} {'trainable':>15} {'':>8}"]

@@ -1,4 +1,4 @@
-"""How the vision tower runs where it does not train: without a graph, a few images at a time, or not again at all."""
+"""How a frozen vision tower runs: without a graph, a few images at a time, and, with a cache, once per image."""
 
 import hashlib
 import json
@@ -21,25 +21,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_on
 from transformers import PreTrainedModel
 
 from tuning.console import print0
-from tuning.errors import UserError
-from tuning.model.dry_run import CANNOT_SIMULATE, find_leaves, run_without_weights
+from tuning.errors import UserError, describe_failure, try_optional, writing
+from tuning.model.dry_run import find_leaves, run_without_weights
 from tuning.model.parts import find_parts
 
-# 28 tiles of 384×384, for which a tower like so400m takes 0.6 GB in float32 beside what it returns. On the CPU it takes
-# 4 % less time with twice as many, and 30 % more with half as many.
+CACHE_OPTION = "cache_vision_features"
 CHUNK_PIXELS = 2**22
-CACHE = "cache_vision_features"
-
-
-@dataclass(frozen=True)
-class TowerOutput:
-    """What a model's vision tower returns, and what of it the loss depends on.
-
-    `structure`: of its output. `read`: places among the output's leaves.
-    """
-
-    structure: TreeSpec
-    read: tuple[int, ...]
+"""Pixels that go through the tower at once: 28 tiles of 384×384, which cost a tower like so400m 0.6 GB in float32 on
+top of its output. On a CPU twice as many take 4 % less time, half as many 30 % more.
+"""
 
 
 def find_tower(model: PreTrainedModel | PeftModel) -> nn.Module | None:
@@ -48,80 +38,84 @@ def find_tower(model: PreTrainedModel | PeftModel) -> nn.Module | None:
     return base.get_submodule(names[0]) if names else None
 
 
-def patch_frozen_tower_without_grad(model: PreTrainedModel | PeftModel, *, sharded: bool) -> None:
-    """Run the vision tower without a graph, and few images at a time, in every call in which nothing of it trains.
+# --- without a graph, a few images at a time ---
 
-    PEFT and gradient checkpointing make its embeddings' output require a gradient: a frozen tower would be recomputed
-    and differentiated for nothing. Its forward is replaced on the instance, after everything that decides what
-    trains. `sharded`: every process must run its layers equally often, so that all images go through at once.
+
+def patch_frozen_tower(model: PreTrainedModel | PeftModel, *, sharded: bool) -> None:
+    """Replace the tower's `forward`: a call in which nothing trains builds no graph and takes few images at a time.
+
+    PEFT and gradient checkpointing make the output of its embeddings require a gradient, so that a frozen tower would
+    be recomputed and differentiated for nothing. Call this once it is decided what trains. It can go once
+    `enable_input_require_grads` leaves frozen towers alone (it does not in transformers 5.23). `sharded`: FSDP or
+    DeepSpeed need every process to run the layers equally often, so all images go through at once.
     """
     tower = find_tower(model)
     if tower is None:
         return
-    stock = tower.forward
-    whole = sharded or bool(_noise(tower))
+    stock_forward = tower.forward
+    all_at_once = sharded or bool(_describe_randomness(tower))
 
     def forward(self, *args, **kwargs):
-        if _trains(self, (args, kwargs)):
-            return stock(*args, **kwargs)
+        if _needs_gradient(self, (args, kwargs)):
+            return stock_forward(*args, **kwargs)
         with torch.no_grad():
             images = _only_images((args, kwargs))
-            if whole or images is None:
-                return stock(*args, **kwargs)
-            return _run_in_chunks(lambda part: _call(stock, part, args, kwargs), images)
+            if all_at_once or images is None:
+                return stock_forward(*args, **kwargs)
+            return _run_in_chunks(lambda chunk: _call_with_images(stock_forward, chunk, args, kwargs), images)
 
     tower.forward = types.MethodType(forward, tower)
 
 
-def _trains(tower: nn.Module, call: Any) -> bool:
-    """Whether a gradient is wanted in the tower or before it."""
-    inputs = (value for value in tree_leaves(call) if isinstance(value, torch.Tensor))
+def _needs_gradient(tower: nn.Module, arguments: Any) -> bool:
+    """Whether something trains in the tower, or before it."""
+    inputs = (value for value in tree_leaves(arguments) if isinstance(value, torch.Tensor))
     return any(tensor.requires_grad for tensors in (inputs, tower.parameters()) for tensor in tensors)
 
 
-def _only_images(call: Any) -> torch.Tensor | None:
-    """The images `[N, C, H, W]` of a call, unless it has other tensors: which would have to be divided as well."""
-    tensors = [value for value in tree_leaves(call) if isinstance(value, torch.Tensor)]
+def _only_images(arguments: Any) -> torch.Tensor | None:
+    """The images `[N, C, H, W]` of a call; None where it has other tensors, which would have to be split as well."""
+    tensors = [value for value in tree_leaves(arguments) if isinstance(value, torch.Tensor)]
     return tensors[0] if len(tensors) == 1 and tensors[0].dim() == 4 else None
 
 
-def _call(tower: Callable, images: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call `tower` with `images` in place of those among its arguments."""
+def _call_with_images(tower: Callable, images: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call `tower` with `images` in place of the images among its arguments."""
     args, kwargs = tree_map_only(torch.Tensor, lambda _: images, (args, kwargs))
     return tower(*args, **kwargs)
 
 
 def _run_in_chunks(run: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Any:
-    """`run(images)`, in parts of `CHUNK_PIXELS`; all at once where the output's first dimension is not the images'."""
-    # With one image that could not be seen.
+    """`run(images)` in chunks of `CHUNK_PIXELS`, joined; at once where the first output dimension is not the images."""
+    # Two at least: with one image every first dimension of 1 would look like the images.
     size = max(2, CHUNK_PIXELS // (images.shape[2] * images.shape[3]))
     if len(images) <= size:
         return run(images)
-    whole: list[Any] = []
+    joined: list[Any] = []
     done = 0
-    for part in images.split(size):
-        leaves, structure = tree_flatten(run(part))
+    for chunk in images.split(size):
+        leaves, structure = tree_flatten(run(chunk))
         if not done:
-            if not _are_along(leaves, len(part)):
+            if not _has_row_per_image(leaves, len(chunk)):
                 return run(images)
-            whole = [leaf.new_empty(len(images), *leaf.shape[1:]) if _is_tensor(leaf) else leaf for leaf in leaves]
-        for place, leaf in zip(whole, leaves, strict=True):
+            joined = [leaf.new_empty(len(images), *leaf.shape[1:]) if _is_tensor(leaf) else leaf for leaf in leaves]
+        for whole, leaf in zip(joined, leaves, strict=True):
             if _is_tensor(leaf):
-                place[done : done + len(part)] = leaf
-        done += len(part)
-    return tree_unflatten(whole, structure)
+                whole[done : done + len(chunk)] = leaf
+        done += len(chunk)
+    return tree_unflatten(joined, structure)
 
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _are_along(leaves: Iterable[Any], images: int) -> bool:
+def _has_row_per_image(leaves: Iterable[Any], images: int) -> bool:
     return all(leaf.shape[:1] == (images,) for leaf in leaves if _is_tensor(leaf))
 
 
-def _noise(tower: nn.Module) -> str:
-    """What makes the features of an image depend on more than the image and the weights: dropout, batch norm."""
+def _describe_randomness(tower: nn.Module) -> str:
+    """What makes features depend on more than image and weights: dropout, batch normalisation; "" if nothing does."""
     settings = _settings(tower).items()
     found = [f"{name} {value}" for name, value in settings if "drop" in name and isinstance(value, float) and value > 0]
     for module in tower.modules():
@@ -137,114 +131,118 @@ def _settings(tower: nn.Module) -> dict[str, Any]:
     return config.to_dict() if hasattr(config, "to_dict") else {}
 
 
-def probe_tower(skeleton: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], *, sharded: bool) -> TowerOutput:
-    """What the vision tower returns to this model. Raises `UserError` where its features cannot be kept.
+# --- once per image: features from a cache ---
 
-    `skeleton`, on the meta device, is prepared as for training; `batch` is what the collator made of two rows with
-    an image each, without its facts.
+
+@dataclass(frozen=True)
+class TowerOutput:
+    """What a model's vision tower returns, and which of it the loss depends on.
+
+    `structure`: of the tower's output. `used`: numbers of the leaves in it that the loss depends on.
+    """
+
+    structure: TreeSpec
+    used: tuple[int, ...]
+
+
+def probe_tower(skeleton: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], *, sharded: bool) -> TowerOutput:
+    """Find out what the vision tower returns to this model. Raises `UserError` where its features cannot be cached.
+
+    `skeleton`, on the meta device, is prepared as for training. `batch` holds the tensors that the collator made of two
+    rows with one image each.
     """
     tower = find_tower(skeleton)
     if tower is None:
-        raise UserError(where=CACHE, problem="this model has no vision tower of its own.", fix="Remove it.")
+        raise _cannot_cache("this model has no separate vision tower.")
     if any(parameter.requires_grad for parameter in tower.parameters()):
-        raise UserError(
-            where=CACHE,
-            problem="the vision tower trains, so that its features change.",
-            fix="Freeze it, or remove this.",
-        )
+        raise _cannot_cache("the vision tower trains, so its features change.", f"Freeze it, or remove {CACHE_OPTION}.")
     if sharded:
-        raise UserError(
-            where=CACHE,
-            problem="FSDP and DeepSpeed need every process to run the vision tower every time.",
-            fix="Remove it.",
-        )
-    if noise := _noise(tower):
-        raise UserError(
-            where=CACHE, problem=f"the features of an image are not always the same: {noise}.", fix="Remove it."
-        )
+        raise _cannot_cache("FSDP and DeepSpeed need every process to run the vision tower on every batch.")
+    if randomness := _describe_randomness(tower):
+        raise _cannot_cache(f"the features of an image are not always the same: {randomness}.")
     outputs: list[tuple[TreeSpec, bool]] = []
-    cut: list[Any] = []
+    detached: list[Any] = []
 
-    def cut_graph(_, args, kwargs, output):
+    def detach_output(_, args, kwargs, output):
         leaves, structure = tree_flatten(output)
         images = _only_images((args, kwargs))
-        outputs.append((structure, images is not None and _are_along(leaves, len(images))))
-        cut[:] = [leaf.detach().requires_grad_() if _is_tensor(leaf) else leaf for leaf in leaves]
-        return tree_unflatten(cut, structure)
+        outputs.append((structure, images is not None and _has_row_per_image(leaves, len(images))))
+        detached[:] = [leaf.detach().requires_grad_() if _is_tensor(leaf) else leaf for leaf in leaves]
+        return tree_unflatten(detached, structure)
 
-    hook = tower.register_forward_hook(cut_graph, with_kwargs=True)
+    hook = tower.register_forward_hook(detach_output, with_kwargs=True)
     try:
-        reached = find_leaves(run_without_weights(skeleton, batch))
-    except (*CANNOT_SIMULATE, TypeError, ValueError, IndexError) as error:
-        raise UserError(
-            where=CACHE, problem=f"this model does not run without weights: {error}", fix="Remove it."
-        ) from error
+        loss = try_optional(lambda: run_without_weights(skeleton, batch))
     finally:
         hook.remove()
+    if loss.error:
+        raise _cannot_cache(f"this model does not run without weights: {describe_failure(loss.error)}.") from loss.error
     if len(outputs) != 1 or not outputs[0][1]:
-        raise UserError(
-            where=CACHE,
-            problem="this model's vision tower takes more than images, so that none has features of its own.",
-            fix="Remove it.",
-        )
-    return TowerOutput(outputs[0][0], tuple(place for place, leaf in enumerate(cut) if id(leaf) in reached))
+        raise _cannot_cache("this model's vision tower takes more than images, so an image has no features of its own.")
+    assert loss.value is not None
+    leaves_of_loss = find_leaves(loss.value)
+    return TowerOutput(outputs[0][0], tuple(n for n, leaf in enumerate(detached) if id(leaf) in leaves_of_loss))
+
+
+def _cannot_cache(problem: str, fix: str = f"Remove {CACHE_OPTION}.") -> UserError:
+    return UserError(where=CACHE_OPTION, problem=problem, fix=fix)
 
 
 def patch_cached_vision_features(model: PreTrainedModel | PeftModel, output: TowerOutput, folder: str) -> None:
-    """Let the frozen tower run once an image: its features are kept in `folder`, and taken from there again.
+    """Replace the tower's `forward`: it runs once per image, keeps the features in `folder` and then reads them there.
 
-    `output` is from `probe_tower`. Raises `UserError` where there can be no such folder.
+    Nothing in transformers does this. `output` comes from `probe_tower`. Raises `UserError` where the folder cannot be
+    made.
     """
     tower = find_tower(model)
     assert tower is not None, "probe_tower has found it"
-    run, features = tower.forward, FeatureFolder.open(folder, CACHE)
-    weights: list[str] = []
+    stock_forward, cache = tower.forward, FeatureCache.open(folder)
+    weights_digest: list[str] = []  # one, made at the first call: then the weights are on their device
 
     def forward(self, *args, **kwargs):
         images = _only_images((args, kwargs))
-        if images is None or _trains(self, (args, kwargs)):
-            return run(*args, **kwargs)
-        if not weights:
-            weights.append(_digest_tower(self, output))
+        if images is None or _needs_gradient(self, (args, kwargs)):
+            return stock_forward(*args, **kwargs)
+        if not weights_digest:
+            weights_digest.append(_digest_tower(self, output))
         device = images.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        about = (weights[0], precision, _describe_call(args, kwargs))
-        keys = [digest(*about, image) for image in images.cpu()]
-        found = {key: features.load(key) for key in dict.fromkeys(keys)}
-        missing = [key for key, kept in found.items() if kept is None]
+        call = (weights_digest[0], precision, _describe_call(args, kwargs))
+        keys = [digest(*call, image) for image in images.cpu()]
+        found = {key: cache.load(key) for key in dict.fromkeys(keys)}
+        missing = [key for key, features in found.items() if features is None]
         if missing:
-            leaves = tree_leaves(_call(run, images[[keys.index(key) for key in missing]], args, kwargs))
-            assert all(_is_tensor(leaves[place]) for place in output.read), "the tower was called as never in planning"
-            for number, key in enumerate(missing):
-                kept = {str(place): leaves[place][number] for place in output.read}
-                found[key] = {name: value.cpu().contiguous().clone() for name, value in kept.items()}
-                features.save(key, found[key])
+            new_images = images[[keys.index(key) for key in missing]]
+            leaves = tree_leaves(_call_with_images(stock_forward, new_images, args, kwargs))
+            assert all(_is_tensor(leaves[n]) for n in output.used), "the output differs from that of probe_tower"
+            for i, key in enumerate(missing):
+                features = {str(n): leaves[n][i].cpu().contiguous().clone() for n in output.used}
+                found[key] = features
+                cache.save(key, features)
         leaves = [None] * output.structure.num_leaves
-        for place in output.read:
-            leaves[place] = torch.stack([found[key][str(place)] for key in keys]).to(images.device)
+        for n in output.used:
+            leaves[n] = torch.stack([found[key][str(n)] for key in keys]).to(images.device)
         return tree_unflatten(leaves, output.structure)
 
     tower.forward = types.MethodType(forward, tower)
 
 
 def _digest_tower(tower: nn.Module, output: TowerOutput) -> str:
-    """What features depend on beside the image and the call: weights with their precision, structure, code."""
+    """A digest of what features depend on, apart from image and call: the weights, their dtypes, settings, versions."""
     settings = {name: value for name, value in _settings(tower).items() if name != "_name_or_path"}
     written = json.dumps(settings, sort_keys=True, default=str)
-    facts = (transformers.__version__, type(tower).__name__, written, output.read)
-    return digest(*facts, *(item for pair in tower.state_dict().items() for item in pair))
+    code = (transformers.__version__, type(tower).__name__, written, output.used)
+    return digest(*code, *(item for pair in tower.state_dict().items() for item in pair))
 
 
 def _describe_call(args: tuple, kwargs: dict[str, Any]) -> str:
-    """A call without its tensors. `use_cache`, which some models hand on and Trainer changes, is none of a tower's."""
+    """A call as text, without its tensors and `use_cache`, which Trainer changes and a tower does not use."""
     kept = {name: value for name, value in sorted(kwargs.items()) if name != "use_cache"}
     return repr(tree_map_only(torch.Tensor, lambda _: None, (args, kept)))
 
 
 def digest(*items: Any) -> str:
-    """A name for `items`, tensors by shape, precision and contents, all else as Python writes it: 40 hexadecimal
-    digits.
-    """
+    """40 hexadecimal digits that stand for `items`: tensors by shape, dtype and contents, others by their `repr`."""
     found = hashlib.blake2b(digest_size=20)
     for item in items:
         if isinstance(item, torch.Tensor):
@@ -256,23 +254,21 @@ def digest(*items: Any) -> str:
 
 
 @dataclass
-class FeatureFolder:
-    """Features by their key. A file is whole or not there; one that cannot be read counts as not there.
+class FeatureCache:
+    """Features by their key, one file each. A file is complete or missing; an unreadable one counts as missing.
 
-    `full`: the disk takes no more, so that nothing is written any longer.
+    `full`: a write has failed, so nothing more is written.
     """
 
     path: Path
     full: bool = False
 
     @classmethod
-    def open(cls, folder: str, option: str) -> "FeatureFolder":
-        """Raises `UserError` that names `option` where `folder` neither exists nor can be made."""
+    def open(cls, folder: str) -> "FeatureCache":
+        """The cache in `folder`, which is made where it is missing. Raises `UserError` where that fails."""
         path = Path(folder).expanduser()
-        try:
+        with writing(f"{CACHE_OPTION} {folder}", "Choose another folder."):
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(where=f"{option} {folder}", problem=f"cannot be made: {error.strerror}.") from error
         return cls(path)
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
@@ -292,7 +288,9 @@ class FeatureFolder:
             os.replace(unfinished, file)
         except OSError as error:
             self.full = True
-            print0(f"{self.path} takes no more features ({error.strerror}): the run goes on without writing any.")
+            print0(
+                f"Writing vision features to {self.path} failed ({error.strerror}). The run continues and writes none."
+            )
         finally:
             with suppress(OSError):
                 unfinished.unlink()

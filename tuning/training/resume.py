@@ -1,22 +1,22 @@
-"""Where a run goes on: what must be the same as before, and which checkpoint it continues from."""
+"""Resuming a run: what must be the same as before, and which checkpoint to resume from."""
 
 import json
 import math
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
-from tuning.errors import RunEnded, UserError
+from tuning.distributed.processes import Processes
+from tuning.errors import RunEnded, UserError, writing
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.files import COMPLETE_FILE, CONFIG_FILE, FINGERPRINT_FILE, SKIPPED_FILE, STATE_FILE, read_json, write_json
-from tuning.files import read_json as read_json_file
 from tuning.training.checkpoint_files import (
+    find_complete,
     find_leftovers,
     is_complete,
     list_checkpoints,
@@ -35,23 +35,24 @@ SAME_LORA = ("peft_method", "r", "lora_alpha", "target_modules", "bias", "module
 ROWS_OF_A_STEP = "per_device_train_batch_size × processes × gradient_accumulation_steps"
 BATCHES_OF_A_STEP = "processes × gradient_accumulation_steps"
 SCHEDULE = ("num_train_epochs", "max_steps")
-PADDED = "padded batches"  # known only once the model was tried; the order of rows may follow from it
+PADDED = "padded batches"  # known only once the model has run; the order of rows may depend on it
 NOT_COMPARED = ("schedule", "date_string", PADDED)
+START_OVER = "Give another output_dir, or set overwrite_output_dir true to start over."
 
 
 def run_fingerprint(config: RunConfig, *, rows: list, architecture: str) -> dict[str, Any]:
-    """What must stay the same for a run to be continued, and its schedule; `rows` from `Source.identity`."""
+    """What must stay the same for a run to be resumed, and its schedule. `rows`: from `Source.fingerprint`."""
     options = config.to_dict()
     lora = SAME_LORA if config.lora.peft_method else ("peft_method",)
     same = {name: options[name] for name in (*SAME_MODEL, *SAME_FREEZING, *lora, *SAME_DATA, *SAME_ENCODING)}
     same |= _rows_of_a_step(config)
     schedule = {name: options[name] for name in SCHEDULE}
-    same |= {"rows": rows, "architecture": architecture, "schedule": schedule, "date_string": run_date(config)}
-    return json.loads(json.dumps(same))  # as it comes back from disk: tuples are lists
+    same |= {"rows": rows, "architecture": architecture, "schedule": schedule, "date_string": config.data.run_date}
+    return json.loads(json.dumps(same))  # as it is read from disk: tuples are lists
 
 
 def _rows_of_a_step(config: RunConfig) -> dict[str, Any]:
-    """What decides which rows are in which step: how far a run is in its data is counted in steps."""
+    """What decides which rows a step has: a resumed run counts in steps how much of its data is done."""
     training, budget = config.training, config.data.max_tokens_per_batch
     by_padding = config.group_by_length is None and not budget
     same: dict[str, Any] = {
@@ -68,36 +69,34 @@ def _rows_of_a_step(config: RunConfig) -> dict[str, Any]:
     return same | {BATCHES_OF_A_STEP: batches, "what ends the run": end}
 
 
-def run_date(config: RunConfig) -> str:
-    """The date that templates write as today's: the user's, else today's."""
-    return config.data.date_string or date.today().strftime("%d %b %Y")
-
-
 def check_fingerprint(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises `UserError` naming what changed since `folder` was written."""
+    """Raises `UserError` that names what changed since `folder` was written."""
     changed = [name for name in now if name not in NOT_COMPARED and before.get(name) != now[name]]
     if not changed:
         return
     listed = "; ".join(f"{name} was {_brief(before.get(name))}, is {_brief(now[name])}" for name in changed)
     raise UserError(
         where=str(folder),
-        problem=f"this run cannot be continued, because {listed}.",
-        fix="Restore it, give another output_dir, or set overwrite_output_dir true to start over.",
+        problem=f"this run cannot be resumed, because {listed}.",
+        fix="Change it back, give another output_dir, or set overwrite_output_dir true to start over.",
     )
 
 
 def _brief(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:39]}…{text[-40:]}"  # a row count stands at the end
+    return text if len(text) <= 80 else f"{text[:39]}…{text[-40:]}"  # a row count is at the end
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an earlier run in the same output_dir came. `folder`: its last complete checkpoint, if any. `padded`:
-    whether its batches were. `files`: names of those of the finished model.
+    """How far an earlier run in the same output_dir came.
+
+    `resume_from`: its last complete checkpoint, after step `global_step`. `finished_steps`: the steps of a finished
+    run, whose model consists of `files`. `trained_to_end`: only the final model must be saved. `padded`: whether its
+    batches were padded. `notes`: sentences to print. `fingerprint`: this run's, with the date of the earlier one.
     """
 
-    folder: Path | None = None
+    resume_from: Path | None = None
     global_step: int = 0
     finished_steps: int | None = None
     trained_to_end: bool = False
@@ -105,23 +104,44 @@ class Progress:
     padded: bool | None = None
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
 def find_progress(config: RunConfig, fingerprint: dict[str, Any]) -> Progress:
-    """Where to go on. Raises `UserError` when the run cannot be continued from what is there."""
-    wanted, patience = config.training.resume_from_checkpoint, config.answers.early_stopping_patience
+    """How far the run is. Raises `UserError` when it cannot be resumed from what is in output_dir."""
+    progress = _read_progress(config, fingerprint)
+    date = progress.date_string or fingerprint["date_string"]
+    return replace(progress, fingerprint=fingerprint | {"date_string": date})
+
+
+def check_same_progress(processes: Processes, config: RunConfig, progress: Progress) -> None:
+    """Raises `UserError` where machines do not share output_dir, and so see different checkpoints."""
+    if len(set(processes.all_gather_ints([progress.global_step])[:, 0].tolist())) > 1:
+        raise UserError(
+            where=f"output_dir {config.training.output_dir}",
+            problem="the machines find different checkpoints here.",
+            fix="Give a folder that all of them share.",
+        )
+
+
+def _read_progress(config: RunConfig, fingerprint: dict[str, Any]) -> Progress:
+    resume, patience = config.training.resume_from_checkpoint, config.answers.early_stopping_patience
     output_dir = Path(config.training.output_dir)
-    if isinstance(wanted, str):
-        if not is_complete(Path(wanted)):
-            raise UserError(where=f"resume_from_checkpoint {wanted}", problem="is not a complete checkpoint.")
-        return _progress_at(Path(wanted), fingerprint, patience)
-    checkpoints = list_checkpoints(output_dir)
-    complete = [folder for folder in checkpoints if is_complete(folder)]
-    broken = [*find_leftovers(output_dir), *(folder for folder in checkpoints if folder not in complete)]
+    if isinstance(resume, str):
+        if not is_complete(Path(resume)):
+            raise UserError(
+                where=f"resume_from_checkpoint {resume}",
+                problem="is not a complete checkpoint.",
+                fix="Give a checkpoint-N folder of a run, or leave resume_from_checkpoint out.",
+            )
+        return _progress_at(Path(resume), fingerprint, patience)
+    complete = find_complete(output_dir)
+    partial = [folder for folder in list_checkpoints(output_dir) if folder not in complete]
+    broken = [*find_leftovers(output_dir), *partial]
     notes = tuple(f"{folder} was not written completely and is ignored." for folder in broken)
     if config.run.overwrite_output_dir:
         return Progress(notes=notes)
-    if wanted is False and (complete or (output_dir / COMPLETE_FILE).exists()):
+    if resume is False and (complete or (output_dir / COMPLETE_FILE).exists()):
         raise UserError(
             where=str(output_dir),
             problem="holds an earlier run, and resume_from_checkpoint is false.",
@@ -134,14 +154,16 @@ def find_progress(config: RunConfig, fingerprint: dict[str, Any]) -> Progress:
         if not complete:
             raise UserError(
                 where=str(output_dir),
-                problem=f"holds a finished run with another {' or '.join(SCHEDULE)}, and no checkpoint to go on from.",
-                fix="Give another output_dir, or set overwrite_output_dir true to start over.",
+                problem=f"holds a finished run with another {' or '.join(SCHEDULE)}, and no checkpoint to resume from.",
+                fix=START_OVER,
             )
     if complete:
         return _progress_at(complete[-1], fingerprint, patience, notes)
-    if wanted:
+    if resume:
         raise UserError(
-            where=str(output_dir), problem="resume_from_checkpoint is true, but there is no complete checkpoint."
+            where=str(output_dir),
+            problem="resume_from_checkpoint is true, but there is no complete checkpoint.",
+            fix="Leave resume_from_checkpoint out to start from the beginning.",
         )
     return Progress(notes=notes)
 
@@ -150,7 +172,7 @@ def _progress_at(
     folder: Path, fingerprint: dict[str, Any], patience: int | None, notes: tuple[str, ...] = ()
 ) -> Progress:
     before, state = read_json(folder / FINGERPRINT_FILE), read_json(folder / STATE_FILE) or {}
-    if before is None:  # written by another tool: nothing to compare
+    if before is None:  # the stock trainer wrote it: nothing to compare
         return Progress(folder, state["global_step"], notes=notes)
     check_fingerprint(folder, before, fingerprint)
     check_schedule(folder, state, before["schedule"], fingerprint["schedule"])
@@ -167,7 +189,7 @@ def _progress_at(
 
 
 def check_schedule(folder: Path, state: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises `UserError` where the run would now end before the step that the checkpoint `folder` is of."""
+    """Raises `UserError` where the run would now end before the step of the checkpoint `folder`."""
     if before == now:
         return
     step, name = state["global_step"], SCHEDULE[now["max_steps"] > 0]
@@ -181,37 +203,42 @@ def check_schedule(folder: Path, state: dict[str, Any], before: dict[str, Any], 
 
 
 def has_stopped_early(state: dict[str, Any], patience: int | None) -> bool:
-    """Whether a trainer's state is that of a run which early stopping has ended."""
+    """Whether early stopping has ended the run with this trainer state."""
     kept = (state.get("stateful_callbacks") or {}).get("EarlyStopping") or {}
     counted = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
     return patience is not None and counted >= patience
 
 
 def describe_kept(output_dir: Path) -> str:
-    """In words: where the next run in `output_dir` begins."""
-    complete = [folder for folder in list_checkpoints(output_dir) if is_complete(folder)]
-    start = f"go on from {complete[-1]}" if complete else "start again: no checkpoint was written yet (save_steps)"
+    """A sentence that says where the next run in `output_dir` would start."""
+    complete = find_complete(output_dir)
+    start = f"resume from {complete[-1]}" if complete else "start again: no checkpoint was written yet (save_steps)"
     return f"The same command would {start}."
 
 
 def print_changed_options(config: RunConfig) -> None:
-    """Of a finished run: options that are others now, which has no effect."""
-    before = read_json_file(Path(config.training.output_dir, CONFIG_FILE)) or {}
+    """Warn about options that changed after the run finished."""
+    before = read_json(Path(config.training.output_dir, CONFIG_FILE)) or {}
     now = json.loads(json.dumps(config.to_dict(), default=str))
     changed = [name for name, value in now.items() if name in before and before[name] != value]
     changed = [name for name in changed if name not in ("overwrite_output_dir", "accelerate_launch_args")]
     if changed:
-        print0(f"Without effect: {', '.join(changed)} changed since; overwrite_output_dir true would train anew.")
+        print0(
+            f"Changed since then, without effect: {', '.join(changed)}. To train again, set overwrite_output_dir true."
+        )
 
 
-def prepare_output(config: RunConfig, progress: Progress, fingerprint: dict[str, Any]) -> AbstractContextManager:
-    """Make output_dir ready: everything that can be wrong with the input has been found by now. Returns its lock."""
+def prepare_output(config: RunConfig, progress: Progress) -> AbstractContextManager:
+    """Lock output_dir and remove what must not stay there. Returns the lock, to be held as long as the run lasts.
+
+    Call this once everything that can be wrong with the input has been checked. Only the first process does something.
+    """
     output_dir = Path(config.training.output_dir)
     if os.environ.get("RANK", "0") != "0":
         return nullcontext()
-    try:
+    with writing(f"output_dir {output_dir}"):
         lock = lock_output_dir(output_dir)
-        if find_progress(config, fingerprint) != progress:
+        if find_progress(config, progress.fingerprint) != progress:
             raise RunEnded(
                 f"Another run was at work in {output_dir} until now. Run the same command again.", EXIT_INTERNAL_ERROR
             )
@@ -221,9 +248,7 @@ def prepare_output(config: RunConfig, progress: Progress, fingerprint: dict[str,
             remove_earlier_run(output_dir)
         for leftover in find_leftovers(output_dir):
             shutil.rmtree(leftover)
-        if progress.folder is None:
+        if progress.resume_from is None:
             (output_dir / SKIPPED_FILE).unlink(missing_ok=True)
         write_json(output_dir / CONFIG_FILE, config.to_dict())
         return lock
-    except OSError as error:
-        raise UserError(where=f"output_dir {output_dir}", problem=f"cannot be written: {error.strerror}.") from error

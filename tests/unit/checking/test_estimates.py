@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from tiny_models import LAYOUTS, build_model, build_processor
 
-from tuning.checking.estimates import Lengths
-from tuning.checking.report import padding_share, token_texts
+from tuning.checking.estimates import Lengths, padding_share
+from tuning.checking.report import token_texts
 from tuning.distributed.fsdp import find_wrap_classes
 
 

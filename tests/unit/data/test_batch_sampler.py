@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuning.data import batch_sampler
-from tuning.data.batch_sampler import RowOrder, SharedBatches, TokenBatches, pack
+from tuning.data.batch_sampler import RowBatches, RowOrder, TokenBatches, pack
 
 any_data = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 LENGTHS = np.random.default_rng(0).lognormal(6, 1, 5000).astype(int) + 2
@@ -48,7 +48,7 @@ def test_grouping_leaves_a_tenth_of_the_padding():
     orders = [
         RowOrder(len(LENGTHS), 0, Measured(LENGTHS), group, grouped) for grouped in (True, False) for group in (8,)
     ]
-    grouped, random = (padding(list(SharedBatches(order, 8)), LENGTHS) for order in orders)
+    grouped, random = (padding(list(RowBatches(order, 8)), LENGTHS) for order in orders)
     assert grouped < 0.1 * random
 
 
@@ -57,15 +57,14 @@ def test_the_order_depends_on_seed_and_epoch_only(grouped):
     sampler, other = (RowOrder(len(LENGTHS), 0, Measured(LENGTHS), 8, grouped) for _ in range(2))
     first = list(sampler)
     assert sorted(first) == list(range(len(LENGTHS)))
-    sampler.set_epoch(1)
-    other.set_epoch(1)
+    sampler.epoch = other.epoch = 1
     assert list(sampler) == list(other) != first
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("grouped", [None, False, True])
 def test_rows_are_grouped_where_batches_are_padded_unless_the_user_says(grouped, padded):
-    batches = SharedBatches(RowOrder(len(LENGTHS), 0, Measured(LENGTHS), 8, grouped), 8)
+    batches = RowBatches(RowOrder(len(LENGTHS), 0, Measured(LENGTHS), 8, grouped), 8)
     batches.padded = padded
     wanted = padded if grouped is None else grouped
     assert (padding(list(batches), LENGTHS) < 0.2) == wanted
@@ -87,7 +86,7 @@ def test_a_step_has_the_same_rows_however_it_is_split(lengths, size, grouped, dr
         patch.setattr(batch_sampler, "LEAST_ROWS", 1)
         for world, accumulated in SPLITS:
             order = RowOrder(rows, 3, Measured(lengths), per_step, grouped)
-            ranks = shares(functools.partial(SharedBatches, order, size, drop_last=drop_last), world)
+            ranks = shares(functools.partial(RowBatches, order, size, drop_last=drop_last), world)
             assert all(len(batch) <= size for rank in ranks for batch in rank)
             found.append(steps_of(ranks, accumulated))
     assert all(steps == found[0] for steps in found)
@@ -97,16 +96,16 @@ def test_a_step_has_the_same_rows_however_it_is_split(lengths, size, grouped, dr
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("rows", [24, 25, 29, 35])
 def test_rows_are_dealt_out_evenly(rows, world):
-    ranks = shares(functools.partial(SharedBatches, RowOrder(rows, 0), 12 // world), world)
+    ranks = shares(functools.partial(RowBatches, RowOrder(rows, 0), 12 // world), world)
     for dealt in zip(*ranks, strict=True):
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-    dropped = SharedBatches(RowOrder(rows, 0), 12 // world, world=world, drop_last=True)
+    dropped = RowBatches(RowOrder(rows, 0), 12 // world, world=world, drop_last=True)
     assert len(list(dropped)) == len(dropped) == rows // 12
 
 
 def test_accumulated_batches_wait_less_for_the_slowest_process(monkeypatch):
     def cost_of_slowest() -> int:
-        ranks = shares(functools.partial(SharedBatches, RowOrder(4992, 0, Measured(LENGTHS), 64), 8), 2)
+        ranks = shares(functools.partial(RowBatches, RowOrder(4992, 0, Measured(LENGTHS), 64), 8), 2)
         costs = [[max(LENGTHS[batch]) * len(batch) for batch in rank] for rank in ranks]
         return np.array(costs).reshape(2, -1, 4).sum(axis=2).max(axis=0).sum()
 
@@ -118,8 +117,8 @@ def test_accumulated_batches_wait_less_for_the_slowest_process(monkeypatch):
 @pytest.mark.parametrize("skipped", [0, 1, 150, 300, 511, 512, 620])
 def test_batches_that_are_passed_over_are_not_measured(skipped):
     measured = Measured(LENGTHS)
-    whole = list(SharedBatches(RowOrder(len(LENGTHS), 0, Measured(LENGTHS), 8), 4, rank=1, world=2))
-    batches = SharedBatches(RowOrder(len(LENGTHS), 0, measured, 8), 4, rank=1, world=2)
+    whole = list(RowBatches(RowOrder(len(LENGTHS), 0, Measured(LENGTHS), 8), 4, rank=1, world=2))
+    batches = RowBatches(RowOrder(len(LENGTHS), 0, measured, 8), 4, rank=1, world=2)
     batches.begin(0, skipped)
     assert list(batches) == [[]] * skipped + whole[skipped:]
     assert len(measured.asked) == len(LENGTHS) - (skipped * 8 // batches.order.window) * batches.order.window
@@ -140,7 +139,7 @@ def test_a_window_is_measured_when_it_is_reached():
 
 def test_rows_that_are_not_trained_do_not_come_together():
     lengths = np.where(np.random.default_rng(1).random(4096) < 0.1, 1, LENGTHS[:4096])
-    batches = SharedBatches(RowOrder(4096, 0, Measured(lengths), 8), 8)
+    batches = RowBatches(RowOrder(4096, 0, Measured(lengths), 8), 8)
     assert max(sum(lengths[batch] == 1) for batch in batches) < 6
 
 
@@ -167,7 +166,7 @@ def test_packed_batches_hold_every_row_once_and_no_more_than_the_budget(lengths,
 def test_a_step_has_the_same_batches_however_it_is_split(lengths, budget, padded, epoch):
     found, measured = [], Measured(lengths)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_sampler, "WINDOW", 16)
+        patch.setattr(batch_sampler, "PACKED_ROWS", 16)
         for world, accumulated in SPLITS:
 
             def make(accumulated=accumulated, **share):
@@ -216,13 +215,13 @@ def test_endless_batches_go_on_without_a_short_step():
         len(batches)
     shares = []
     for batches.rank in range(2):
-        shares += itertools.islice(batches, 3 * batches.number_of_batches())
+        shares += itertools.islice(batches, 3 * batches.count_items())
     assert all(shares)
     assert np.bincount(list(itertools.chain.from_iterable(shares))).tolist() == [6] * 500
 
 
-def test_a_longer_row_than_the_budget_is_said_once(capsys):
+def test_a_longer_row_than_the_budget_is_reported_once(capsys):
     batches = TokenBatches(3, Measured([5, 900, 800]), 700, seed=0, padded=True)
     assert [len(batch) for batch in batches] == [1, 1, 1]
     list(batches)
-    assert capsys.readouterr().out.count("more than max_tokens_per_batch 700") == 1
+    assert capsys.readouterr().out.count("more tokens than max_tokens_per_batch 700") == 1

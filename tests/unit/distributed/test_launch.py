@@ -15,7 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from tuning import exit_codes
 from tuning.distributed import launch
-from tuning.distributed.launch import check_processes, choose_launch_options, ended, launch_flags
+from tuning.distributed.launch import check_processes, choose_launch_options, explain_exit, launch_flags
 from tuning.errors import UserError
 from tuning.exit_codes import claim_error_output, claim_file
 
@@ -67,21 +67,21 @@ def test_a_single_process_that_was_launched_launches_none(tmp_path):
         f"Path(sys.argv[1]).write_text(json.dumps(choose_launch_options({launch_args}, all_gpus=True)))"
     )
     assert choose_launch_options(launch_args, all_gpus=True) == launch_args
-    launch.launch(launch_args, [str(tmp_path / "wanted.json")], script=script)
+    launch.launch(launch_args, [str(script), str(tmp_path / "wanted.json")])
     assert json.loads((tmp_path / "wanted.json").read_text()) == {}
     assert choose_launch_options(launch_args, all_gpus=True) == launch_args
 
 
 def test_several_processes_with_use_cpu_of_the_launcher_are_refused():
     with pytest.raises(UserError, match="accelerate starts one process with it, not 2"):
-        launch.launch({"num_processes": 2, "use_cpu": True}, [])
+        launch.launch({"num_processes": 2, "use_cpu": True}, ["script.py"])
 
 
 def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
     check_processes(1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_processes(2)
-    with pytest.raises(UserError, match="WORLD_SIZE 2: there should be 2 processes, but this one knows of 1"):
+    with pytest.raises(UserError, match="WORLD_SIZE 2: the processes are not connected: this one knows of 1"):
         check_processes(1)
 
 
@@ -109,7 +109,7 @@ def test_options_of_accelerate_launch_become_its_flags():
     assert (parsed.num_processes, parsed.mixed_precision, parsed.multi_gpu, parsed.tpu) == (4, "bf16", True, False)
     assert parsed.gpu_ids == "0,2"
     assert parsed.fsdp_transformer_layer_cls_to_wrap == "GraniteDecoderLayer"
-    assert parsed.config_file == str(launch.DEFAULTS)
+    assert parsed.config_file == str(launch.FSDP_SETTINGS)
     assert parsed.main_process_port == 0
 
 
@@ -125,31 +125,31 @@ def test_an_unknown_option_is_answered_with_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("code", "spoken", "expected", "words"),
+    ("code", "printed", "expected", "words"),
     [
         (1, True, 1, ""),
         (143, True, 143, ""),
         (203, True, 203, ""),
         (-9, True, 203, ""),
-        (-9, False, 203, r"process 3 \(pid 7\) was ended by SIGKILL.* no memory left"),
+        (-9, False, 203, r"process 3 \(pid 7\) was ended by SIGKILL.* has run out of memory"),
         (7, False, 203, "ended with exit code 7"),
     ],
 )
-def test_how_a_launch_ends(code, spoken, expected, words):
+def test_how_a_launch_ends(code, printed, expected, words):
     file = claim_file(psutil.Process().pid)
-    file.touch() if spoken else file.unlink(missing_ok=True)
-    end = ended(code, "process 3 (pid 7)")
+    file.touch() if printed else file.unlink(missing_ok=True)
+    end = explain_exit(code, "process 3 (pid 7)")
     assert end.exit_code == expected
     assert re.search(words, end.message) if words else end.message == ""
     assert not file.exists()
 
 
 def test_a_signal_before_training_is_no_fault():
-    end = ended(-15, "process 0 (pid 7)", [15])
-    assert (end.exit_code, end.message) == (143, "Stopped by SIGTERM before a first step.")
+    end = explain_exit(-15, "process 0 (pid 7)", [15])
+    assert (end.exit_code, end.message) == (143, "Stopped by SIGTERM before the first step.")
 
 
-def test_only_the_first_process_of_a_launch_speaks(monkeypatch, tmp_path):
+def test_only_the_first_failing_process_of_a_launch_prints_its_error(monkeypatch, tmp_path):
     monkeypatch.setattr(exit_codes.tempfile, "gettempdir", lambda: str(tmp_path))
     (tmp_path / "vlm-tuning-999999999-1.00").touch()  # of a launcher that is gone
     (tmp_path / "vlm-tuning-my-data").touch()  # somebody's own
@@ -188,7 +188,7 @@ def test_an_installed_package_brings_its_settings(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = zipfile.ZipFile(wheel)
-    place = launch.DEFAULTS.relative_to(Path(launch.__file__).parents[2])
+    place = launch.FSDP_SETTINGS.relative_to(Path(launch.__file__).parents[2])
     assert packed.read(str(place)) == (ROOT / "fixtures" / "accelerate_fsdp_defaults.yaml").read_bytes()
     templates = sorted((ROOT / "tuning" / "pages" / "templates").iterdir())
     assert {path.suffix for path in templates} == {".j2", ".css", ".js"}

@@ -1,0 +1,81 @@
+"""Read the weights of a saved model or adapter: the one reader of safetensors files in this package."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from tuning.errors import UserError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file. `format`: its dtype as the file names it (F32, BF16, F8_E4M3, …)."""
+
+    file: Path
+    key: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor. It is a view of the file: only the pages that you use are read from the disk."""
+        with safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(self.key)
+
+
+class SavedWeights(Mapping[str, torch.Tensor]):
+    """The weights in a folder, by their keys in its files. A tensor is read when you ask for it.
+
+    `shards`: file name → key → stored tensor, in the order in which the tensors lie in the file. `stored`: the same for
+    all files at once. `has_index`: whether an index names the files.
+
+    Takes the first that is there: the weights of an adapter, of a model in one file, of a model with an index. Raises
+    `OSError`, `SafetensorError`, `ValueError` or `KeyError` where a file is missing or damaged: see `open_weights`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        single = [name for name in (ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME) if (folder / name).is_file()][:1]
+        self.has_index = not single
+        self.shards = {name: _list_tensors(folder / name) for name in single or _files_of_index(folder)}
+        self.stored = {key: stored for shard in self.shards.values() for key, stored in shard.items()}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.stored[key].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def open_weights(folder: Path) -> SavedWeights:
+    """The weights in a folder that the user named. Raises `UserError` where they are missing or damaged."""
+    try:
+        return SavedWeights(folder)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(
+            where=str(folder),
+            problem=f"the weights cannot be read: {error}.",
+            fix="Give a folder whose weights are complete and stored as safetensors.",
+        ) from error
+
+
+def _files_of_index(folder: Path) -> list[str]:
+    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+    return sorted(set(index["weight_map"].values()))
+
+
+def _list_tensors(file: Path) -> dict[str, StoredTensor]:
+    found = {}
+    with safe_open(file, framework="pt") as opened:
+        for key in opened.offset_keys():
+            header, nbytes = opened.get_slice(key), opened.get_tensor(key).nbytes  # a view: no numbers are read
+            found[key] = StoredTensor(file, key, header.get_dtype(), tuple(header.get_shape()), nbytes)
+    return found

@@ -1,0 +1,53 @@
+"""The trained weights under the names that they have on disk, gathered from all processes where FSDP shards them."""
+
+from collections.abc import Mapping
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefixes of checkpointing and compiling wrappers."""
+    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
+
+
+def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that FSDP sharded, on every process; any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # offloaded shards are on the CPU
+
+
+def gather_trained(
+    model: nn.Module, dtypes: Mapping[str, torch.dtype], *, is_main_process: bool
+) -> dict[str, torch.Tensor]:
+    """The weights of a model, or of its adapter, by plain name; on the main process only.
+
+    What FSDP shards is gathered to the CPU, in the dtypes to save: it may hold trained weights in float32. All
+    processes must call this then, and each holds one gathered tensor at a time. Tied weights are one tensor under
+    several names.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights: dict[str, torch.Tensor] = {}
+    gathered: dict[int, torch.Tensor] = {}
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        if isinstance(model, PeftModel) and name not in trained and f".{model.active_adapter}." not in name:
+            continue
+        if id(parameter) not in gathered:
+            tensor = gather_tensor(parameter.detach())
+            if isinstance(parameter, DTensor):
+                dtype = dtypes.get(plain_name(name), tensor.dtype)
+                tensor = tensor.to(dtype).cpu() if is_main_process else torch.empty(0)
+            gathered[id(parameter)] = tensor
+        weights[plain_name(name)] = gathered[id(parameter)]
+    return weights if is_main_process else {}
+
+
+def repeated_names(model: nn.Module) -> set[str]:
+    """Every name but the first of tied parameters."""
+    names = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    return names - {plain_name(name) for name, _ in model.named_parameters()}
