@@ -131,7 +131,7 @@ def wait_for(condition, seconds=60):
 def test_two_models_answer_about_a_dropped_picture_and_nothing_leaves_the_machine(command, open_page, tmp_path):
     _, address, _ = command
     tab = open_page(address)
-    assert tab.locator(".speaker strong, .speaker small").all_inner_texts() == [
+    assert tab.locator(".model strong, .model small").all_inner_texts() == [
         *("adapter", "cpu · float32 · LoRA adapter on base"),
         *("base", "cpu · float32 · without the adapter"),
     ]
@@ -153,7 +153,7 @@ def test_two_models_answer_about_a_dropped_picture_and_nothing_leaves_the_machin
     wait_for(lambda: said(tab, 1)[3:] == ["A cat sits there."])
     tab.get_by_text("Clear", exact=True).click()
     wait_for(lambda: said(tab, 0) == said(tab, 1) == [])
-    tab.get_by_text("Ask adapter about a picture, or just talk.").wait_for()
+    tab.get_by_text("Ask adapter a question. Add images if you like.").wait_for()
     assert tab.strange == []
     assert not tab.locator("footer").is_visible()
 

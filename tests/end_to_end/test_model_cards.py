@@ -57,7 +57,7 @@ def test_a_card_describes_its_run_and_its_code_runs(lora, base, rows, make_optio
     assert "`base`" in text
     assert f"16 rows of `{rows.name}`" in text
     assert re.search(r"\| steps \| 3 \|", text)
-    assert re.search(r"\| batch of a step \| 4 rows \|", text)
+    assert re.search(r"\| rows per step \| 4 \|", text)
     assert f"| eval_loss | {result.metrics['eval_loss']:.4g} |" in text
     assert ("| LoRA | r 4, alpha 16, dropout 0.05 |" in text) == lora
     assert re.search(r"\| vision tower \| [\d,]+ \| (0) \|", text) or not lora
@@ -118,10 +118,10 @@ def test_names_of_the_hub_are_metadata():
     assert (score.dataset_type, score.metric_type, score.metric_value) == ("some/rows", "loss", 1.5)
 
 
-def test_a_batch_is_of_all_processes():
-    assert "| batch of a step | 24 rows |" in write_card(make_facts())
+def test_a_step_counts_all_processes():
+    assert "| rows per step | 24 |" in write_card(make_facts())
     budget = {"max_tokens_per_batch": 1000, "per_device_train_batch_size": 8}
-    assert "| batch of a step | 6 × 1,000 tokens at most |" in write_card(make_facts(options=budget))
+    assert "| tokens per step | at most 6 × 1,000 |" in write_card(make_facts(options=budget))
     assert "| warmup | 10% of the steps |" in write_card(make_facts())
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tuning.config.options import default_options
-from tuning.pages.charts import BUCKETS, average, render_curves, thin_out
-from tuning.pages.render import round_up, shorten
+from tuning.pages.charts import BUCKETS, average, draw_curves, round_up, thin_out
+from tuning.pages.render import shorten
 from tuning.pages.run_page import format_duration, write_report
 from tuning.pages.run_record import Series, read_record
 
@@ -128,18 +128,18 @@ def test_a_running_page_shows_everything_and_runs_nothing_of_it(open_page, out):
         "1 row left out: skipped_rows.jsonl",
         "The validation loss was lowest at step 40",
         "● validation loss",
-        "2 of 3 latest answers say exactly what the reference says.",
+        "2 of 3 latest answers exactly equal the reference.",
         "Before training " + NASTY,
         "1 answer in between",
         "Step 100 ␀",
         "2,000,000 of 8,000,000",
         "none of 3,000,000",
         "batches padding-free",
-        f"Not the defaults output_dir {NASTY} learning_rate 0.123 The other",
+        f"Different from the defaults output_dir {NASTY} learning_rate 0.123 The other",
     ):
         assert shown in text, shown
     assert "per_device_train_batch_size" in text[text.index("other") :]
-    assert "not the defaults per_device" not in text.lower()
+    assert "from the defaults per_device" not in text.lower()
 
 
 def test_it_fits_a_phone_and_a_screen_reader(open_page, out):
@@ -166,7 +166,7 @@ def test_a_page_that_loads_again_stays_where_its_reader_was(open_page, out):
     (out / "frame.html").write_text(FRAME)
     dom, _ = open_page(out / "frame.html")
     seen = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom)[1]))
-    assert seen == {"top": 700, "open": ["The same as a table"], "focus": "reload"}
+    assert seen == {"top": 700, "open": ["The same values as a table"], "focus": "reload"}
 
 
 def test_only_a_running_page_loads_itself_again(out):
@@ -184,7 +184,7 @@ def test_only_a_running_page_loads_itself_again(out):
 
 def test_every_file_may_be_missing_or_broken(out, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    assert "Nothing was trained yet" in read_page(empty)
+    assert "No training yet" in read_page(empty)
     assert "No step has been logged yet." in read_page(empty)
     (empty / ".complete").write_text(json.dumps({"global_step": 7}))
     assert "Finished after 7 steps" in read_page(empty)
@@ -203,14 +203,14 @@ def test_every_file_may_be_missing_or_broken(out, tmp_path_factory):
     assert "Running: step 100 of 900" in read_page(out)
 
 
-def test_numbers_that_are_none_are_marked_and_left_out(out):
+def test_values_that_are_not_finite_are_marked_and_left_out(out):
     lines = list(make_logs(9))
     for line, value in zip(lines, (math.inf, math.nan, -math.inf), strict=False):
         line["grad_norm"] = value
     write_lines(out / "training_logs.jsonl", lines)
     page = read_page(out)
-    assert "3 values of no finite size, marked ×." in page
-    assert page.count('class="strange"') == 3
+    assert "3 NaN or infinite values, marked ×." in page
+    assert page.count('class="not-finite"') == 3
     assert "step 1: inf" in page
     assert not re.search(r'="[^"]*\bnan\b', page)
     write_lines(out / "training_logs.jsonl", [{"step": 1, "loss": math.nan, "grad_norm": math.inf}])
@@ -249,23 +249,23 @@ def test_a_page_of_many_lines_is_small_and_quick(out):
 def test_a_curve_over_decades_has_a_logarithmic_axis():
     series = Series(np.arange(1, 5), np.array([3.0, 0.3, 0.02, 0.004]))
     flat = Series(np.arange(1, 5), np.array([3.0, 2.0, 1.0, 0.5]))
-    drawn = render_curves("loss", {"loss": series}, may_be_log=True)
-    assert "logarithmic" in drawn
-    assert [mark for mark in ("5", "1", "0.1", "0.01") if f">{mark}</text>" in drawn] == ["1", "0.1", "0.01"]
-    for other in (render_curves("loss", {"loss": series}), render_curves("loss", {"loss": flat}, may_be_log=True)):
-        assert "logarithmic" not in other
-        assert ">0</text>" in other
-    assert render_curves("loss", {"loss": Series(np.array([1]), np.array([math.nan]))}) == ""
+    chart = draw_curves("loss", {"loss": series}, allow_log=True)
+    assert chart.is_log
+    assert [mark for mark in ("5", "1", "0.1", "0.01") if f">{mark}</text>" in chart.svg] == ["1", "0.1", "0.01"]
+    for other in (draw_curves("loss", {"loss": series}), draw_curves("loss", {"loss": flat}, allow_log=True)):
+        assert not other.is_log
+        assert ">0</text>" in other.svg
+    assert draw_curves("loss", {"loss": Series(np.array([1]), np.array([math.nan]))}) is None
 
 
 @pytest.mark.parametrize(
     "values", [(0.0, 0.0), (-3.0, -3.0), (1e-12, 1e12), (5e-324, 1e-300), (1e300, -1e300), (0.1, 0.3)]
 )
 def test_no_curve_breaks_an_axis(values):
-    for may_be_log in (False, True):
-        drawn = render_curves("x", {"x": Series(np.arange(len(values)), np.array(values))}, may_be_log=may_be_log)
-        assert 2 <= drawn.count('class="grid"') <= 9
-        assert "nan" not in drawn
+    for allow_log in (False, True):
+        chart = draw_curves("x", {"x": Series(np.arange(len(values)), np.array(values))}, allow_log=allow_log)
+        assert 2 <= chart.svg.count('class="grid"') <= 9
+        assert "nan" not in chart.svg
 
 
 def test_axis_numbers_are_round_and_short():
