@@ -23,7 +23,9 @@ from tuning import cli
 from tuning.commands import export
 from tuning.config.options import ModelSource
 from tuning.export import merged_model
-from tuning.model.lora import load_answering
+from tuning.export.merge import Merge
+from tuning.model.answering import load_answering
+from tuning.model.saved_weights import tensor_bytes
 from tuning.pages.model_card import MARK
 
 QV = ["q_proj", "v_proj"]
@@ -105,43 +107,52 @@ def test_a_folder_that_is_there_is_left_alone(adapter, run, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("mine")
     code, said = run("--adapter", adapter)
     assert code == 1
-    assert "is there already" in said
+    assert "it exists already" in said
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-def halve(value):
-    return lambda *arguments: value(*arguments) / 2
+def halve_changed(make):
+    return lambda merge, entry: make(merge, entry) / (1 if entry.change is None else 2)
 
 
-def leave_first(write):
+def leave_first(make):
     """The first layer is written as it was."""
     seen = []
 
-    def written(plan, entry, dtype):
+    def made(merge, entry):
         if entry.change is not None and not seen:
             seen.append(entry)
-            return merged_model.read_bytes(entry.source)
-        return write(plan, entry, dtype)
+            return entry.source.read()
+        return make(merge, entry)
+
+    return made
+
+
+def blank_copies(make):
+    return lambda merge, entry: make(merge, entry) * (entry.change is not None)
+
+
+def flip_a_bit(write):
+    """The file is damaged as it is written."""
+
+    def written(file, entries, tensors):
+        write(file, entries, tensors)
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
 
     return written
 
 
 def drop_a_key(write):
-    def written(file, layout, data):
-        write(file, layout, data)
+    def written(file, entries, tensors):
+        write(file, entries, tensors)
         tensors = load_file(file)
         tensors.pop("language_model.model.norm.weight")
         save_file(tensors, file)
 
     return written
-
-
-def blank(read):
-    def pieces(stored):
-        return [b"\0" * (stored.end - stored.start)] if stored.start > 10_000 else read(stored)
-
-    return pieces
 
 
 def merge_nothing(_):
@@ -159,10 +170,11 @@ def lose_setting(copy):
 
 
 FAULTS = {
-    "halved": (merged_model, "value_of", halve, r"proj.weight is not what base and adapter make of it \(12 faults\)"),
-    "a layer is not merged": (merged_model, "written_bytes", leave_first, r"q_proj.weight is not .* \(1 faults\)"),
+    "halved": (Merge, "make", halve_changed, r"proj.weight is not what base and adapter make of it \(12 faults\)"),
+    "a layer is not merged": (Merge, "make", leave_first, r"q_proj.weight is not .* \(1 faults\)"),
     "a key is dropped": (merged_model, "write_shard", drop_a_key, "language_model.model.norm.weight is missing"),
-    "a tensor of the base is changed": (merged_model, "read_bytes", blank, r"is not what base and adapter make of it"),
+    "a bit is flipped": (merged_model, "write_shard", flip_a_bit, r"is not what base and adapter make .* \(1 faults\)"),
+    "tensors of the base are changed": (Merge, "make", blank_copies, r"is not what base and adapter make of it"),
     "PEFT merges nothing": (LoraLinear, "merge", merge_nothing, "the layer does not give what base and adapter give"),
     "a setting is lost": (export, "copy_files", lose_setting, r"its logits differ by [\d.]+% of the largest"),
 }
@@ -174,7 +186,7 @@ def test_a_fault_is_found_and_nothing_is_kept(fault, adapter, run, tmp_path, mon
     monkeypatch.setattr(place, name, spoil(getattr(place, name)))
     code, said = run("--adapter", adapter)
     assert code == 203
-    assert re.search(f"The merged model is not base and adapter: .*{message}", said), said
+    assert re.search(f"The merged model differs from base and adapter: .*{message}", said), said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,8 +201,8 @@ def test_a_full_disk_is_told_before_anything_is_written(adapter, run, tmp_path, 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_what_is_interrupted_leaves_nothing(error, adapter, run, tmp_path, monkeypatch):
-    def fail(file, layout, data):
-        file.write_bytes(next(iter(data)))
+    def fail(file, entries, tensors):
+        file.write_bytes(tensor_bytes(next(iter(tensors))))
         raise error
 
     monkeypatch.setattr(merged_model, "write_shard", fail)
@@ -212,7 +224,7 @@ def test_what_cannot_be_merged_is_refused(adapter, make_adapter, models, run, tm
     gone = sorted(tensors)[0]
     save_file({name: tensor for name, tensor in tensors.items() if name != gone}, lacking / "adapter_model.safetensors")
     cases = {
-        "is no adapter": ["--adapter", models["llava15"]],
+        "there is no adapter": ["--adapter", models["llava15"]],
         r"does not fit the model: size mismatch .*\[16, 4\]": ["--adapter", spoilt(lora_alpha=8, r=2)],
         gone: ["--adapter", lacking],
         "does not fit the model: Target modules": ["--adapter", spoilt(target_modules=["query"])],
@@ -242,7 +254,7 @@ def test_a_model_that_does_not_fit_in_memory_is_proven_by_layers(adapter, run, m
     code, said = run("--adapter", adapter)
     assert code == 0
     assert "Logits were not compared" in said
-    assert "12 merged layers are as adapted" in said
+    assert "12 merged layers give the right output" in said
 
 
 def test_changes_that_rounding_takes_away_are_told(models, make_adapter, run, tmp_path):
@@ -255,7 +267,7 @@ def test_changes_that_rounding_takes_away_are_told(models, make_adapter, run, tm
     build_processor("llava15").save_pretrained(base)
     code, said = run("--adapter", adapter, "--base", base)
     assert code == 0
-    assert re.search(r"Rounding takes away \d+% of what the adapter adds", said), said
+    assert re.search(r"Rounding loses \d+% of what the adapter adds", said), said
     code, said = run("--adapter", adapter, "--base", base, "--dtype", "float32", output="exact")
     assert (code, "Rounding" in said) == (0, False)
 

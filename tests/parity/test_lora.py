@@ -229,7 +229,7 @@ def test_an_unknown_processor_setting_is_an_error_that_lists_the_known_ones(make
 def test_an_adapter_is_no_model(make_options, tmp_path):
     adapter = tuning.train(make_options("llava15", **LORA, max_steps=1)).model_dir
     options = make_options("llava15", output_dir=str(tmp_path / "second"))
-    with pytest.raises(UserError, match="is a LoRA adapter, not a model"):
+    with pytest.raises(UserError, match="this is a LoRA adapter, not a model"):
         tuning.train({**options, "model_name_or_path": str(adapter)})
 
 

@@ -27,8 +27,9 @@ from tuning.data.prompts import ask, join_on_the_right
 from tuning.data.sources import Row
 from tuning.errors import UserError, is_out_of_memory
 from tuning.exit_codes import exit_code_of
+from tuning.model.answering import LoadedModel, load_answering
 from tuning.model.generate import greedy_settings, stream_text
-from tuning.model.lora import LoadedModel, load_answering
+from tuning.model.lora import ADAPTER_NAME
 from tuning.pages.chat_page import HOST, serve
 
 USAGE = "vlm-tuning chat --model_name_or_path MODEL [--compare MODEL] [--port 7860]"
@@ -128,7 +129,7 @@ def is_base_of(name: str, loaded: LoadedModel) -> bool:
     """Whether `name` is the model below an adapter, which comes back when the adapter is left out."""
     if loaded.adapter is None or not isinstance(loaded.model, PeftModel):
         return False
-    if loaded.model.peft_config["default"].bias != "none":  # trained biases stay when the adapter is left out
+    if loaded.model.peft_config[ADAPTER_NAME].bias != "none":  # trained biases stay when the adapter is left out
         return False
     here, there = Path(name).expanduser(), Path(loaded.adapter.base).expanduser()
     return name == loaded.adapter.base or (here.exists() and there.exists() and here.samefile(there))

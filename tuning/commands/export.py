@@ -1,18 +1,16 @@
-"""`vlm-tuning export`: an adapter → a model that engines load, or an adapter under the names that they look for."""
+"""`vlm-tuning export`: merge an adapter into a model that engines load, or check the adapter for one engine."""
 
-import gc
 import itertools
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from tuning.config.options import ModelSource, RowArguments, option
 from tuning.config.parse import describe_command, read_command
@@ -20,36 +18,23 @@ from tuning.console import print0
 from tuning.data.collator import probe_collator
 from tuning.data.dummy_samples import dummy_samples
 from tuning.data.from_config import make_encoder, open_path
-from tuning.errors import RunEnded, UserError
+from tuning.errors import RunEnded, UserError, writing
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, exit_code_of
-from tuning.export.merge import Merge, adapt_skeleton, plan_merge
-from tuning.export.merged_model import (
-    TOLERANCES,
-    Comparison,
-    compare_layouts,
-    compare_logits,
-    copy_files,
-    count_bytes,
-    last_logits,
-    prove_weights,
-    stored_dtype,
-    write_weights,
-)
-from tuning.export.safetensors_files import find_folder, find_places, read_checkpoint
+from tuning.export.merge import AdaptedSkeleton, Merge, adapt_skeleton, plan_merge
+from tuning.export.merged_model import copy_files, write_weights
+from tuning.export.proof import Comparison, WeightProof, compare_logits, memory_for_logits
 from tuning.export.vllm import Serving, plan_transformers, plan_vllm, write_renamed
 from tuning.files import CARD_FILE, CONFIG_FILE, read_json, write_text
 from tuning.hub import NOT_OF_THE_MODEL, HubRepo
 from tuning.machine import check_space, free_memory
-from tuning.model import load
-from tuning.model.attention import choose_attention
-from tuning.model.lora import Adapter, add_adapter, find_adapter, has_processor, load_base_config
-from tuning.model.mllama import patch_mllama_cross_attention
+from tuning.model.lora import Adapter, BaseModel, find_adapter, has_processor, load_base
+from tuning.model.saved_weights import open_weights
 from tuning.pages.model_card import is_ours, merge_card
 from tuning.training.checkpoint_files import commit_checkpoint
 
 USAGE = "vlm-tuning export --adapter DIR --output DIR | config.json"
 ROWS = 4
-NOTICEABLE = 0.05
+NOTICEABLE_LOSS = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,135 +52,130 @@ class ExportArguments:
 
 
 def export(options: ExportArguments, rows: RowArguments) -> None:
-    """Merge, or check for an engine. Raises `UserError`, or `RunEnded` where the merged model is not right."""
+    """Merge, or check for an engine. Raises `UserError`, or `RunEnded` if the merged model is wrong."""
     adapter = find_adapter(options.adapter, options.base)
     if adapter is None:
-        raise UserError(where=f"adapter {options.adapter}", problem="is no adapter: it has no adapter_config.json.")
+        raise UserError(
+            where=f"adapter {options.adapter}",
+            problem="there is no adapter: adapter_config.json is missing.",
+            fix="Give the folder that training wrote, or a hub id.",
+        )
     source = ModelSource(adapter.base, trust_remote_code=options.trust_remote_code, use_flash_attn=False)
-    base, config, processor = load_base_config(source, adapter)
+    base = load_base(source, adapter)
     repository = HubRepo(options.push_to_hub) if options.push_to_hub else None
     if repository:
         repository.open()
+    adapted = adapt_skeleton(base.config, adapter)
     if options.target:
-        serve(options, config, adapter, processor, repository)
-        return
+        serve(options, base, adapted)
+    else:
+        write_merged(options, rows, base, adapted)
+    if repository and options.output:
+        repository.upload_folder(Path(options.output).expanduser())
+
+
+def write_merged(options: ExportArguments, rows: RowArguments, base: BaseModel, adapted: AdaptedSkeleton) -> None:
+    """Write the merged model to `output`, and prove it before it gets that name."""
     assert options.output is not None
-    output, dtype = Path(options.output).expanduser(), None
-    if options.dtype != "auto":
-        dtype = getattr(torch, options.dtype)
-    with written_beside(output) as folder:
-        merge = plan_merge(read_checkpoint(find_folder(adapter.base)), config, adapter)
-        say_merge(merge, adapter)
-        check_space(output, count_bytes(merge, dtype))
-        write_weights(merge, folder, dtype)
-        copy_files(merge, folder, config, dtype, without=NOT_OF_THE_MODEL)
-        processor.save_pretrained(folder)
-        write_card(adapter, folder, options.push_to_hub or output.name)
-        prove(merge, folder, dtype)
-        compare(Models(base, config, processor, adapter, folder), merge, dtype, options, rows)
-    print0(f"Done: {output} is a model of its own.")
-    if repository:
-        repository.upload_folder(output)
+    output, adapter = Path(options.output).expanduser(), adapted.adapter
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    with partial_folder(output) as folder:
+        merge = plan_merge(open_weights(adapter.base), adapted, dtype)
+        print_plan(merge, adapter)
+        check_space(output, sum(entry.nbytes for entry in merge.entries))
+        with writing(f"output {output}"):
+            proof = write_weights(merge, folder)
+            copy_files(merge, folder, base.config, dtype, exclude=NOT_OF_THE_MODEL)
+            base.processor.save_pretrained(folder)
+            write_card(adapter, folder, options.push_to_hub or output.name)
+        proof.read_back(merge, folder)
+        report_weights(proof)
+        if has_memory_for_logits(merge):
+            batches = sample_batches(options, rows, base)
+            report_logits(compare_logits(merge, folder, base, adapter, batches), len(batches))
+    print0(f"Done: {output} is a complete model.")
 
 
 @contextmanager
-def written_beside(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name at the end, and is gone if there is no good end."""
+def partial_folder(output: Path) -> Iterator[Path]:
+    """A folder next to `output` that gets its name at the end. After an error or an interrupt it is deleted."""
     if output.exists():
-        raise UserError(where=f"output {output}", problem="is there already.", fix="Give a folder that does not exist.")
+        raise UserError(
+            where=f"output {output}", problem="it exists already.", fix="Give a folder that does not exist."
+        )
     folder = output.with_name(f".{output.name}.partial")
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        with writing(f"output {output}"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
         yield folder
-        commit_checkpoint(folder, output)
-    except OSError as error:
-        raise UserError(where=f"output {output}", problem=f"cannot be written: {error.strerror or error}.") from error
+        with writing(f"output {output}"):
+            commit_checkpoint(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def say_merge(merge: Merge, adapter: Adapter) -> None:
-    entries = [entry for shard in merge.shards.values() for entry in shard.values()]
-    changed = sum(entry.change is not None for entry in entries)
-    print0(f"{adapter.folder} changes {changed} of {len(entries)} tensors of {adapter.base}.")
+def print_plan(merge: Merge, adapter: Adapter) -> None:
+    changed = sum(entry.change is not None for entry in merge.entries)
+    print0(f"{adapter.folder} changes {changed} of {len(merge.entries)} tensors of {adapter.base}.")
     if merge.untied:
         print0(
-            f"{' and '.join(merge.untied)} are one in the base model and two in the merged one: the adapter parts them."
+            f"{' and '.join(merge.untied)} are tied in the base model. The adapter makes them differ: both are stored."
         )
     if (read_json(adapter.folder / CONFIG_FILE) or {}).get("quantization"):
-        print0(
-            "The adapter was trained on quantised weights; it is merged into the base model's own, unquantised ones."
-        )
+        print0("The adapter was trained on quantised weights. It is merged into the base model's unquantised ones.")
 
 
 def write_card(adapter: Adapter, folder: Path, name: str) -> None:
-    """Give the merged model the card that training wrote for its adapter, with what is different now."""
+    """Give the merged model the card that training wrote for its adapter, adapted to the merge."""
     card = adapter.folder / CARD_FILE
     if card.is_file() and is_ours(card):
         write_text(folder / CARD_FILE, merge_card(card.read_text(encoding="utf-8"), name))
 
 
-def prove(merge: Merge, folder: Path, dtype: torch.dtype | None) -> None:
-    """Read back every file and tensor. Raises `RunEnded` naming the worst."""
-    written = read_checkpoint(folder)
-    if problems := compare_layouts(merge, written, dtype):
-        raise failed(f"{problems[0]} ({len(problems)} differences from the base checkpoint).")
-    proof = prove_weights(merge, written, dtype)
+def report_weights(proof: WeightProof) -> None:
+    """Print what the proof found. Raises `RunEnded` where a tensor is wrong."""
     if proof.faults:
-        raise failed(f"{proof.worst} ({len(proof.faults)} faults).")
-    print0(f"Weights: keys, shapes and formats are the base checkpoint's; {proof.layers} merged layers are as adapted.")
-    if proof.lost_share > NOTICEABLE:
+        raise wrong_model(f"{proof.faults[0]} ({len(proof.faults)} faults).")
+    print0(
+        f"Weights: keys, shapes and formats are those of the base. {proof.layers} merged layers give the right output."
+    )
+    if proof.lost_share > NOTICEABLE_LOSS:
         print0(
-            f"Rounding takes away {proof.lost_share:.0%} of what the adapter adds: its changes are smaller than the"
-            " steps of this precision. --dtype float32 keeps them."
+            f"Rounding loses {proof.lost_share:.0%} of what the adapter adds: its changes are smaller than the steps of"
+            " this precision. --dtype float32 keeps them."
         )
 
 
-def failed(what: str) -> RunEnded:
-    return RunEnded(f"The merged model is not base and adapter: {what} Nothing was kept.", EXIT_INTERNAL_ERROR)
+def wrong_model(fault: str) -> RunEnded:
+    return RunEnded(f"The merged model differs from base and adapter: {fault} Nothing was kept.", EXIT_INTERNAL_ERROR)
 
 
-@dataclass(frozen=True)
-class Models:
-    """What is compared: the base as it is loaded, its adapter, and the merged folder."""
-
-    base: ModelSource
-    config: PreTrainedConfig
-    processor: Any
-    adapter: Adapter
-    folder: Path
-
-
-def compare(
-    models: Models, merge: Merge, dtype: torch.dtype | None, options: ExportArguments, rows: RowArguments
-) -> None:
-    """Load the merged folder as a user would and hold its logits against those of base and adapter, in float32.
-
-    Where the model does not fit in memory, the proof of every layer must do; that is said.
-    """
-    entries = [entry for shard in merge.shards.values() for entry in shard.values()]
-    needed = int(1.2 * sum(4 * torch.Size(entry.source.shape).numel() for entry in entries))
-    if needed > (free := free_memory()):
+def has_memory_for_logits(merge: Merge) -> bool:
+    """Whether the model fits in memory in float32. If not, a line says that the logits are not compared."""
+    needed, free = memory_for_logits(merge), free_memory()
+    if needed > free:
         print0(
             f"Logits were not compared: the model in float32 needs {needed / 1e9:.0f} GB of memory and"
             f" {free / 1e9:.0f} GB are free. Each merged layer was compared on its own."
         )
-        return
-    batches = sample_batches(models, options, rows)
-    wanted = run_model(models, models.base, models.adapter, batches)
-    own = replace(models.base, model_name_or_path=str(models.folder))
-    found = run_model(models, own, None, batches)
-    result = compare_logits(wanted, found)
-    tolerance = max(TOLERANCES[stored_dtype(entry, dtype)] for entry in entries if entry.change is not None)
-    print0(describe(result, len(batches)))
-    if not result.difference <= tolerance:
-        raise failed(f"its logits differ by {result.difference:.2%} of the largest.")
+    return needed <= free
 
 
-def sample_batches(models: Models, options: ExportArguments, rows: RowArguments) -> list[dict[str, Any]]:
-    """The user's first rows, or built-in ones with and without an image, a batch each."""
-    encoder = make_encoder(rows, models.processor, models.config, rows.run_date)
+def report_logits(result: Comparison, rows: int) -> None:
+    """Print how the logits of the merged model compare. Raises `RunEnded` where they are wrong."""
+    agreeing = "all" if result.agreeing == result.positions else f"{result.agreeing} of"
+    print0(
+        f"Logits on {rows} rows: the largest difference is {result.difference:.1e} of the largest logit;"
+        f" {agreeing} {result.positions} first choices agree."
+    )
+    if not result.difference <= result.tolerance:  # also where it is NaN
+        raise wrong_model(f"its logits differ by {result.difference:.2%} of the largest.")
+
+
+def sample_batches(options: ExportArguments, rows: RowArguments, base: BaseModel) -> list[dict[str, Any]]:
+    """The user's first rows, or built-in ones with and without an image, one row per batch."""
+    encoder = make_encoder(rows, base.processor, base.config, rows.run_date)
     samples = dummy_samples(encoder)
     if options.data_path:
         source = open_path(rows, options.data_path, rows.dataset_split)
@@ -204,65 +184,33 @@ def sample_batches(models: Models, options: ExportArguments, rows: RowArguments)
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 
 
-def run_model(
-    models: Models, source: ModelSource, adapter: Adapter | None, batches: list[dict[str, Any]]
-) -> list[torch.Tensor]:
-    """Logits of a model that is loaded for it and gone afterwards."""
-    config = models.config if adapter else load.load_config(source)
-    kind = load.model_class(config)
-    attention = choose_attention(
-        kind, use_flash_attn=False, attn_implementation=None, dtype=torch.float32, device_type="cpu"
-    )
-    model = load.load_model(source, config, dtype=torch.float32, attention=attention.loaded)
-    patch_mllama_cross_attention(model)
-    logits = last_logits((add_adapter(model, adapter) if adapter else model).eval(), batches)
-    del model
-    gc.collect()
-    return logits
-
-
-def describe(result: Comparison, rows: int) -> str:
-    agreeing = "all" if result.agreeing == result.positions else f"{result.agreeing} of"
-    return (
-        f"Logits on {rows} rows: the largest difference is {result.difference:.1e} of the largest logit;"
-        f" {agreeing} {result.positions} first choices agree."
-    )
-
-
-def serve(
-    options: ExportArguments, config: PreTrainedConfig, adapter: Adapter, processor: Any, repository: HubRepo | None
-) -> None:
-    """Check the adapter itself for an engine, and write it for that engine where `output` is given."""
-    adapted = adapt_skeleton(load.build_skeleton(config), adapter)
-    if options.target == "vllm":
-        keys = read_checkpoint(find_folder(adapter.base)).tensors
-        serving = plan_vllm(adapted, find_places(load.build_skeleton(config), keys))
+def serve(options: ExportArguments, base: BaseModel, adapted: AdaptedSkeleton) -> None:
+    """Check the adapter itself for an engine. With `output`, write it under the names that the engine looks for."""
+    engine, adapter = options.target, adapted.adapter
+    if engine == "vllm":
+        serving = plan_vllm(adapted, open_weights(adapter.base))
     else:
-        serving = plan_transformers(load.build_skeleton(config), adapter, adapted)
+        serving = plan_transformers(adapted, base.config)
     for note in serving.notes:
         print0(note)
     if serving.obstacles:
         raise UserError(
             where=str(adapter.folder),
-            problem="\n  - ".join([f"{options.target} would not load all of this adapter:", *serving.obstacles]) + "\n",
+            problem="\n  - ".join([f"{engine} would not load all of this adapter:", *serving.obstacles]) + "\n",
             fix=f"Merge it instead: vlm-tuning export --adapter {options.adapter} --output DIR",
         )
     if options.output:
         output = Path(options.output).expanduser()
-        with written_beside(output) as folder:
-            write_renamed(adapted, serving, adapter, folder)
+        with partial_folder(output) as folder, writing(f"output {output}"):
+            write_renamed(adapted, serving, folder)
             if has_processor(adapter.folder):
-                processor.save_pretrained(folder)
+                base.processor.save_pretrained(folder)
         print0(f"Done: {output} is the adapter with {len(serving.renamed)} modules renamed.")
-        if repository:
-            repository.upload_folder(output)
     elif serving.renamed:
-        name, wanted = next(iter(serving.renamed.items()))
+        name, new_name = next(iter(serving.renamed.items()))
         raise UserError(
             where=str(adapter.folder),
-            problem=(
-                f"{len(serving.renamed)} modules have another name in {options.target}, such as {wanted} for {name}."
-            ),
+            problem=f"{len(serving.renamed)} modules have another name in {engine}, such as {new_name} for {name}.",
             fix="Add --output DIR to write the adapter under those names.",
         )
     print0(how_to_serve(options, serving, adapter))
@@ -272,8 +220,8 @@ def how_to_serve(options: ExportArguments, serving: Serving, adapter: Adapter) -
     folder = options.output or str(adapter.folder)
     if options.target == "transformers":
         return f'transformers loads it: PeftModel.from_pretrained(model, "{folder}")'
-    extra = "".join(f" {one}" for one in serving.options)
-    return f"vLLM loads it: vllm serve {adapter.base} --enable-lora{extra} --lora-modules tuned={folder}"
+    flags = "".join(f" {one}" for one in serving.options)
+    return f"vLLM loads it: vllm serve {adapter.base} --enable-lora{flags} --lora-modules tuned={folder}"
 
 
 def run(argv: Sequence[str]) -> None:
@@ -283,7 +231,7 @@ def run(argv: Sequence[str]) -> None:
     if not options.target and not options.output:
         raise UserError(where="config", problem="output: is required")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # said in our own words
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # print_plan reports it
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         export(options, rows)
 

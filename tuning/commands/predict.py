@@ -45,7 +45,8 @@ from tuning.files import (
 )
 from tuning.machine import default_workers
 from tuning.metrics import check_metrics, check_right_answers, mean_scores, score_rows
-from tuning.model.lora import find_adapter, load_answering, load_base_config
+from tuning.model.answering import load_answering
+from tuning.model.lora import find_adapter, load_base
 from tuning.pages.answers_page import render_answers
 from tuning.training.evaluation import answer, share_out
 
@@ -266,7 +267,7 @@ def check_models(models: Sequence[ModelSource]) -> None:
     """Raises `UserError` for what can be told of models before the first one is loaded."""
     for name, model in zip(("model_name_or_path", "compare"), models, strict=False):
         try:
-            load_base_config(model, find_adapter(model.model_name_or_path))
+            load_base(model, find_adapter(model.model_name_or_path))
         except UserError as error:
             raise UserError(
                 where=error.where.replace("model_name_or_path", name), problem=error.problem, fix=error.fix

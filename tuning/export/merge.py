@@ -1,9 +1,9 @@
-"""What an adapter makes of its base model's weights, by PEFT's own arithmetic, a layer at a time."""
+"""What an adapter makes of its base model's weights, by PEFT's own arithmetic, one layer at a time."""
 
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,105 +14,165 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tuning.errors import UserError
-from tuning.export.safetensors_files import (
-    DTYPES,
-    Checkpoint,
-    Stored,
-    WeightTarget,
-    find_places,
-    publish_name,
-    read_header,
-    read_tensor,
-)
-from tuning.model import load
-from tuning.model.lora import ADAPTER_WEIGHTS, Adapter, load_adapter, wrap
+from tuning.errors import UserError, first_line
+from tuning.export.checkpoint_keys import KeyRules
+from tuning.model.load import build_skeleton
+from tuning.model.lora import ADAPTER_NAME, Adapter, load_adapter, wrap
+from tuning.model.saved_weights import SavedWeights, StoredTensor
 
-NAME = "default"
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Ways to begin an adapter that leave the base model as it is; PiSSA, OLoRA, CorDA and LoftQ change it (PEFT 0.21)."""
-IN_MEMORY = "Load base and adapter with PEFT, merge_and_unload() them and save_pretrained() the result."
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The formats that weights are merged in and cast to. Tensors in any other format are copied."""
+BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Values of init_lora_weights that do not change the base model. PiSSA, OLoRA, CorDA and LoftQ do (PEFT 0.21)."""
+MERGE_IN_MEMORY = "Load base and adapter with PEFT, merge_and_unload() them and save_pretrained() the result."
+
+
+@dataclass(frozen=True)
+class AdaptedSkeleton:
+    """`model`: a base model with `adapter` on it. The base's weights are on the meta device, the adapter's are loaded.
+
+    `key_rules`: which weight a key of the base's checkpoint becomes. `tied`: groups of names of the same weight.
+    """
+
+    model: PeftModel
+    adapter: Adapter
+    key_rules: KeyRules
+    tied: list[set[str]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the merged checkpoint. `source`: the base's tensor it is made from; `name`: the weight it becomes.
+    """A tensor of the merged checkpoint: it is stored under `key` in `format` and becomes the model's weight `name`.
 
-    `change`: None where it stays, else the layer to merge, or the value to take.
+    `source`: the base's tensor that it is made from. `change`: None where it stays as it is, else the layer to merge,
+    or the value that training gave it.
     """
 
-    source: Stored
+    key: str
     name: str
+    source: StoredTensor
     change: LoraLayer | torch.Tensor | None
+    format: str
+
+    @property
+    def is_copy(self) -> bool:
+        return self.change is None and self.format == self.source.format
+
+    @property
+    def nbytes(self) -> int:
+        if self.format == self.source.format:
+            return self.source.nbytes
+        return torch.Size(self.source.shape).numel() * FLOATS[self.format].itemsize
 
 
 @dataclass(frozen=True)
 class Merge:
-    """How an adapter changes its base: file name → published key → entry. `untied`: weights that no longer are one."""
+    """A planned merge: the entries of each file of the merged checkpoint.
 
-    base: Checkpoint
-    adapted: PeftModel
-    shards: dict[str, dict[str, Entry]]
+    `untied`: names of weights that are one in the base model and differ in the merged one.
+    """
+
+    base: SavedWeights
+    shards: dict[str, list[Entry]]
     untied: list[str]
 
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for shard in self.shards.values() for entry in shard]
+
     @functools.cached_property
-    def layers(self) -> dict[str, dict[str, Stored]]:
-        """Module name → parameter → where the base model has it stored."""
-        found: dict[str, dict[str, Stored]] = defaultdict(dict)
-        for shard in self.shards.values():
-            for entry in shard.values():
-                layer, _, end = entry.name.rpartition(".")
-                found[layer][end] = entry.source
-        return found
+    def sources(self) -> dict[str, StoredTensor]:
+        """Weight of the model → the base's tensor."""
+        return {entry.name: entry.source for entry in self.entries}
+
+    def tensors(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, torch.Tensor]]:
+        """Make the tensors one after the other, so that no more than one layer is in memory."""
+        for entry in entries:
+            yield entry, self.make(entry)
+
+    def make(self, entry: Entry) -> torch.Tensor:
+        """The tensor that is stored for an entry. A changed weight is computed in float32 and rounded once."""
+        if entry.is_copy:
+            return entry.source.read()
+        if isinstance(entry.change, LoraLayer):
+            layer, _, parameter = entry.name.rpartition(".")
+            value = merge_layer(entry.change, self.base_weights(entry), layer)[parameter]
+        else:
+            value = entry.source.read() if entry.change is None else entry.change
+        return value.to(FLOATS[entry.format])
+
+    def base_weights(self, entry: Entry) -> dict[str, torch.Tensor]:
+        """The parameters of the layer that `entry` belongs to before merging: the base's, or the adapter's own."""
+        assert isinstance(entry.change, LoraLayer)
+        layer = entry.name.rpartition(".")[0]
+        parameters = entry.change.get_base_layer().named_parameters(recurse=False)
+        return {
+            name: self.sources[f"{layer}.{name}"].read() if own.is_meta else own.detach() for name, own in parameters
+        }
 
 
-def plan_merge(base: Checkpoint, config: PreTrainedConfig, adapter: Adapter) -> Merge:
-    """Find what `adapter` changes in `base`, without loading any of its weights.
-
-    Raises `UserError` for an adapter that does not fit, or that cannot be written in the base's own layout.
-    """
-    skeleton = load.build_skeleton(config)
-    places, tied = find_places(skeleton, base.tensors), find_tied(skeleton)
-    names = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
-    adapted = adapt_skeleton(skeleton, adapter).float().eval()
-    changes = find_changes(adapted)
-    assert changes.keys() <= names, f"no weights of the model: {changes.keys() - names}"
-    shards = {
-        file: {key: Entry(stored, places[key].name, changes.get(places[key].name)) for key, stored in shard.items()}
-        for file, shard in base.shards.items()
-    }
-    broken = [group for group in tied if breaks_tie(group, changes)]
-    for group in broken:
-        _give_own_tensors(shards, group, load.build_skeleton(config), places, changes)
-    for shard in shards.values():
-        for key, entry in shard.items():
-            if entry.change is not None:
-                check_storage(key, entry, converted=key in places and places[key].converted)
-    stored = {entry.name for shard in shards.values() for entry in shard.values()}
-    tied_names = {name for group in tied for name in group}
-    if lost := sorted(changes.keys() - stored - tied_names):
-        raise UserError(
-            where=str(base.folder),
-            problem=f"the checkpoint has no weights for what the adapter changes: {', '.join(lost[:3])}.",
-        )
-    return Merge(base, adapted, shards, untied=[name for group in broken for name in sorted(group)])
-
-
-def adapt_skeleton(skeleton: PreTrainedModel, adapter: Adapter) -> PeftModel:
+def adapt_skeleton(config: PreTrainedConfig, adapter: Adapter) -> AdaptedSkeleton:
     """Put an adapter with its weights on a model without any. Raises `UserError` where it does not fit."""
     check_mergeable(adapter)
+    skeleton = build_skeleton(config)
     own = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    rules, tied = KeyRules(skeleton), find_tied(skeleton)
     adapted = wrap(skeleton, adapter)
-    saved = read_header(adapter.folder / ADAPTER_WEIGHTS)
+    saved = SavedWeights(adapter.folder)
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(adapted.named_parameters(remove_duplicate=False)):
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-        if plain not in own or name in saved:
+        if plain not in own or name in saved:  # the adapter's weights need memory
             parent, _, end = name.rpartition(".")
             empty = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
             setattr(adapted.get_submodule(parent), end, made.setdefault(id(parameter), empty))
     load_adapter(adapted, adapter.folder)
-    return adapted
+    return AdaptedSkeleton(adapted, adapter, rules, tied)
+
+
+def plan_merge(base: SavedWeights, adapted: AdaptedSkeleton, dtype: torch.dtype | None) -> Merge:
+    """Find what the adapter changes in `base`, without reading any of its weights.
+
+    `dtype`: what to store floating-point weights in; None for the base's own. Raises `UserError` for an adapter that
+    cannot be stored in the base's own layout.
+    """
+    rules = adapted.key_rules
+    targets = rules.targets(base)
+    changes = find_changes(adapted.model.float().eval())
+    assert changes.keys() <= rules.weights.keys(), f"no weights of the model: {changes.keys() - rules.weights.keys()}"
+    stored = list(dict.fromkeys(target.name for target in targets.values()))
+    if lost := sorted(changes.keys() - set(stored).union(*adapted.tied)):
+        raise UserError(
+            where=str(base.folder),
+            problem=f"the checkpoint lacks weights that the adapter changes: {', '.join(lost[:3])}.",
+            fix="Name the model that the adapter was trained on with --base.",
+        )
+    broken = [group for group in adapted.tied if breaks_tie(group, changes)]
+    # Of a broken tie, the weights that the checkpoint lacks are stored right after the one that it has.
+    lacking = {next(name for name in stored if name in group): sorted(group - set(stored)) for group in broken}
+
+    def plan_tensor(key: str, source: StoredTensor) -> list[Entry]:
+        target = targets[key]
+        new_keys = {rules.new_key(name, targets): name for name in lacking.get(target.name, ())}
+        entries = [
+            Entry(new_key, name, source, changes.get(name), choose_format(source, dtype))
+            for new_key, name in {key: target.name, **new_keys}.items()
+        ]
+        for entry in entries:
+            check_storage(entry, converted=target.converted)
+        return entries
+
+    shards = {
+        file: [entry for key, source in shard.items() for entry in plan_tensor(key, source)]
+        for file, shard in base.shards.items()
+    }
+    return Merge(base, shards, untied=[name for group in broken for name in sorted(group)])
+
+
+def choose_format(source: StoredTensor, dtype: torch.dtype | None) -> str:
+    """The format to store a tensor in: that of `dtype`, or the base's own for None and where numbers are not floats."""
+    asked = [name for name, known in FLOATS.items() if known == dtype]
+    return asked[0] if asked and source.format in FLOATS else source.format
 
 
 def find_tied(model: PreTrainedModel) -> list[set[str]]:
@@ -123,8 +183,8 @@ def find_tied(model: PreTrainedModel) -> list[set[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def breaks_tie(group: set[str], changes: dict[str, LoraLayer | torch.Tensor]) -> bool:
-    """Whether weights that were one are no longer equal: PEFT may adapt the embedding and leave the head as it was."""
+def breaks_tie(group: set[str], changes: Mapping[str, LoraLayer | torch.Tensor]) -> bool:
+    """Whether tied weights differ after the merge: PEFT can adapt the embedding and leave the head as it was."""
     changed = [changes[name] for name in group if name in changes]
     if len(changed) < len(group):
         return bool(changed)
@@ -132,26 +192,8 @@ def breaks_tie(group: set[str], changes: dict[str, LoraLayer | torch.Tensor]) ->
     return len(values) < len(changed) or not all(torch.equal(values[0], value) for value in values[1:])
 
 
-def _give_own_tensors(
-    shards: dict[str, dict[str, Entry]],
-    group: set[str],
-    skeleton: PreTrainedModel,
-    places: dict[str, WeightTarget],
-    changes: dict[str, LoraLayer | torch.Tensor],
-) -> None:
-    """Store every weight of a broken tie, right after the one that stood for all of them."""
-    file, shared = next((file, key) for file, shard in shards.items() for key in shard if shard[key].name in group)
-    grown = {}
-    for key, entry in shards[file].items():
-        grown[key] = entry
-        if key == shared:
-            for name in sorted(group - {place.name for place in places.values()}):
-                grown[publish_name(skeleton, name, places)] = Entry(entry.source, name, changes.get(name))
-    shards[file] = grown
-
-
 def check_mergeable(adapter: Adapter) -> None:
-    """Raises `UserError` for kinds of adapters that are no plain change of weights."""
+    """Raises `UserError` for a kind of adapter that does more than change weights."""
     config = PeftConfig.from_pretrained(str(adapter.folder))
     where = f"{adapter.folder}/adapter_config.json"
     if not isinstance(config, LoraConfig):
@@ -167,28 +209,31 @@ def check_mergeable(adapter: Adapter) -> None:
 
 
 def changes_base(init: bool | str | None) -> bool:
-    """Whether an adapter that began this way belongs to a changed base model."""
-    return isinstance(init, str) and init.lower() not in PLAIN_STARTS
+    """Whether an adapter with this init_lora_weights belongs to a changed base model."""
+    return isinstance(init, str) and init.lower() not in BASE_KEPT
 
 
-def check_storage(key: str, entry: Entry, *, converted: bool) -> None:
-    """Raises `UserError` where a tensor that changes cannot take the base's place as it is stored."""
+def check_storage(entry: Entry, *, converted: bool) -> None:
+    """Raises `UserError` where a tensor that changes cannot be stored in the place of the base's."""
+    if entry.change is None:
+        return
     if converted:
         raise UserError(
-            where=key,
+            where=entry.key,
             problem=f"the adapter changes {entry.name}, which this checkpoint stores in another layout.",
-            fix=IN_MEMORY,
+            fix=MERGE_IN_MEMORY,
         )
-    if entry.source.dtype not in DTYPES:
+    if entry.source.format not in FLOATS:
         raise UserError(
-            where=f"{entry.source.file}, {key}",
-            problem=f"is stored as {entry.source.dtype}: a quantised checkpoint cannot take up an adapter.",
+            where=f"{entry.source.file}, {entry.key}",
+            problem=f"the tensor is quantised ({entry.source.format}), and the adapter changes it.",
             fix="Give the unquantised base model with --base.",
         )
     if isinstance(entry.change, torch.Tensor) and tuple(entry.change.shape) != entry.source.shape:
-        what = f"the adapter has {tuple(entry.change.shape)} for it, the base model {entry.source.shape}."
         raise UserError(
-            where=entry.name, problem=what, fix="It was trained on another model: name the right one with --base."
+            where=entry.name,
+            problem=f"its shape is {tuple(entry.change.shape)} in the adapter and {entry.source.shape} in the base.",
+            fix="Name the model that the adapter was trained on with --base.",
         )
 
 
@@ -199,45 +244,45 @@ def find_changes(adapted: PeftModel) -> dict[str, LoraLayer | torch.Tensor]:
     neither LoRA on a weight nor a module that was saved in full.
     """
     changes: dict[str, LoraLayer | torch.Tensor] = {}
-    taken: list[str] = []
-    model = adapted.get_base_model()
-    for name, module in model.named_modules():
-        if name.startswith(tuple(taken)):
+    done: list[str] = []  # prefixes of modules whose parameters are PEFT's
+    for name, module in adapted.get_base_model().named_modules():
+        if name.startswith(tuple(done)):
             continue
         if isinstance(module, ModulesToSaveWrapper):
-            changes |= {f"{name}.{end}": value for end, value in module.modules_to_save[NAME].state_dict().items()}
+            saved = module.modules_to_save[ADAPTER_NAME].state_dict()
+            changes |= {f"{name}.{parameter}": value for parameter, value in saved.items()}
         elif isinstance(module, LoraLayer) and isinstance(
             getattr(module.get_base_layer(), "weight", None), nn.Parameter
         ):
-            base = dict(module.get_base_layer().named_parameters(recurse=False))
             changes[f"{name}.weight"] = module
-            if module.lora_bias[NAME]:
+            bias = dict(module.get_base_layer().named_parameters(recurse=False)).get("bias")
+            if module.lora_bias[ADAPTER_NAME]:
                 changes[f"{name}.bias"] = module
-            elif "bias" in base and not base["bias"].is_meta:
-                changes[f"{name}.bias"] = base["bias"].detach()
+            elif bias is not None and not bias.is_meta:
+                changes[f"{name}.bias"] = bias.detach()
         elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise UserError(
                 where=name,
                 problem=f"an adapter of the kind {type(module).__name__} cannot be merged here.",
-                fix=IN_MEMORY,
+                fix=MERGE_IN_MEMORY,
             )
         else:
             own = module.named_parameters(prefix=name, recurse=False)
-            changes |= {end: value.detach() for end, value in own if not value.is_meta}
+            changes |= {parameter: value.detach() for parameter, value in own if not value.is_meta}
             continue
-        taken.append(f"{name}.")
+        done.append(f"{name}.")
     return changes
 
 
 @contextlib.contextmanager
-def holding(layer: LoraLayer, weights: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
-    """The base layer with `weights` in float32. Afterwards it is as before.
+def base_layer_with(layer: LoraLayer, weights: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+    """Give the base layer of `layer` these weights in float32, and its own again afterwards.
 
     A skeleton does not know its buffers, such as the factor of Gemma's embedding: they become 1 for base and adapter.
     """
     base = layer.get_base_layer()
-    kept = dict(base.named_parameters(recurse=False))
-    for name in kept:
+    own = dict(base.named_parameters(recurse=False))
+    for name in own:
         setattr(base, name, nn.Parameter(weights[name].float(), requires_grad=False))
     for name, buffer in base.named_buffers(recurse=False):
         if buffer.is_meta:
@@ -246,33 +291,18 @@ def holding(layer: LoraLayer, weights: dict[str, torch.Tensor]) -> Iterator[nn.M
         yield base
     finally:
         layer.merged_adapters.clear()
-        for name, parameter in kept.items():
+        for name, parameter in own.items():
             setattr(base, name, parameter)
 
 
-def merge_layer(layer: LoraLayer, weights: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """Merge `layer` into its base weights, in float32. Raises `UserError` where the result is no number."""
-    with holding(layer, weights) as base:
+def merge_layer(layer: LoraLayer, weights: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """Merge `layer` into its base weights, in float32. `weights` stay as they are.
+
+    Raises `UserError` where PEFT cannot merge it, or where the result is NaN or infinite.
+    """
+    with base_layer_with(layer, weights) as base:
         try:
-            layer.merge(safe_merge=True, adapter_names=[NAME])  # in a copy: `weights` stay as they are
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise UserError(where=name, problem=f"cannot be merged: {error}") from error
-        return {end: parameter.detach() for end, parameter in base.named_parameters(recurse=False)}
-
-
-def value_of(merge: Merge, entry: Entry) -> torch.Tensor:
-    """What the adapter makes of a tensor, in float32."""
-    if not isinstance(entry.change, LoraLayer):
-        assert entry.change is not None
-        return entry.change.float()
-    layer_name, _, end = entry.name.rpartition(".")
-    return merge_layer(entry.change, read_layer(merge, entry), layer_name)[end]
-
-
-def read_layer(merge: Merge, entry: Entry) -> dict[str, torch.Tensor]:
-    """The parameters of the base layer that `entry` belongs to, before merging: the base's, or the adapter's own."""
-    assert isinstance(entry.change, LoraLayer)
-    layer_name, _, end = entry.name.rpartition(".")
-    stored = {**merge.layers[layer_name], end: entry.source}
-    parameters = entry.change.get_base_layer().named_parameters(recurse=False)
-    return {name: read_tensor(stored[name]) if own.is_meta else own.detach() for name, own in parameters}
+            layer.merge(safe_merge=True, adapter_names=[ADAPTER_NAME])  # in a copy of the weights
+        except (ValueError, RuntimeError) as error:
+            raise UserError(where=name, problem=f"the layer cannot be merged: {first_line(error)}.") from error
+        return {parameter: value.detach() for parameter, value in base.named_parameters(recurse=False)}

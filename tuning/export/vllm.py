@@ -1,4 +1,4 @@
-"""Would an engine load an adapter itself, and under which names? Told from the adapter and a model without weights.
+"""Whether an engine loads an adapter itself, under which names, and with which options.
 
 The rules of vLLM are those of its source, version 0.33.0: vllm/lora/peft_helper.py (`PEFTHelper.validate_legal`),
 lora/utils.py (`parse_fine_tuned_lora_name`), lora/lora_model.py, lora/model_manager.py, config/lora.py, and
@@ -6,23 +6,24 @@ model_executor/models/{llava,llava_next,registry}.py.
 """
 
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from tuning.export.merge import NAME, changes_base
-from tuning.export.safetensors_files import WeightTarget
-from tuning.model import load
-from tuning.model.lora import ADAPTER_WEIGHTS, Adapter
+from tuning.export.checkpoint_keys import WeightTarget
+from tuning.export.merge import AdaptedSkeleton, changes_base
+from tuning.model.load import build_skeleton, silent_transformers
+from tuning.model.lora import ADAPTER_NAME
 from tuning.model.parts import LANGUAGE_MODEL, find_parts
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
 VLLM_PREFIXES = {
@@ -40,8 +41,11 @@ VLLM_REMOVED = {"MllamaForConditionalGeneration": "0.10.2"}
 
 @dataclass
 class Serving:
-    """What an engine makes of an adapter. `obstacles`: what it would refuse or leave out; `options`: what to start it
-    with. `renamed`: module of the model → the name it has to have in the adapter, where that is another."""
+    """How an engine takes an adapter.
+
+    `obstacles`: what it would refuse or leave out. `options`: what to start it with. `notes`: what to tell the user.
+    `renamed`: module of the model → the name that it must have in the adapter, where the two differ.
+    """
 
     obstacles: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
@@ -49,60 +53,71 @@ class Serving:
     renamed: dict[str, str] = field(default_factory=dict)
 
 
-def plan_vllm(adapted: PeftModel, places: dict[str, WeightTarget]) -> Serving:
-    """How vLLM 0.33 takes `adapted`, a skeleton with its adapter. `places`: of the base checkpoint's tensors."""
-    config, base = adapted.peft_config[NAME], adapted.get_base_model()
-    serving, architecture = Serving(), type(base).__name__
-    serving.obstacles += find_vllm_refusals(config)
+def plan_vllm(adapted: AdaptedSkeleton, keys: Iterable[str]) -> Serving:
+    """How vLLM 0.33 takes an adapter. `keys`: of the base checkpoint's tensors."""
+    base, serving = adapted.model.get_base_model(), Serving()
+    architecture, layers = type(base).__name__, lora_layers(adapted.model)
+    serving.obstacles += find_vllm_refusals(adapted.model.peft_config[ADAPTER_NAME])
     if architecture in VLLM_REMOVED:
         serving.obstacles.append(f"vLLM has no {architecture} after {VLLM_REMOVED[architecture]}.")
-    known = architecture in VLLM_READ
-    if not known:
+    if architecture not in VLLM_READ:
         serving.notes.append(
             f"vLLM's code for {architecture} was not read for this check; names are as in the base checkpoint."
         )
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    parts, published = find_parts(base), {place.name: key for key, place in places.items()}
-    fused = {place.name for place in places.values() if place.converted}
-    outside = []
+    targets = adapted.key_rules.targets(keys)
     for name, layer in layers.items():
-        if isinstance(layer.get_base_layer(), nn.Embedding) or layer.get_base_layer() is _head(base):
-            serving.obstacles.append(f"{name}: vLLM adapts embeddings and heads for some language models only.")
-        elif not isinstance(layer.get_base_layer(), nn.Linear):
-            serving.obstacles.append(f"{name}: vLLM adapts linear layers only.")
-        elif f"{name}.weight" in fused:
-            serving.obstacles.append(f"{name}: the base checkpoint stores it in another layout.")
-        if parts.of(name) != LANGUAGE_MODEL:
-            outside.append(name)
-        if known:
-            wanted = vllm_module(name, base.config)
-            found = _map_prefix(name) == wanted
-        else:
-            wanted = published.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
-            found = wanted == name
-        if not found:
-            serving.renamed[name] = wanted
-    rank = max(layer.r[NAME] for layer in layers.values())
+        if obstacle := find_vllm_obstacle(name, layer, base, targets):
+            serving.obstacles.append(f"{name}: {obstacle}")
+    serving.renamed = rename_for_vllm(layers, base, targets)
+    rank = max(layer.r[ADAPTER_NAME] for layer in layers.values())
     if rank > VLLM_RANKS[-1]:
         serving.obstacles.append(f"rank {rank} is more than vLLM's largest, {VLLM_RANKS[-1]}.")
     elif rank > VLLM_DEFAULT_RANK:
         serving.options.append(f"--max-lora-rank {next(r for r in VLLM_RANKS if r >= rank)}")
-    if outside:
+    parts = find_parts(base)
+    if outside := [name for name in layers if parts.of(name) != LANGUAGE_MODEL]:
         serving.options.append("--enable-tower-connector-lora")
         serving.notes.append(
-            f"{len(outside)} adapted layers are in the vision tower or projector: without"
-            " --enable-tower-connector-lora, which vLLM calls experimental, it leaves them out and does not say so."
+            f"{len(outside)} adapted layers are in the vision tower or projector. Without"
+            " --enable-tower-connector-lora, which vLLM calls experimental, it leaves them out without a warning."
         )
     return serving
 
 
-def _head(base: PreTrainedModel) -> nn.Module | None:
-    head = base.get_output_embeddings()
-    return head.get_base_layer() if isinstance(head, LoraLayer) else head
+def lora_layers(adapted: PeftModel) -> dict[str, LoraLayer]:
+    """Module name → layer, of all that LoRA adapts."""
+    modules = adapted.get_base_model().named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+
+
+def find_vllm_obstacle(
+    name: str, layer: LoraLayer, base: PreTrainedModel, targets: Mapping[str, WeightTarget]
+) -> str | None:
+    """Why vLLM cannot adapt a layer, if it cannot."""
+    head, module = base.get_output_embeddings(), layer.get_base_layer()
+    if isinstance(module, nn.Embedding) or head in (layer, module):
+        return "vLLM adapts embeddings and heads for some language models only."
+    if not isinstance(module, nn.Linear):
+        return "vLLM adapts linear layers only."
+    if any(target.converted and target.name == f"{name}.weight" for target in targets.values()):
+        return "the base checkpoint stores it in another layout."
+    return None
+
+
+def rename_for_vllm(
+    layers: Iterable[str], base: PreTrainedModel, targets: Mapping[str, WeightTarget]
+) -> dict[str, str]:
+    """Module → the name that vLLM looks for, where it would not find the module under its own."""
+    if type(base).__name__ in VLLM_READ:
+        names = {name: vllm_module(name, base.config) for name in layers}
+        return {name: new for name, new in names.items() if _map_prefix(name) != new}
+    keys = {target.name: key for key, target in targets.items()}
+    names = {name: keys.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in layers}
+    return {name: new for name, new in names.items() if name != new}
 
 
 def find_vllm_refusals(config: LoraConfig) -> list[str]:
-    """What of an adapter's settings `PEFTHelper.validate_legal` raises for. rsLoRA and rank patterns are taken."""
+    """The settings of an adapter that `PEFTHelper.validate_legal` raises for. vLLM takes rsLoRA and rank patterns."""
     reasons = {
         "modules_to_save": f"modules_to_save {', '.join(config.modules_to_save or [])}: vLLM takes no full modules.",
         "use_dora": "use_dora: vLLM has no DoRA.",
@@ -121,7 +136,7 @@ def find_vllm_refusals(config: LoraConfig) -> list[str]:
 
 
 def vllm_module(name: str, config: PreTrainedConfig) -> str:
-    """What vLLM's LLaVA models call a module. Their towers have a level that transformers 5 has no longer."""
+    """What vLLM's LLaVA models call a module. Their towers have a level that transformers 5 removed."""
     mapped, tower = _map_prefix(name), "vision_tower."
     has_level = config.vision_config.model_type in VLLM_TOWERS and not mapped.startswith(f"{tower}vision_model.")
     return mapped.replace(tower, f"{tower}vision_model.", 1) if has_level and mapped.startswith(tower) else mapped
@@ -135,47 +150,47 @@ def _map_prefix(name: str) -> str:
     return name
 
 
-def plan_transformers(skeleton: PreTrainedModel, adapter: Adapter, adapted: PeftModel) -> Serving:
-    """Whether `PeftModel.from_pretrained` and `load_adapter` of a model find a place for every tensor.
+def plan_transformers(adapted: AdaptedSkeleton, config: PreTrainedConfig) -> Serving:
+    """Whether `PeftModel.from_pretrained` and a model's `load_adapter` find a place for every tensor.
 
-    `adapted`: another skeleton with the adapter on it, which is what the first of them does.
+    `adapted` is what the first of them makes; the second one changes a model, and so gets a skeleton of its own.
     """
     serving = Serving()
-    with load.silent_transformers():
-        info = skeleton.load_adapter(str(adapter.folder))
+    with silent_transformers():
+        info = build_skeleton(config).load_adapter(str(adapted.adapter.folder))
     if lost := sorted(map(str, info.missing_keys | info.unexpected_keys | info.mismatched_keys)):
         serving.obstacles.append(
             f"model.load_adapter finds no place for {len(lost)} tensors, such as {lost[0]};"
             " PeftModel.from_pretrained loads all of it."
         )
-    if changes_base(adapted.peft_config[NAME].init_lora_weights):
+    if changes_base(adapted.model.peft_config[ADAPTER_NAME].init_lora_weights):
         serving.notes.append("init_lora_weights changes the base model as the adapter is loaded.")
     return serving
 
 
-def write_renamed(adapted: PeftModel, serving: Serving, adapter: Adapter, folder: Path) -> None:
-    """Write the adapter and its settings under the names that `serving` found."""
-    layers = {name: m for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+def write_renamed(adapted: AdaptedSkeleton, serving: Serving, folder: Path) -> None:
+    """Write the adapter and its settings under the names in `serving`."""
+    layers = lora_layers(adapted.model)
     new_names = {name: serving.renamed.get(name, name) for name in layers}
     tensors = {}
-    for key, tensor in get_peft_model_state_dict(adapted).items():
+    for key, tensor in get_peft_model_state_dict(adapted.model).items():
         if tensor.is_meta:
             continue
-        module = next((name for name in layers if key.startswith(f"{PREFIX}{name}.")), "")
-        end = key.removeprefix(f"{PREFIX}{module}")
-        tensors[f"{PREFIX}{new_names.get(module, module)}{end}"] = tensor.contiguous()
-    shutil.copyfile(adapter.folder / "adapter_config.json", folder / "adapter_config.json")
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        module = next((name for name in layers if key.startswith(f"{PEFT_PREFIX}{name}.")), "")
+        end = key.removeprefix(f"{PEFT_PREFIX}{module}")
+        tensors[f"{PEFT_PREFIX}{new_names.get(module, module)}{end}"] = tensor.contiguous()
+    shutil.copyfile(adapted.adapter.folder / "adapter_config.json", folder / "adapter_config.json")
+    save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     if serving.renamed:
-        renamed_config(adapted.peft_config[NAME], layers, new_names).save_pretrained(folder)
+        rename_config(adapted.model.peft_config[ADAPTER_NAME], layers, new_names).save_pretrained(folder)
 
 
-def renamed_config(config: LoraConfig, layers: dict[str, Any], new_names: dict[str, str]) -> LoraConfig:
-    """An adapter's settings for new names: each layer's rank and scaling stand under its full name."""
+def rename_config(config: LoraConfig, layers: Mapping[str, LoraLayer], new_names: Mapping[str, str]) -> LoraConfig:
+    """An adapter's settings for new names. Each layer's rank and scaling stand under its full name."""
     changed = LoraConfig(**{**config.to_dict(), "runtime_config": config.runtime_config})
+    ranks = {name: layer.r[ADAPTER_NAME] for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha[ADAPTER_NAME] for name, layer in layers.items()}
     changed.target_modules = sorted(new_names.values())
-    changed.rank_pattern = {new_names[n]: m.r[NAME] for n, m in layers.items() if m.r[NAME] != config.r}
-    changed.alpha_pattern = {
-        new_names[n]: m.lora_alpha[NAME] for n, m in layers.items() if m.lora_alpha[NAME] != config.lora_alpha
-    }
+    changed.rank_pattern = {new_names[name]: rank for name, rank in ranks.items() if rank != config.r}
+    changed.alpha_pattern = {new_names[name]: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
     return changed

@@ -1,4 +1,4 @@
-"""Answers by generation, for a batch at once."""
+"""Generate answers: for a whole batch, or for one prompt in pieces."""
 
 import threading
 from collections.abc import Generator
@@ -20,11 +20,10 @@ def generate_texts(
     end_of_turn: str = "",
     synced_gpus: bool = False,
 ) -> list[str]:
-    """Greedy answers to a batch whose prompts are padded on the left, `[rows, T]`; without special tokens or blanks
-    at their ends.
+    """Greedy answers to a batch of prompts, `[rows, T]`, padded on the left, without special tokens and outer blanks.
 
-    `end_of_turn`: what ends an answer beside the model's own end tokens. `synced_gpus`: other processes generate at
-    the same time from shards of the same weights, so that all make as many steps as the one that needs most.
+    `end_of_turn`: ends an answer in addition to the model's own end tokens. `synced_gpus`: other processes generate at
+    the same time from the same sharded weights, so that all of them run as many steps as the longest answer needs.
     """
     settings = greedy_settings(model, tokenizer, max_new_tokens=max_new_tokens, end_of_turn=end_of_turn)
     batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
@@ -37,7 +36,7 @@ def generate_texts(
 def greedy_settings(
     model: PreTrainedModel | PeftModel, tokenizer: Any, *, max_new_tokens: int, end_of_turn: str
 ) -> GenerationConfig:
-    """The likeliest token each time, until an end token of the model, of the tokenizer, or `end_of_turn`."""
+    """Take the likeliest token, until an end token of the model, of the tokenizer, or `end_of_turn`."""
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     last = tokenizer(end_of_turn, add_special_tokens=False)["input_ids"]
@@ -64,8 +63,8 @@ def stream_text(
 ) -> Generator[str]:
     """The answer to a batch of one prompt in pieces of whole words, without special tokens.
 
-    The model writes in a thread, which holds `during` for as long. Closing the iterator, or setting `ending`, stops it
-    at the next token. What generation raises is raised here.
+    The model writes in a thread, inside the context manager `during`. Closing the iterator, or setting `ending`, stops
+    it at the next token. An error of the thread is raised here.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed = threading.Event()
@@ -81,7 +80,7 @@ def stream_text(
         finally:
             streamer.end()
 
-    with ThreadPoolExecutor(1) as pool:  # waits for the thread
+    with ThreadPoolExecutor(1) as pool:  # leaving it waits for the thread
         writing = pool.submit(write)
         try:
             yield from streamer

@@ -1,4 +1,4 @@
-"""Checkpoint → configuration, processor, and model with every weight in its place."""
+"""Load a checkpoint: its configuration, its processor, and the model with all of its weights."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tuning.config.options import ModelSource
 from tuning.distributed.fsdp import receives_weights
-from tuning.errors import UserError
+from tuning.errors import UserError, first_line
 from tuning.model.quantize import Quantization, keep_bnb_weights_trainable
 
 
@@ -30,19 +30,21 @@ def load_config(model: ModelSource) -> PreTrainedConfig:
     """The checkpoint's configuration. Raises `UserError` unless it is an image-text-to-text model."""
     name = model.model_name_or_path
     if (Path(name).expanduser() / "adapter_config.json").is_file():
-        raise UserError(where=name, problem="is a LoRA adapter, not a model.", fix="Merge it first: vlm-tuning export.")
+        raise UserError(
+            where=name, problem="this is a LoRA adapter, not a model.", fix="Merge it first: vlm-tuning export."
+        )
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             where=f"model_name_or_path {name}",
-            problem=f"cannot be loaded as a model: {str(error).splitlines()[0]}",
+            problem=f"the model cannot be loaded: {first_line(error)}.",
             fix="Give a local folder with a config.json, or a hub id.",
         ) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not model.trust_remote_code:
         raise UserError(
             where=f"model_name_or_path {name}",
-            problem=f"is a {config.model_type} model, which does not take images and text.",
+            problem=f"a {config.model_type} model does not take images and text.",
             fix="Give an image-text-to-text model.",
         )
     return config
@@ -51,8 +53,8 @@ def load_config(model: ModelSource) -> PreTrainedConfig:
 def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
     """The checkpoint's processor with the user's chat template and `processor_kwargs` applied.
 
-    Where the model's configuration holds the same setting (`image_grid_pinpoints`), `config` is changed too: the
-    model counts image tokens by it. Raises `UserError` for a setting this processor does not have.
+    A setting that the model's configuration also holds (`image_grid_pinpoints`) is changed in `config`, too: the model
+    counts image tokens by it. Raises `UserError` for a setting that the processor does not have.
     """
     name = model.model_name_or_path
     try:
@@ -61,12 +63,12 @@ def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
         )
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            where=f"model_name_or_path {name}", problem=f"has no usable processor: {str(error).splitlines()[0]}"
+            where=f"model_name_or_path {name}", problem=f"its processor cannot be loaded: {first_line(error)}."
         ) from error
     if not hasattr(processor, "image_processor"):
         raise UserError(
             where=f"model_name_or_path {name}",
-            problem="has no image processor.",
+            problem="it has no image processor.",
             fix="Give an image-text-to-text model.",
         )
     _complete(processor, config)
@@ -77,7 +79,7 @@ def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
 
 
 def _complete(processor: Any, config: PreTrainedConfig) -> None:
-    """Fill what processors of older checkpoints lack from the model's configuration."""
+    """Take settings that processors of older checkpoints lack from the model's configuration."""
     known = {
         "patch_size": getattr(getattr(config, "vision_config", None), "patch_size", None),
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
@@ -103,7 +105,7 @@ def _apply_settings(settings: dict[str, Any], processor: Any, config: PreTrained
     if tiles is not None and getattr(image_processor, "max_image_tiles", tiles) != tiles:
         raise UserError(
             where="processor_kwargs",
-            problem=f"max_image_tiles must stay {tiles}: the model has learned a position for each of them.",
+            problem=f"max_image_tiles must stay {tiles}: the model has learned one position for each tile.",
         )
 
 
@@ -117,12 +119,12 @@ def _read_template(template: str) -> str:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `AutoModelForImageTextToText` would load; the base class for code that comes with a checkpoint."""
+    """The class that `AutoModelForImageTextToText` loads. For code that comes with a checkpoint, the base class."""
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), PreTrainedModel)
 
 
 def choose_dtype(model: ModelSource, config: PreTrainedConfig) -> torch.dtype:
-    """The weights' precision: the user's, else the checkpoint's, else float32."""
+    """The precision of the weights: the user's choice, else the checkpoint's, else float32."""
     if model.dtype != "auto":
         return getattr(torch, model.dtype)
     dtype = getattr(config, "dtype", None) or torch.float32
@@ -130,24 +132,26 @@ def choose_dtype(model: ModelSource, config: PreTrainedConfig) -> torch.dtype:
 
 
 def choose_compute_dtype(model: ModelSource, config: PreTrainedConfig, training: TrainingArguments) -> torch.dtype:
-    """What the model computes in: the precision of `bf16` or `fp16`, else the weights'."""
+    """The precision that the model computes in: that of `bf16` or `fp16`, else that of the weights."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     return half or choose_dtype(model, config)
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights: structure can be read before anything is loaded."""
+    """The model on the meta device, without memory for weights, to read its structure before anything is loaded."""
     with without_zero3(), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
 
 @contextmanager
 def without_zero3() -> Iterator[None]:
-    """Keep transformers from sharding a model by DeepSpeed as it is made: a skeleton has nothing to shard."""
+    """Keep transformers from sharding a new model with DeepSpeed: a skeleton has nothing to shard."""
     zero3 = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
-    yield
-    deepspeed._hf_deepspeed_config_weak_ref = zero3
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero3
 
 
 def load_model(
@@ -158,16 +162,16 @@ def load_model(
     attention: str,
     quantization: Quantization | None = None,
 ) -> PreTrainedModel:
-    """Load all weights from safetensors. Raises `UserError` when the checkpoint lacks some or they do not fit.
+    """Load all weights from safetensors. Raises `UserError` if the checkpoint lacks some or some do not fit.
 
-    transformers would fill those with random numbers and go on. A process that is sent its weights gets the model
-    with parameters on the meta device; transformers has every process read all of them. Quantised weights cannot be
-    sent, and are on their device already.
+    transformers would fill those with random numbers and continue. A process that receives its weights from rank 0
+    gets the model on the meta device, while transformers would read all weights in every process. Quantised weights
+    cannot be sent: every process loads them onto its device.
     """
     name = model.model_name_or_path
     if receives_weights() and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not quantization:
         settings = {"dtype": dtype, "attn_implementation": attention}
-        with silent_transformers():  # it would list every weight as missing
+        with silent_transformers():  # they would list every weight as missing
             return model_class(config).from_pretrained(None, config=config, state_dict={}, **settings)
     quantised: dict[str, Any] = {}
     if quantization:
@@ -179,7 +183,7 @@ def load_model(
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            ignore_mismatched_sizes=True,  # the report lists them, and they are refused below
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
             **quantised,
@@ -187,8 +191,8 @@ def load_model(
     except (OSError, SafetensorError) as error:
         raise UserError(
             where=f"model_name_or_path {name}",
-            problem=f"cannot be loaded: {str(error).splitlines()[0]}",
-            fix="The weights must be there, whole, as safetensors.",
+            problem=f"the weights cannot be loaded: {first_line(error)}.",
+            fix="Use a checkpoint whose weights are complete and stored as safetensors.",
         ) from error
     for problem, keys in (("lacks", report["missing_keys"]), ("does not fit", report["mismatched_keys"])):
         if keys:
@@ -199,27 +203,29 @@ def load_model(
                     f"the checkpoint {problem} {len(listed)} of the model's weights: {', '.join(listed[:3])}"
                     f"{', …' if len(listed) > 3 else ''}."
                 ),
-                fix="They would be random. Use a complete checkpoint.",
+                fix="Use a complete checkpoint of this model: these weights would be random.",
             )
     keep_bnb_weights_trainable(loaded)
     try:
         loaded.generation_config.validate(strict=True)
-    except ValueError:  # sampling settings without sampling, in some published checkpoints: they could not be saved
+    except ValueError:  # some published checkpoints set sampling options without do_sample, and could not be saved
         loaded.generation_config.do_sample = True
     if Path(name).expanduser().exists():
-        loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters record it as their base
+        loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters name it as their base
     return loaded
 
 
 @contextmanager
 def silent_transformers() -> Iterator[None]:
-    """Without warnings of transformers."""
+    """Silence the warnings of transformers."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def describe(config: PreTrainedConfig) -> str:
-    """What identifies a model's architecture, as stable text."""
+    """The settings that identify a model's architecture, as text that stays the same."""
     return json.dumps(config.to_diff_dict(), sort_keys=True, default=str)

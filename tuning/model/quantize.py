@@ -1,4 +1,4 @@
-"""QLoRA: the linear weights of a frozen language model in 4 or 8 bits, through bitsandbytes.
+"""QLoRA: keep the linear weights of a frozen language model in 4 or 8 bits with bitsandbytes.
 
 https://arxiv.org/abs/2305.14314 (4 bits: NF4, double quantisation), https://arxiv.org/abs/2208.07339 (8 bits).
 """
@@ -15,20 +15,19 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from tuning.errors import UserError
+from tuning.errors import UserError, describe_failure, try_optional
 from tuning.model.parts import LANGUAGE_MODEL, Parts
 
 SIZE_TRIED = 64  # one block of 4-bit weights
-CANNOT_QUANTISE = (ImportError, OSError, AttributeError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Quantization:
     """How a model is loaded with quantised weights.
 
-    `kind`: 4bit or 8bit. `layers`: full names of the linear layers that are quantised, `kept`: of those that are not.
-    `compute`: dtype in which 4-bit weights are multiplied, and in whose elements they are packed: FSDP shards and
-    gathers floats only, and must not convert them. `device`: where the weights go.
+    `kind`: 4bit or 8bit. `layers`: full names of the linear layers to quantise. `kept`: of the other linear layers.
+    `compute`: the dtype in which 4-bit weights are multiplied. They are also packed into elements of it, because FSDP
+    shards and gathers floats only and must not convert them. `device`: where the weights go.
     """
 
     kind: str
@@ -38,7 +37,7 @@ class Quantization:
     device: torch.device
 
     def settings(self) -> BitsAndBytesConfig:
-        """What transformers is given. It takes regular expressions for names, and would also match their ends."""
+        """The settings for transformers, which takes regular expressions and would also match the end of a name."""
         return BitsAndBytesConfig(
             load_in_4bit=self.kind == "4bit",
             load_in_8bit=self.kind == "8bit",
@@ -61,14 +60,14 @@ def plan_quantization(
 ) -> Quantization:
     """Choose the layers of the skeleton `model` to quantise: the language model's linear layers.
 
-    Neither its head nor what is inside `modules_to_save` is, which trains. Raises `UserError` where that leaves
-    nothing, or where bitsandbytes is missing or does not run on `device`.
+    Its head and the modules in `modules_to_save`, which are trained, are left out. Raises `UserError` if no layer is
+    left, or if bitsandbytes is missing or does not run on `device`.
     """
     if getattr(model.config, "quantization_config", None):
         raise UserError(
             where=f"quantization {kind}",
             problem="the checkpoint is quantised already.",
-            fix="Give the original weights.",
+            fix="Give the unquantised model.",
         )
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     head, saved = model.get_output_embeddings(), tuple(modules_to_save or ())
@@ -80,8 +79,8 @@ def plan_quantization(
     if not layers:
         raise UserError(
             where=f"quantization {kind}",
-            problem="there is no linear layer in the language model that stays as it is.",
-            fix="Remove it, or name less in modules_to_save.",
+            problem="modules_to_save covers every linear layer of the language model: none is left to quantise.",
+            fix="Remove quantization, or name fewer modules in modules_to_save.",
         )
     try_quantised_layer(kind, compute, device)
     chosen = set(layers)
@@ -89,36 +88,38 @@ def plan_quantization(
 
 
 def _is_inside(name: str, saved: tuple[str, ...]) -> bool:
-    """Whether a module or one that holds it ends with one of the names `saved`, which is PEFT's rule."""
+    """Whether the name of a module, or of one that contains it, ends with one of `saved`. This is PEFT's rule."""
     return any(holder.endswith(saved) for holder in accumulate(name.split("."), "{}.{}".format))
 
 
 def try_quantised_layer(kind: str, compute: torch.dtype, device: torch.device) -> None:
-    """Run a small quantised layer forward and backward. Raises `UserError` where this machine cannot."""
+    """Run a small quantised layer forward and backward. Raises `UserError` if this machine cannot."""
     where = f"quantization {kind}"
     if not is_bitsandbytes_available():
         raise UserError(
             where=where,
-            problem="needs bitsandbytes, which is not there or too old.",
-            fix="Run pip install -U bitsandbytes.",
+            problem="bitsandbytes is missing or too old.",
+            fix="Install it: pip install -U bitsandbytes.",
         )
-    try:
-        with torch.random.fork_rng(devices=[]):  # the adapters of this run begin as those of any other
-            layer = _make_layer(kind, compute).to(device)
-        inputs = torch.ones(2, SIZE_TRIED, dtype=compute, device=device, requires_grad=True)
-        layer(inputs).sum().backward()
-        assert inputs.grad is not None
-        problem = "" if torch.isfinite(inputs.grad).all() else "the gradient is no number"
-    except CANNOT_QUANTISE as error:
-        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    if problem:
+    attempt = try_optional(lambda: _run_quantised_layer(kind, compute, device))
+    if attempt.error or not attempt.value:
+        reason = describe_failure(attempt.error) if attempt.error else "the gradient is NaN or infinite"
+        other = "4bit" if kind == "8bit" else "8bit"
         raise UserError(
             where=where,
-            problem=(
-                f"a quantised layer does not run on {device} with the installed bitsandbytes and PyTorch: {problem}."
-            ),
-            fix="Update bitsandbytes (pip install -U bitsandbytes), try the other of 4bit and 8bit, or remove it.",
-        )
+            problem=f"with the installed bitsandbytes and PyTorch a layer does not run on {device}: {reason}.",
+            fix=f"Update bitsandbytes (pip install -U bitsandbytes), try {other}, or remove quantization.",
+        ) from attempt.error
+
+
+def _run_quantised_layer(kind: str, compute: torch.dtype, device: torch.device) -> bool:
+    """Whether the gradient through a quantised layer is finite."""
+    with torch.random.fork_rng(devices=[]):  # so that adapters start from the same numbers with and without this trial
+        layer = _make_layer(kind, compute).to(device)
+    inputs = torch.ones(2, SIZE_TRIED, dtype=compute, device=device, requires_grad=True)
+    layer(inputs).sum().backward()
+    assert inputs.grad is not None
+    return bool(torch.isfinite(inputs.grad).all())
 
 
 def _make_layer(kind: str, compute: torch.dtype) -> Any:
@@ -131,19 +132,19 @@ def _make_layer(kind: str, compute: torch.dtype) -> Any:
 
 
 def keep_bnb_weights_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights, and from a warning for every layer's every call.
+    """Keep bitsandbytes from repacking weights for inference, and from a warning at every call of every layer.
 
-    A 4-bit layer that is evaluated on a CPU with AVX512-BF16 packs its weights for inference, for good: training after
-    an evaluation would go on without a gradient through it.
+    On a CPU with AVX512-BF16, evaluating a 4-bit layer repacks its weights, and they stay repacked: training after an
+    evaluation would continue without a gradient through the layer.
     """
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # that 8 bits compute in float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # 8 bits: it computes in float16
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def scales_of(model: nn.Module) -> Iterator[torch.Tensor]:
-    """What quantised layers hold beside their weights, neither parameters nor buffers: scales and code books."""
+    """The scales and code books of quantised layers, which are neither parameters nor buffers."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         state = getattr(weight, "quant_state", None)
@@ -152,18 +153,18 @@ def scales_of(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def quantise_skeleton(model: PreTrainedModel, plan: Quantization) -> None:
-    """Give a skeleton on the meta device the layers and sizes of the loaded model, so that a dry run counts them.
+    """Give a skeleton on the meta device the layers and sizes of the quantised model, so that a dry run counts them.
 
-    Call `try_quantised_layer` before: bitsandbytes keeps the code books of its first call, which must not be empty.
+    Call `try_quantised_layer` first: bitsandbytes keeps the code books of its first call, which must not be empty.
     """
     from transformers.integrations import replace_with_bnb_linear
 
     settings = plan.settings()
     replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings)
-    setattr(model, f"is_loaded_in_{plan.kind}", True)  # PEFT goes by it
+    setattr(model, f"is_loaded_in_{plan.kind}", True)  # PEFT reads it
     for name in plan.layers:
         layer = model.get_submodule(name)
         layer.weight.data = layer.weight.data.to(plan.compute)
         layer.weight._quantize(torch.device("meta"))
         if plan.kind == "8bit":
-            layer.state.threshold = 0.0  # how many columns are outliers cannot be told without numbers
+            layer.state.threshold = 0.0  # without numbers, outlier columns cannot be counted

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from tuning.errors import UserError
+from tuning.errors import UserError, first_line
+
+NOT_DOWNLOADED = ["*/*", "*.bin", "*.pth", "*.gguf"]
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,27 @@ class SavedWeights(Mapping[str, torch.Tensor]):
         return len(self.stored)
 
 
-def open_weights(folder: Path) -> SavedWeights:
-    """The weights in a folder that the user named. Raises `UserError` where they are missing or damaged."""
+def open_weights(name: str | Path) -> SavedWeights:
+    """The weights of a model or adapter that the user named: a folder, or a hub id, which is downloaded.
+
+    Raises `UserError` where the weights are missing, damaged, or not stored as safetensors.
+    """
+    folder = Path(name).expanduser()
     try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(name), ignore_patterns=NOT_DOWNLOADED))
         return SavedWeights(folder)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:  # ValueError: also no JSON, or no hub id
         raise UserError(
-            where=str(folder),
-            problem=f"the weights cannot be read: {error}.",
-            fix="Give a folder whose weights are complete and stored as safetensors.",
+            where=str(name),
+            problem=f"the weights cannot be read: {first_line(error)}.",
+            fix="Give a folder or a hub id whose weights are complete and stored as safetensors.",
         ) from error
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor as they lie in a safetensors file, whatever its dtype."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _files_of_index(folder: Path) -> list[str]:

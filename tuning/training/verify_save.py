@@ -22,9 +22,9 @@ from tuning.errors import RunEnded, describe_failure, try_optional
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.files import SHARDED_MODEL
 from tuning.machine import free_device_memory
+from tuning.model.answering import load_answering
 from tuning.model.attention import decoder_attention
 from tuning.model.load import without_zero3
-from tuning.model.lora import load_answering
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
 from tuning.model.parts import count_numbers

@@ -19,8 +19,8 @@ from tuning.config.options import ModelSource
 from tuning.data.prompts import ask as read_question
 from tuning.data.sources import Row
 from tuning.errors import UserError
+from tuning.model.answering import load_answering
 from tuning.model.generate import generate_texts, greedy_settings, stream_text
-from tuning.model.lora import load_answering
 from tuning.pages.chat_page import Answer, Conversation, Turn, stream_answers
 from tuning.training.evaluation import answer as answer_batch
 

@@ -10,8 +10,8 @@ from tuning.config.options import ModelSource, RowArguments
 from tuning.data.collator import probe_collator
 from tuning.data.from_config import make_encoder, open_path
 from tuning.data.prompts import ask, join_on_the_right
+from tuning.model.answering import load_answering
 from tuning.model.generate import generate_texts
-from tuning.model.lora import load_answering
 
 IMAGE = {"type": "image"}
 

@@ -1,0 +1,67 @@
+"""Load a model, or an adapter on its base, to answer questions with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tuning.config.options import ModelSource
+from tuning.model import load
+from tuning.model.attention import choose_attention
+from tuning.model.lora import Adapter, BaseModel, add_adapter, find_adapter, load_base
+from tuning.model.mllama import patch_mllama_cross_attention
+from tuning.model.parts import find_parts
+from tuning.model.quantize import Quantization, plan_quantization
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, its configuration and processor, and the adapter on it, if any."""
+
+    model: PreTrainedModel | PeftModel
+    config: PreTrainedConfig
+    processor: Any
+    adapter: Adapter | None
+
+
+def load_answering(source: ModelSource, *, device: torch.device | str) -> LoadedModel:
+    """Load the model or adapter that `source` names. Raises `UserError` where it or its base cannot be loaded."""
+    device = torch.device(device)
+    adapter = find_adapter(source.model_name_or_path)
+    base = load_base(source, adapter)
+    dtype = load.choose_dtype(base.source, base.config)
+    attention = choose_attention(
+        load.model_class(base.config),
+        use_flash_attn=base.source.use_flash_attn,
+        attn_implementation=base.source.attn_implementation,
+        dtype=dtype,
+        device_type=device.type,
+    )
+    quantization = _plan_quantization(base, adapter, dtype, device)
+    model = load.load_model(
+        base.source, base.config, dtype=dtype, attention=attention.loaded, quantization=quantization
+    )
+    patch_mllama_cross_attention(model)
+    if adapter:
+        model = add_adapter(model, adapter)
+    if not quantization:  # quantised weights are loaded onto their device and cannot be moved
+        model = model.to(device)
+    return LoadedModel(model.eval(), base.config, base.processor, adapter)
+
+
+def _plan_quantization(
+    base: BaseModel, adapter: Adapter | None, dtype: torch.dtype, device: torch.device
+) -> Quantization | None:
+    if not base.source.quantization:
+        return None
+    skeleton = load.build_skeleton(base.config)
+    return plan_quantization(
+        skeleton,
+        find_parts(skeleton),
+        base.source.quantization,
+        modules_to_save=PeftConfig.from_pretrained(str(adapter.folder)).modules_to_save if adapter else None,
+        compute=dtype,
+        device=device,
+    )
