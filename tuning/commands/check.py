@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,10 @@ def check(config: RunConfig) -> Report:
 
     plan = plan_model(config, model_config, partial(dummy_batch, encoder))
     collator = probe_collator(encoder.processor)
-    collator.padding_free = not why_padding_is_needed_by_structure(
+    reason = why_padding_is_needed_by_structure(
         plan.attention, model_config, nested_images=collator.nested_images, padding_free=config.data.padding_free
     )
+    collator = replace(collator, padding_free=not reason)
     batches = count_batches(config, source, lengths, encoder, padded=not collator.padding_free)
     model = build_trained_skeleton(config, model_config, plan)
     settings = describe_settings(config, encoder, plan, model)
