@@ -48,7 +48,7 @@ def read(rows, **fields):
 
 
 FORMS = {
-    # name: (row, canonical messages, images, first trained message, what is said of it)
+    # name: (row, canonical messages, images, first trained message, its description)
     "documented": (
         {"messages": chat([IMAGE, text("q")]), "images": ["x.png"]},
         asked(IMAGE, text("q")),

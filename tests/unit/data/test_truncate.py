@@ -90,7 +90,7 @@ def test_the_answer_is_cut_at_its_end_to_the_very_length(layout):
         cut = encode(layout, row_of(ANSWER), length - excess)
         assert len(ids_of(cut)) == length - excess
         assert cut.cut_tokens == excess
-        assert stretches_of(cut) == [words[: len(words) - excess]]  # and no end token: the answer goes on
+        assert stretches_of(cut) == [words[: len(words) - excess]]  # and no end token: the answer is not over
         kept = [n for n in range(length) if not start + len(words) - excess <= n < start + len(words)]
         assert ids_of(cut) == [ids_of(whole)[n] for n in kept]
         assert_image_is_whole(layout, cut, whole)
