@@ -27,10 +27,10 @@ from tuning.exit_codes import exit_code_of
 from tuning.files import write_json, write_text
 from tuning.model import load
 from tuning.model.attention import Attention, set_decoder_attention
-from tuning.model.build import ModelPlan, pick_attention, plan_model, prepare_model
+from tuning.model.build import ModelPlan, plan_model, prepare_model
 from tuning.model.packed_attention import PACKED
 from tuning.model.padding_free import why_padding_is_needed_by_structure
-from tuning.model.parts import find_parts, freeze_parameters, parameter_table
+from tuning.model.parts import freeze_parameters, parameter_table
 from tuning.model.quantize import quantise_skeleton
 from tuning.pages.check_page import render_page
 from tuning.training.optimizer import patch_master_weights
@@ -60,16 +60,15 @@ def check(config: RunConfig) -> Report:
     )
     heaviest_batch = findings.map_good(encoder.encode, map(find_row, heaviest_rows(config, lengths)))
 
-    attention = pick_attention(config, model_config)
+    plan = plan_model(config, model_config, partial(dummy_batch, encoder))
     collator = probe_collator(encoder.processor)
     collator.padding_free = not why_padding_is_needed_by_structure(
-        attention, model_config, nested_images=collator.nested_images, padding_free=config.data.padding_free
+        plan.attention, model_config, nested_images=collator.nested_images, padding_free=config.data.padding_free
     )
     batches = count_batches(config, source, lengths, encoder, padded=not collator.padding_free)
-    plan = plan_model(config, model_config, partial(dummy_batch, encoder))
-    model = build_trained_skeleton(config, model_config, plan, attention)
-    settings = describe_settings(config, encoder, plan, model, attention)
-    memory = estimate_batch_memory(config, model, attention, collator, heaviest_batch) if heaviest_batch else None
+    model = build_trained_skeleton(config, model_config, plan)
+    settings = describe_settings(config, encoder, plan, model)
+    memory = estimate_batch_memory(config, model, plan.attention, collator, heaviest_batch) if heaviest_batch else None
 
     report = Report(
         model=config.model.model_name_or_path,
@@ -112,11 +111,10 @@ def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Enc
     return make_token_batches(config.training, len(source), measured, budget, padded=padded).count_items()
 
 
-def build_trained_skeleton(
-    config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, attention: Attention
-) -> nn.Module:
+def build_trained_skeleton(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan) -> nn.Module:
     """The model without weights, prepared as for training."""
-    model_config._attn_implementation = attention.loaded if attention.loaded in ("sdpa", "eager") else "sdpa"
+    is_stock = plan.attention.loaded in ("sdpa", "eager")
+    model_config._attn_implementation = plan.attention.loaded if is_stock else "sdpa"
     skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
     if plan.quantization:
         quantise_skeleton(skeleton, plan.quantization)
@@ -125,13 +123,11 @@ def build_trained_skeleton(
     return model
 
 
-def describe_settings(
-    config: RunConfig, encoder: Encoder, plan: ModelPlan, model: Any, attention: Attention
-) -> dict[str, str]:
+def describe_settings(config: RunConfig, encoder: Encoder, plan: ModelPlan, model: Any) -> dict[str, str]:
     """What trains and how, as texts by name."""
     return {
-        "parts": parameter_table(model, find_parts(model)),
-        "attention": attention.reason.removeprefix("Attention: "),
+        "parts": parameter_table(model, plan.parts),
+        "attention": plan.attention.reason.removeprefix("Attention: "),
         "FSDP would wrap": ", ".join(plan.wrap_classes) or "nothing, because no class of layers was found",
         "end of an answer": repr(encoder.chat.end_of_turn),
         "overlong rows": f"max_seq_length {encoder.max_seq_length}, overlong_rows {config.data.overlong_rows}",
