@@ -115,8 +115,8 @@ def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Enc
 
 def build_trained_skeleton(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan) -> nn.Module:
     """The model without weights, prepared as for training."""
-    loaded = plan.attention.loaded
-    model_config._attn_implementation = loaded if loaded in ("sdpa", "eager") else "sdpa"
+    is_stock = plan.attention.loaded in ("sdpa", "eager")
+    model_config._attn_implementation = plan.attention.loaded if is_stock else "sdpa"
     skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
     if plan.quantization:
         quantise_skeleton(skeleton, plan.quantization)

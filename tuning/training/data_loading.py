@@ -103,15 +103,13 @@ class DataLoading(TrainerCallback):
         """Whether batches will be padded, as far as the model's structure tells: it has not run yet."""
         if self.padded_before is not None:
             return self.padded_before
-        return (
-            why_padding_is_needed_by_structure(
-                self.model.attention,
-                self.model.model.config,
-                nested_images=self.data.collator.nested_images,
-                padding_free=self.config.data.padding_free,
-            )
-            != ""
+        reason = why_padding_is_needed_by_structure(
+            self.model.attention,
+            self.model.model.config,
+            nested_images=self.data.collator.nested_images,
+            padding_free=self.config.data.padding_free,
         )
+        return reason != ""
 
     def _sum_over_processes(self, numbers: np.ndarray) -> np.ndarray:
         accelerator = self.processes.accelerator
