@@ -40,12 +40,13 @@ def save_base_and_adapter(folder: Path, layers: int) -> int:
 
 def merge(folder: Path) -> None:
     """Merge in this process, and print its peak memory before and after."""
+    from tuning import cli
     from tuning.commands import export
 
     before = peak_rss_bytes()
     export.compare = lambda *_: None
     words = ["--adapter", folder / "adapter", "--base", folder / "base", "--output", folder / "merged"]
-    assert export.main([str(word) for word in words]) == 0
+    assert cli.main(["export", *map(str, words)]) == 0
     print(json.dumps([before, peak_rss_bytes()]))
 
 

@@ -6,13 +6,12 @@ python docs/generate_options.py --check    exit with 1 if the page is not curren
 
 import dataclasses
 import sys
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from tuning.config.describe import describe_all_options
 from tuning.config.options import SECTIONS, TRAINING_DEFAULTS
 
 PAGE = Path(__file__).with_name("options.md")
@@ -53,14 +52,6 @@ REFUSED = {
 }
 
 
-def describe_type(kind: Any) -> str:
-    """A type annotation in words, without None."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(each) for each in typing.get_args(kind) if each is not type(None))
-    words = {bool: "true, false", int: "whole number", float: "number", str: "text", dict: "JSON object", list: "list"}
-    return words[typing.get_origin(kind) or kind]
-
-
 def show(value: Any) -> str:
     """A default as you write it in JSON; nothing for an option that has none."""
     if value is None or value == "":
@@ -68,16 +59,14 @@ def show(value: Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def option_table(kind: type) -> list[str]:
-    """The options of a dataclass: name, type or choices, default, help."""
-    types_of = typing.get_type_hints(kind)
+def option_table(section: str) -> list[str]:
+    """The options of a section: name, type or choices, default, help."""
     lines = ["| option | value | default | what it does |", "| --- | --- | --- | --- |"]
-    for entry in dataclasses.fields(kind):
-        choices = entry.metadata.get("choices")
-        value = ", ".join(f"`{choice}`" for choice in choices) if choices else describe_type(types_of[entry.name])
-        default = "" if entry.default is dataclasses.MISSING else show(entry.default)
-        what = entry.metadata["help"].replace("|", "\\|")
-        lines.append(f"| `{entry.name}` | {value} | {default} | {what} |")
+    for option in describe_all_options():
+        if option.section == section:
+            value = ", ".join(map(show, option.choices)) or option.type
+            what = option.help.replace("|", "\\|")
+            lines.append(f"| `{option.name}` | {value} | {show(option.default)} | {what} |")
     return lines
 
 
@@ -104,9 +93,9 @@ def render() -> str:
         "`vlm-tuning COMMAND --help` lists.",
         "",
     ]
-    for section, kind in SECTIONS.items():
+    for section in SECTIONS:
         heading, pages = HEADINGS[section]
-        lines += [f"## {heading}", "", f"See {pages}.", "", *option_table(kind), ""]
+        lines += [f"## {heading}", "", f"See {pages}.", "", *option_table(section), ""]
     lines += [
         "## Hugging Face's options",
         "",

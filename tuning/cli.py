@@ -4,48 +4,85 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from tuning.exit_codes import EXIT_USER_ERROR
+from tuning.exit_codes import EXIT_OK, EXIT_USER_ERROR, run_command, was_launched
 
-USAGE = """\
-usage: vlm-tuning COMMAND …
 
-  train config.json | --flag value …   fine-tune a model
-  check config.json | --flag value …   what will the model see, and is anything wrong? Trains nothing
-  predict config.json | --flag value … answer the questions of a dataset, and score the answers
-  convert IN OUT                       put data of any form that is recognised into the documented one
-  export --adapter DIR --output DIR    merge an adapter into a model that engines load, and prove it
-  chat --model_name_or_path MODEL      talk to a model about pictures, in the browser
-  demo [--output_dir DIR]              see it work: a tiny model learns to read handwritten digits
+@dataclass(frozen=True)
+class Command:
+    """`module` has `OPTIONS`, a dataclass, and `run(options)`. `arguments`: as the usage shows them."""
 
-vlm-tuning train --help lists every option."""
+    module: str
+    arguments: str
+    summary: str
+
 
 COMMANDS = {
-    "train": "tuning.sft_trainer",
-    "check": "tuning.commands.check",
-    "predict": "tuning.commands.predict",
-    "convert": "tuning.commands.convert",
-    "export": "tuning.commands.export",
-    "chat": "tuning.commands.chat",
-    "demo": "tuning.demo.digits",
+    "train": Command("tuning.sft_trainer", "config.json | --flag value …", "Fine-tune a model."),
+    "check": Command(
+        "tuning.commands.check",
+        "config.json | --flag value …",
+        "Read all data as train would, and report problems. Trains nothing.",
+    ),
+    "predict": Command(
+        "tuning.commands.predict",
+        "config.json | --flag value …",
+        "Answer the questions of a dataset, and score the answers.",
+    ),
+    "convert": Command("tuning.commands.convert", "IN OUT", "Convert a dataset to our format."),
+    "export": Command(
+        "tuning.commands.export", "--adapter DIR --output DIR", "Merge an adapter into a model, and verify the result."
+    ),
+    "chat": Command(
+        "tuning.commands.chat",
+        "--model_name_or_path MODEL [--compare MODEL] [--port 7860]",
+        "Talk to a model about images, in the browser.",
+    ),
+    "demo": Command(
+        "tuning.demo.digits", "[--output_dir DIR]", "Train a tiny model to read handwritten digits, as an example."
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Commands are imported when they are called: torch takes seconds."""
+    """Run one command and return its exit code. Only that command is imported: torch takes seconds."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments.pop(0) if arguments else "--help"
-    if command in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
+    name = arguments.pop(0) if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(describe_commands())
+        return EXIT_OK
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
         guess = f" Did you mean {near[0]}?" if near else ""
-        print(f"Error: unknown command '{command}'.{guess}\n\n{USAGE}", file=sys.stderr)
+        print(f"Error: unknown command '{name}'.{guess}\n\n{describe_commands()}", file=sys.stderr)
         return EXIT_USER_ERROR
-    run = importlib.import_module(COMMANDS[command]).main
-    return run(arguments, all_gpus=True) if command == "train" else run(arguments)
+    command = importlib.import_module(COMMANDS[name].module)
+    if name == "train":
+        return command.main(arguments, all_gpus=True)
+    from tuning.config.describe import describe_command
+    from tuning.config.parse import read_command
+
+    usage = f"vlm-tuning {name} {COMMANDS[name].arguments}\n\n{COMMANDS[name].summary}"
+    return run_command(
+        lambda words: command.run(read_command(words, command.OPTIONS)),
+        lambda: describe_command(usage, command.OPTIONS),
+        arguments,
+    )
+
+
+def describe_commands() -> str:
+    """The text of `vlm-tuning --help`."""
+    usages = [f"  {name} {command.arguments}\n      {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: vlm-tuning COMMAND …", "", *usages, "", "vlm-tuning COMMAND --help lists the options of a command."]
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if was_launched():
+        from tuning.distributed.processes import exit_process
+
+        exit_process(exit_code)
+    sys.exit(exit_code)

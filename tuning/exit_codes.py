@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,6 +28,20 @@ def on_interrupt_say(words: Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(words()) from None
+
+
+def run_command(
+    run: Callable[[list[str]], object], describe: Callable[[], str], argv: Sequence[str] | None = None
+) -> int:
+    """Run a command with the words of its command line (default: this process's) and return its exit code.
+
+    If --help is among them, print what `describe` returns instead.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in arguments or "--help" in arguments:
+        print(describe())
+        return EXIT_OK
+    return exit_code_of(lambda: run(arguments))
 
 
 def exit_code_of(command: Callable[[], object]) -> int:

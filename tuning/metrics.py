@@ -1,6 +1,7 @@
-"""Scores of predicted answers, each from 0 to 1: the measures that the papers of the usual datasets define.
+"""Scores of predicted answers, each from 0 to 1, as the papers of well-known datasets define them.
 
-docs/scores.md lists them. Nothing here needs torch.
+docs/scores.md lists them. They are our own code, so that a row's score does not depend on a library's version; each
+names its source, and where it differs. Nothing here needs torch.
 """
 
 import difflib
@@ -18,65 +19,64 @@ from tuning.errors import UserError
 
 
 def check_metrics(names: Sequence[str], option: str = "metrics") -> None:
-    """Raise `UserError` for the first of `names`, given by `option`, that does not exist or lacks its library."""
+    """Raise `UserError` for the first name, of those in `option`, that is not a score or whose library is missing."""
     for name in names:
         if name not in METRICS:
             near = difflib.get_close_matches(name, METRICS, n=1)
             guess = f"Did you mean {near[0]}? " if near else ""
-            raise UserError(
-                where=option, problem=f"{name}: there is no such score.", fix=f"{guess}There are {', '.join(METRICS)}."
-            )
+            listed = ", ".join(METRICS)
+            raise UserError(where=option, problem=f"there is no score {name}.", fix=f"{guess}Use one of {listed}.")
         if name in NEED_RAPIDFUZZ and find_spec("rapidfuzz") is None:
             raise UserError(
                 where=option, problem=f"{name} needs rapidfuzz.", fix='Install it: pip install "vlm-tuning[metrics]"'
             )
 
 
-def check_right_answers(names: Sequence[str], answers: Iterable[tuple[str, str]]) -> None:
-    """Raise `UserError` for the first of `answers`, given after its row, that one of the scores cannot take."""
+def check_references(names: Sequence[str], references: Iterable[tuple[str, str]]) -> None:
+    """Raise `UserError` for the first reference that one of the scores cannot use. Each comes after its row's place."""
     if "json_field_accuracy" in names:
-        for where, right in answers:
-            read_right_json(right, where)
+        for where, reference in references:
+            read_reference(reference, where)
 
 
 def score_rows(
     metrics: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, list[float]]:
-    """By metric, the score of every row: its prediction against its right answers, of which there is at least one."""
+    """By metric, the score of every row: its prediction against its references. Every row has at least one."""
     assert len(predictions) == len(references), f"{len(predictions)} predictions of {len(references)} rows"
-    assert all(references), "rows without a right answer cannot be scored"
+    assert all(references), "rows without a reference cannot be scored"
     rows = list(zip(predictions, references, strict=True))
-    return {name: [METRICS[name](prediction, right) for prediction, right in rows] for name in metrics}
+    return {name: [METRICS[name](prediction, of_row) for prediction, of_row in rows] for name in metrics}
 
 
 def mean_scores(by_metric: dict[str, list[float]]) -> dict[str, float]:
-    """By metric, the mean over rows, of which there is at least one."""
+    """By metric, the mean over rows. There is at least one row."""
     return {name: fmean(scores) for name, scores in by_metric.items()}
 
 
 def best_of(score: Callable[[str, str], float]) -> Callable[[str, Sequence[str]], float]:
-    """The score of a row with several right answers as that of the one that fits best."""
-    return lambda prediction, references: max(score(prediction, right) for right in references)
+    """Score a row with several references by the one that fits best."""
+    return lambda prediction, references: max(score(prediction, reference) for reference in references)
 
 
-def exact_match(prediction: str, right: str) -> float:
-    """1 if both are the same text, upper and lower case included; blanks around them do not count."""
-    return float(prediction.strip() == right.strip())
+def exact_match(prediction: str, reference: str) -> float:
+    """1 if both are the same text, upper and lower case included. Leading and trailing blanks do not count."""
+    return float(prediction.strip() == reference.strip())
 
 
-def relaxed_accuracy(prediction: str, right: str) -> float:
-    """ChartQA: 1 for a number within 5 % of the right one, else for the same text in upper or lower case.
+def relaxed_accuracy(prediction: str, reference: str) -> float:
+    """ChartQA: 1 for a number within 5 % of the reference, or for the same text in upper or lower case.
 
-    A number is what `float` reads, and percentages are divided by 100; 1,000 with its comma is text, and so is every
-    answer where the right one is 0. Source: Masry et al. 2022 (https://arxiv.org/abs/2203.10244, section 5.1), as
+    A number is what `float` reads; percentages are divided by 100. 1,000 with its comma is text, and every answer is
+    text if the reference is 0. Source: Masry et al. 2022 (https://arxiv.org/abs/2203.10244, section 5.1), as
     https://github.com/google-research/pix2struct/blob/main/pix2struct/metrics.py computes it; lmms-eval and VLMEvalKit
-    do the same. As in the latter, blanks around an answer do not count; unlike in all, `inf` and `nan` are text.
+    do the same. Like VLMEvalKit, we ignore leading and trailing blanks. Unlike all of them, `inf` and `nan` are text.
     """
-    prediction, right = prediction.strip(), right.strip()
-    number, right_number = _to_number(prediction), _to_number(right)
-    if number is not None and right_number:
-        return float(abs(number - right_number) / abs(right_number) <= 0.05)
-    return float(prediction.lower() == right.lower())
+    prediction, reference = prediction.strip(), reference.strip()
+    number, expected = _to_number(prediction), _to_number(reference)
+    if number is not None and expected:
+        return float(abs(number - expected) / abs(expected) <= 0.05)
+    return float(prediction.lower() == reference.lower())
 
 
 def _to_number(text: str) -> float | None:
@@ -87,34 +87,37 @@ def _to_number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def anls(prediction: str, right: str) -> float:
-    """DocVQA: 1 − edit distance / length of the longer text; below 0.5 it is 0. Case and runs of blanks do not count.
+def anls(prediction: str, reference: str) -> float:
+    """DocVQA: 1 − edit distance / length of the longer text, or 0 if that is below 0.5.
+
+    Upper and lower case and runs of blanks do not count.
 
     Source: Biten et al. 2019 (https://arxiv.org/abs/1907.00490, equation 1), and the script of
     https://rrc.cvc.uab.es/?ch=17 (copy: https://github.com/QwenLM/Qwen-VL/blob/master/eval_mm/infographicsvqa_eval.py),
-    which keeps a similarity of exactly 0.5. Like VLMEvalKit, the length is that of the compared texts; the script's
-    has superfluous blanks in it, so that an answer would gain by them.
+    which keeps a similarity of exactly 0.5. Like VLMEvalKit, we take the length of the compared texts. The script also
+    counts the blanks that it removed, so that an answer scores higher with more of them.
     """
     from rapidfuzz.distance import Levenshtein
 
-    return Levenshtein.normalized_similarity(_lower_words(prediction), _lower_words(right), score_cutoff=0.5)
+    return Levenshtein.normalized_similarity(_lower_words(prediction), _lower_words(reference), score_cutoff=0.5)
 
 
 def _lower_words(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def token_f1(prediction: str, right: str) -> float:
+def token_f1(prediction: str, reference: str) -> float:
     """SQuAD: F1 of the words of both texts, in lower case, without punctuation and articles.
 
     Source: Rajpurkar et al. 2016 (https://arxiv.org/abs/1606.05250, section 6.1), and evaluate-v1.1.py of
-    https://rajpurkar.github.io/SQuAD-explorer/. Where no words are left, both must have none, as in evaluate-v2.0.py.
+    https://rajpurkar.github.io/SQuAD-explorer/. If one has no words left, the score is 1 only if both have none, as in
+    evaluate-v2.0.py.
     """
-    words, right_words = _squad_words(prediction), _squad_words(right)
-    if not words or not right_words:
-        return float(words == right_words)
-    same = (Counter(words) & Counter(right_words)).total()
-    return 2 * same / (len(words) + len(right_words))
+    words, expected = _squad_words(prediction), _squad_words(reference)
+    if not words or not expected:
+        return float(words == expected)
+    same = (Counter(words) & Counter(expected)).total()
+    return 2 * same / (len(words) + len(expected))
 
 
 def _squad_words(text: str) -> list[str]:
@@ -122,42 +125,42 @@ def _squad_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def rouge_l(prediction: str, right: str) -> float:
+def rouge_l(prediction: str, reference: str) -> float:
     """F1 of the words that both texts have in the same order, as the package rouge-score computes `rougeL`.
 
     Words are runs of a–z and 0–9, so that a text in another script scores 0. Source: Lin 2004
     (https://aclanthology.org/W04-1013, section 3.1, with β = 1) and
     https://github.com/google-research/google-research/tree/master/rouge. rapidfuzz finds the longest common subsequence
-    many times as fast as that package.
+    many times faster than that package.
     """
     from rapidfuzz.distance import LCSseq
 
-    words, right_words = (re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, right))
-    if not words or not right_words:
+    words, expected = (re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, reference))
+    if not words or not expected:
         return 0.0
-    return 2 * LCSseq.similarity(words, right_words) / (len(words) + len(right_words))
+    return 2 * LCSseq.similarity(words, expected) / (len(words) + len(expected))
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
-    """VQA: the mean, over leaving out one human answer at a time, of min(1, answers that agree / 3).
+    """VQA: leave out one human answer at a time; the mean of min(1, number of the others that agree / 3).
 
-    With ten answers, one to four that agree give 0.3, 0.6, 0.9, 1. With fewer than four, all that are left must agree
-    instead of three: of two answers, one that agrees gives 0.5; a single one must be the same. Source: Antol et al.
+    With ten answers, one to four that agree give 0.3, 0.6, 0.9, 1. With fewer than four, all the others must agree
+    instead of three: of two answers, one that agrees gives 0.5. A single one must be the same. Source: Antol et al.
     2015 (https://arxiv.org/abs/1505.00468, section 3), https://visualqa.org/evaluation.html, and vqaEval.py of
-    https://github.com/GT-Vision-Lab/VQA. That script leaves texts as they are where all ten people wrote the same one,
-    so that `Yes` would be wrong where they wrote `yes`; here they are always normalized, as VLMEvalKit does.
+    https://github.com/GT-Vision-Lab/VQA. That script does not normalize texts if all ten people wrote the same one, so
+    that `Yes` is wrong if they wrote `yes`. Like VLMEvalKit, we always normalize.
     """
     answer, number = normalize_vqa(prediction), len(references)
-    agree = [normalize_vqa(right) for right in references].count(answer)
+    agree = [normalize_vqa(reference) for reference in references].count(answer)
     if number == 1:
         return float(agree)
     enough = min(3, number - 1)
-    left_in = (number - agree) * min(agree, enough)  # leaving out one of the others
-    left_out = agree * min(agree - 1, enough)  # leaving out one of those that agree
-    return (left_in + left_out) / (number * enough)
+    without_another = (number - agree) * min(agree, enough)  # the one left out does not agree
+    without_agreeing = agree * min(agree - 1, enough)  # the one left out agrees
+    return (without_another + without_agreeing) / (number * enough)
 
 
-# Every way to leave out one apostrophe of these is mended. Those of vqaEval.py, less the ones that never match there.
+# A word that lacks one apostrophe of these gets it back. The list of vqaEval.py, less entries that never match there.
 CONTRACTIONS = """
 'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
 he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
@@ -175,53 +178,51 @@ VQA_WORDS |= {word: str(number) for number, word in enumerate(NUMBERS.split())} 
 
 
 def normalize_vqa(text: str) -> str:
-    """The text in lower case, with digits for number words, apostrophes, and without articles and punctuation.
+    """The text in lower case, with digits for number words, with apostrophes, without articles and punctuation.
 
-    A mark becomes a blank, or nothing where that mark is beside a blank somewhere, or some digits have a comma between
-    them. Periods stay before a digit.
+    A punctuation mark becomes a blank. It becomes nothing if the text has it next to a blank somewhere, or has a comma
+    between digits. A period stays before a digit.
     """
-    given = " ".join(text.split())
-    digits = re.search(r"\d,\d", given) is not None
-    cleaned = given
+    original = " ".join(text.split())
+    has_digits = re.search(r"\d,\d", original) is not None
+    cleaned = original
     for mark in ';/[]"{}()=+\\_-><@`,?!':
-        beside_blank = f"{mark} " in given or f" {mark}" in given
-        cleaned = cleaned.replace(mark, "" if digits or beside_blank else " ")
+        is_next_to_blank = f"{mark} " in original or f" {mark}" in original
+        cleaned = cleaned.replace(mark, "" if has_digits or is_next_to_blank else " ")
     words = re.sub(r"\.(?!\d)", "", cleaned).lower().split()
     return " ".join(VQA_WORDS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
-def json_field_accuracy(prediction: str, right: str) -> float:
-    """The share of fields of two JSON objects (or lists) that agree, among the fields that either of them has.
+def json_field_accuracy(prediction: str, reference: str) -> float:
+    """The share of fields that agree in two JSON objects (or lists), among the fields that either of them has.
 
-    The prediction's is the first that its text contains, be it fenced or amid words; without one it scores 0. Fields
-    are values at whatever depth, and empty objects and lists. Missing and invented fields both count, and the items of
-    a list are paired by how well they agree, whatever their order, as in ANLS* (Peer et al. 2024,
-    https://arxiv.org/abs/2402.03848, https://github.com/deepopinion/anls_star_metric); but values must be equal: 1 and
-    1.0 are, 1 and "1" are not, and blanks around a text do not count. Raises `UserError` where `right` is no JSON.
+    The prediction's JSON is the first in its text, in a code block or between words; without one it scores 0. Fields
+    are values at any depth, and empty objects and lists. Missing and invented fields both count. Items of a list are
+    paired by how well they agree, in any order, as in ANLS* (Peer et al. 2024, https://arxiv.org/abs/2402.03848,
+    https://github.com/deepopinion/anls_star_metric). Unlike there, values must be equal: 1 and 1.0 are, 1 and "1" are
+    not; leading and trailing blanks of a text do not count. Raises `UserError` if `reference` is not JSON.
     """
-    wanted = read_right_json(right)
-    given = find_json(prediction, "{" if isinstance(wanted, dict) else "[")
-    if given is None:
+    expected = read_reference(reference)
+    found = find_json(prediction, "{" if isinstance(expected, dict) else "[")
+    if found is None:
         return 0.0
     try:
-        equal, fields = compare_fields(wanted, given)
+        equal, fields = compare_fields(expected, found)
     except RecursionError:  # a thousand brackets in a row
         return 0.0
     return equal / fields
 
 
-def read_right_json(right: str, where: str = "") -> dict | list:
-    """The JSON object or list that is a right answer. Raises `UserError`, naming `where`, for anything else."""
-    wanted = _read_json(right)
-    if not isinstance(wanted, dict | list):
-        fix = "Mend the row, or choose other scores."
-        raise UserError(
-            where=where, problem=f"json_field_accuracy needs JSON as the right answer, not {right[:60]!r}.", fix=fix
-        )
-    return wanted
+def read_reference(reference: str, where: str = "") -> dict | list:
+    """The JSON object or list in a reference. Raises `UserError`, naming `where`, for anything else."""
+    expected = _read_json(reference)
+    if not isinstance(expected, dict | list):
+        what = f"json_field_accuracy needs a JSON object or list as the right answer, not {reference[:60]!r}."
+        raise UserError(where=where, problem=what, fix="Correct the row, or choose other scores.")
+    return expected
 
 
-JSON = json.JSONDecoder(parse_constant=str)  # NaN would not be equal to itself
+JSON = json.JSONDecoder(parse_constant=str)  # as a number, NaN would not be equal to itself
 
 
 def _read_json(text: str) -> Any:
@@ -232,7 +233,7 @@ def _read_json(text: str) -> Any:
 
 
 def find_json(text: str, bracket: str) -> Any:
-    """The first JSON in `text` that begins with `bracket`; None if there is none. Parts of a broken one are not."""
+    """The first JSON in `text` that begins with `bracket`, or None. Whole JSON inside a broken one does not count."""
     start = text.find(bracket)
     while start >= 0:
         try:
@@ -244,32 +245,32 @@ def find_json(text: str, bracket: str) -> Any:
     return None
 
 
-def compare_fields(right: Any, given: Any) -> tuple[int, int]:
-    """How many fields of two JSON values agree, and how many there are in either; see `json_field_accuracy`."""
-    if isinstance(right, dict) and isinstance(given, dict) and (right or given):
-        found = [compare_fields(right[key], given[key]) for key in right.keys() & given.keys()]
-        alone = [right.get(key, given.get(key)) for key in right.keys() ^ given.keys()]
-    elif isinstance(right, list) and isinstance(given, list) and (right or given):
-        found, alone = _compare_items(right, given)
+def compare_fields(expected: Any, found: Any) -> tuple[int, int]:
+    """The number of fields of two JSON values that agree, and of all fields; see `json_field_accuracy`."""
+    if isinstance(expected, dict) and isinstance(found, dict) and (expected or found):
+        compared = [compare_fields(expected[key], found[key]) for key in expected.keys() & found.keys()]
+        unpaired = [expected.get(key, found.get(key)) for key in expected.keys() ^ found.keys()]
+    elif isinstance(expected, list) and isinstance(found, list) and (expected or found):
+        compared, unpaired = _compare_items(expected, found)
     else:
-        if isinstance(right, str) and isinstance(given, str):
-            right, given = right.strip(), given.strip()
-        same = right == given and isinstance(right, bool) == isinstance(given, bool)
-        return int(same), max(_count_fields(right), _count_fields(given))
-    return sum(equal for equal, _ in found), sum(fields for _, fields in found) + sum(map(_count_fields, alone))
+        if isinstance(expected, str) and isinstance(found, str):
+            expected, found = expected.strip(), found.strip()
+        same = expected == found and isinstance(expected, bool) == isinstance(found, bool)
+        return int(same), max(_count_fields(expected), _count_fields(found))
+    return sum(equal for equal, _ in compared), sum(count for _, count in compared) + sum(map(_count_fields, unpaired))
 
 
-def _compare_items(right: list[Any], given: list[Any]) -> tuple[list[tuple[int, int]], list[Any]]:
-    """How the items of two lists compare, those that agree most paired first; and the items that are left over."""
-    results = {(i, j): compare_fields(a, b) for i, a in enumerate(right) for j, b in enumerate(given)}
+def _compare_items(expected: list[Any], found: list[Any]) -> tuple[list[tuple[int, int]], list[Any]]:
+    """How the items of two lists compare, paired with those that agree most first, and the items without a pair."""
+    results = {(i, j): compare_fields(a, b) for i, a in enumerate(expected) for j, b in enumerate(found)}
     pairs: list[tuple[int, int]] = []
-    open_right, open_given = set(range(len(right))), set(range(len(given)))
+    left_expected, left_found = set(range(len(expected))), set(range(len(found)))
     for i, j in sorted(results, key=lambda pair: -results[pair][0] / results[pair][1]):
-        if i in open_right and j in open_given:
+        if i in left_expected and j in left_found:
             pairs.append((i, j))
-            open_right.remove(i)
-            open_given.remove(j)
-    return [results[pair] for pair in pairs], [right[i] for i in open_right] + [given[j] for j in open_given]
+            left_expected.remove(i)
+            left_found.remove(j)
+    return [results[pair] for pair in pairs], [expected[i] for i in left_expected] + [found[j] for j in left_found]
 
 
 def _count_fields(value: Any) -> int:

@@ -17,14 +17,15 @@ from typing import Any
 
 from transformers import set_seed
 
+from tuning.config.describe import describe_command
 from tuning.config.options import RunConfig
-from tuning.config.parse import build_config, check_options, describe_options, read_options, resolve
+from tuning.config.parse import check_options, make_config, read_options, resolve
 from tuning.console import print0
 from tuning.data.from_config import dummy_batch, open_data, open_rows
 from tuning.distributed.failures import name_killed_worker
 from tuning.distributed.launch import SCRIPT, check_launcher, choose_launch_options, configure_libraries, launch
 from tuning.distributed.processes import exit_process
-from tuning.exit_codes import exit_code_of, on_interrupt_say
+from tuning.exit_codes import on_interrupt_say, run_command
 from tuning.files import REPORT_FILE
 from tuning.hub import open_hub, upload_finished
 from tuning.metrics import check_metrics
@@ -126,22 +127,17 @@ def train_model(trainer: SupervisedTrainer, config: RunConfig, progress: resume.
 
 def start(arguments: Sequence[str], *, all_gpus: bool = False) -> None:
     """Train in this process, or in as many as the options ask for."""
-    options = read_options(arguments)
-    values, _ = check_options(options)
-    asked = values.get("accelerate_launch_args", {})
-    if launch_args := choose_launch_options(asked, all_gpus=all_gpus and not values.get("use_cpu")):
+    options = check_options(read_options(arguments))
+    asked, use_cpu = options.values.get("accelerate_launch_args", {}), options.values.get("use_cpu")
+    if launch_args := choose_launch_options(asked, all_gpus=all_gpus and not use_cpu):
         launch(launch_args, [str(SCRIPT), *arguments])
     else:
-        train(build_config(options))
+        train(make_config(options))
 
 
 def main(argv: Sequence[str] | None = None, *, all_gpus: bool = False) -> int:
     """The command: returns its exit code. `all_gpus`: use all local GPUs, unless the options say how many."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(describe_options(USAGE))
-        return 0
-    return exit_code_of(lambda: start(arguments, all_gpus=all_gpus))
+    return run_command(partial(start, all_gpus=all_gpus), lambda: describe_command(USAGE, RunConfig), argv)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import threading
+from dataclasses import fields
 
 import datasets
 import numpy as np
@@ -185,7 +186,7 @@ def test_a_folder_of_forms_becomes_one_file(encoder, folder, capsys):
     assert_trained_alike(encoder, folder, after)
     said = capsys.readouterr().out
     assert said.count("Rows: conversations with from and value in 'conversations', images in 'image',") == 1
-    assert "Rows: in the documented form already." in said
+    assert "Rows: in the documented format already." in said
     assert f"5 rows written to {after}." in said
 
 
@@ -353,7 +354,7 @@ def test_out_is_never_overwritten(folder, capsys, suffix):
     before, after = write_rows(folder / "rows.jsonl", FORMS["base64"]), folder.parent / "out" / f"rows{suffix}"
     after.write_text("precious")
     run(before, after, expect=1)
-    assert "exists already" in capsys.readouterr().err
+    assert "this path exists already" in capsys.readouterr().err
     assert after.read_text() == "precious"
     assert entries(after.parent) == {after.name}
     run(before, before, expect=1)
@@ -363,7 +364,7 @@ def test_a_folder_of_images_is_never_mixed_with_another(folder, capsys):
     before, after = write_rows(folder / "rows.jsonl", FORMS["base64"]), folder.parent / "out" / "rows.jsonl"
     (after.parent / "rows_images").mkdir()
     run(before, after, expect=1)
-    assert f"{after.parent / 'rows_images'}: exists already" in capsys.readouterr().err
+    assert f"{after.parent / 'rows_images'}: this path exists already" in capsys.readouterr().err
     assert entries(after.parent) == {"rows_images"}
     assert entries(after.parent / "rows_images") == set()
 
@@ -379,16 +380,17 @@ def test_a_prompt_with_answers_is_refused(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "the following arguments are required: IN, OUT"),
-        (["rows.jsonl"], "the following arguments are required: OUT"),
+        ([], "2 problems:\n  - IN: is required\n  - OUT: is required"),
+        (["rows.jsonl"], "OUT: is required"),
         (["rows.jsonl", "out.csv"], "cannot write .csv files. Use .jsonl or .parquet."),
         (["rows.jsonl", "out"], "cannot write this kind of files"),
-        (["none.jsonl", "out.jsonl"], "there is no such file or folder, and the hub dataset"),
+        (["none.jsonl", "out.jsonl"], "data_path: none.jsonl does not exist"),
         (["rows.jsonl", "none/out.jsonl"], "cannot be written: No such file or directory"),
         (["rows.jsonl", "out.jsonl", "--allow_outside_paths", "maybe"], "expected true or false, got 'maybe'"),
         (["rows.jsonl", "out.jsonl", "--max_image_megabytes", "many"], "expected a number, got 'many'"),
-        (["rows.jsonl", "out.jsonl", "--model_name_or_path", "x"], "unrecognized arguments"),
-        (["rows.jsonl", "out.jsonl", "--dataset_image_field", "photo"], "there is no column 'photo'"),
+        (["rows.jsonl", "out.jsonl", "--model_name_or_path", "x"], "model_name_or_path: unknown option"),
+        (["rows.jsonl", "out.jsonl", "more.jsonl"], "'more.jsonl' is neither a flag nor the value of one"),
+        (["--dataset_image_field", "photo", "rows.jsonl", "out.jsonl"], "there is no column 'photo'"),
     ],
 )
 def test_wrong_words_are_the_users_to_mend(folder, monkeypatch, capsys, words, message):
@@ -397,16 +399,22 @@ def test_wrong_words_are_the_users_to_mend(folder, monkeypatch, capsys, words, m
     before = entries(folder)
     run(*words, expect=1)
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("Error: ")
+    assert "\nError: " in f"\n{error}"
+    assert "Traceback" not in error
     assert message in error
     assert entries(folder) == before
 
 
 def test_help_lists_every_option(capsys):
     run("--help")
-    said = capsys.readouterr().out
-    assert all(f"--{name}" in said for name in convert.OPTIONS)
+    text = capsys.readouterr().out
+    assert text.startswith("usage: vlm-tuning convert IN OUT")
+    names = {entry.name for entry in fields(convert.ConvertArguments)} - {"data_path", "output"}
+    assert names
+    assert all(f"--{name} " in text for name in names)
+    assert "  IN " in text
+    assert "  OUT " in text
 
 
 def test_rules_default_to_those_of_training():
-    assert ImageRules() == convert.image_rules(convert.DataArguments())
+    assert ImageRules() == convert.image_rules(convert.ConvertArguments())

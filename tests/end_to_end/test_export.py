@@ -56,7 +56,7 @@ def run(tmp_path, capfd):
     """Run the command with an output folder: its exit code and all that it printed."""
 
     def command(*words: object, output: str = "out") -> tuple[int, str]:
-        code = export.main([*(str(word) for word in words), *(["--output", str(tmp_path / output)] if output else [])])
+        code = cli.main(["export", *map(str, words), *(["--output", str(tmp_path / output)] if output else [])])
         printed = capfd.readouterr()
         return code, printed.out + printed.err
 

@@ -107,7 +107,7 @@ def test_two_models_stand_side_by_side_with_their_scores(predict, trained, model
     assert not list(tmp_path.glob(".*partial"))
     code, _, printed = predict(trained / "full", metrics="anls")
     assert code == 1
-    assert f"holds the answers of {models['llava15']}" in printed.err
+    assert f"holds answers of {models['llava15']}: another model, other rows or other settings" in printed.err
     assert "name that model as compare" in printed.err
 
 
@@ -125,7 +125,7 @@ def test_what_was_answered_before_an_interruption_is_kept(predict, trained, rows
     monkeypatch.setattr(module, "answer", count)
     code, lines, printed = predict(trained / "full")
     assert (code, lines) == (130, [])
-    assert "Interrupted. 6 answers are kept: the same command would go on there." in printed.err
+    assert "Interrupted. 6 answers are kept. Run the same command again to continue." in printed.err
     (partial,) = tmp_path.glob(".*partial")
     partial.write_text(partial.read_text() + '{"index": 6, "file": "ro')  # killed while it wrote
     monkeypatch.setattr(module, "answer", answer)
@@ -159,7 +159,7 @@ def test_another_chat_template_is_another_model(predict, trained, tmp_path):
     template.write_text(template.read_text().replace("upper()", "lower()"))
     code, _, printed = predict(folder)
     assert code == 1
-    assert f"holds the answers of {folder}: of another model" in printed.err
+    assert f"holds answers of {folder}: another model" in printed.err
 
 
 def test_other_answers_are_not_written_over(predict, trained, models, rows):
@@ -171,7 +171,7 @@ def test_other_answers_are_not_written_over(predict, trained, models, rows):
     assert predict(trained / "full", overwrite="true")[0] == 0
     code, _, printed = predict(models["llava15"])
     assert code == 1
-    assert f"holds the answers of {trained / 'full'}: of another model" in printed.err
+    assert f"holds answers of {trained / 'full'}: another model" in printed.err
     assert predict(models["llava15"], overwrite="true")[0] == 0
 
 
@@ -233,7 +233,8 @@ def test_an_adapter_whose_base_is_gone_is_named(predict, trained, tmp_path):
 COUNTING = """
 import os, sys
 from pathlib import Path
-from tuning import predict
+from tuning import cli
+from tuning.commands import predict
 
 def count(model, samples, *rest, **settings):
     with Path(__file__).with_name(f"asked_of_{os.environ['RANK']}").open("a") as file:
@@ -241,8 +242,8 @@ def count(model, samples, *rest, **settings):
     return answer(model, samples, *rest, **settings)
 
 answer, predict.answer = predict.answer, count
-predict.__file__ = __file__  # what the launcher is to start
-sys.exit(predict.main())
+predict.PROGRAM = (__file__,)  # what the launcher starts
+sys.exit(cli.main(["predict", *sys.argv[1:]]))
 """
 
 
@@ -268,6 +269,17 @@ def test_two_processes_answer_as_one_from_a_json_file(predict, trained, rows, tm
     lines = [{k: v for k, v in line.items() if k != "scores"} for line in read_lines(tmp_path / "two.jsonl")]
     assert lines == alone
     assert torch.get_num_threads() == 1
+
+
+def test_the_command_starts_itself_in_two_processes(predict, trained, rows, tmp_path):
+    _, alone, _ = predict(trained / "full", output=tmp_path / "alone.jsonl", max_rows=4)
+    options = {"model_name_or_path": trained / "full", "data_path": rows, "output": tmp_path / "two.jsonl", **QUICK}
+    options |= {"max_rows": 4, "accelerate_launch_args": json.dumps({"num_processes": 2})}
+    command = [sys.executable, "-m", "tuning.cli", "predict", *flags_of(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert read_lines(tmp_path / "two.jsonl") == alone
+    assert done.stdout.count("Done: ") == 1
 
 
 def test_a_compared_model_that_is_not_there_is_named_before_anything_is_answered(predict, trained, tmp_path):
@@ -310,7 +322,10 @@ def test_what_would_fail_in_the_end_is_said_before_anything_is_answered(predict,
     monkeypatch.setattr(module, "load_answering", lambda *_, **__: pytest.fail("a model is loaded"))
     code, lines, printed = predict(trained / "full", metrics="json_field_accuracy")
     assert (code, lines) == (1, [])
-    assert "rows.jsonl, row 0: json_field_accuracy needs JSON as the right answer, not 'It is red.'" in printed.err
+    assert (
+        "rows.jsonl, row 0: json_field_accuracy needs a JSON object or list as the right answer, not 'It is red.'"
+        in printed.err
+    )
     code, lines, printed = predict(trained / "full", output=rows / "predictions.jsonl")  # in a file
     assert (code, lines) == (1, [])
     assert "cannot be written" in printed.err
@@ -321,5 +336,5 @@ def test_a_file_that_holds_no_answers_is_never_written_over(predict, trained, tm
     precious.write_text("{}\n")
     code, _, printed = predict(trained / "full", output=precious, overwrite="true")
     assert code == 1
-    assert "is no file of answers" in printed.err
+    assert "the file exists, but has no answers" in printed.err
     assert precious.read_text() == "{}\n"

@@ -13,7 +13,6 @@ from PIL import Image
 from tiny_models import save_layout
 
 from tuning.commands.chat import ChatArguments
-from tuning.config.options import ModelSource
 from tuning.config.parse import read_command
 
 ROOT = Path(__file__).parents[2]
@@ -130,8 +129,8 @@ def test_an_adapter_becomes_a_model_of_its_own(workspace):
 
 def test_the_chat_is_called_as_written():
     line = find_command("chat")
-    source, options = read_command(shlex.split(line)[2:], ModelSource, ChatArguments)
-    assert (source.model_name_or_path, options.compare) == ("merged", "ibm-granite/granite-vision-3.2-2b")
+    options = read_command(shlex.split(line)[2:], ChatArguments)
+    assert (options.model_name_or_path, options.compare) == ("merged", "ibm-granite/granite-vision-3.2-2b")
 
 
 def test_help_lists_every_option(workspace):

@@ -14,7 +14,7 @@ from tiny_models import LAYOUTS, build_model, build_processor, save_layout
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.pytorch_utils import Conv1D
 
-from tuning.commands import export
+from tuning import cli
 from tuning.export.merge import merge_layer
 from tuning.export.proof import probe_inputs
 
@@ -58,7 +58,7 @@ def check_answers(base: Path, adapter: Path, merged: Path, *, tolerance: float =
 
 
 def run(*words: str | Path) -> int:
-    return export.main([str(word) for word in words])
+    return cli.main(["export", *map(str, words)])
 
 
 def read_files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

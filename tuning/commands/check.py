@@ -1,7 +1,5 @@
 """`vlm-tuning check`: read every row as training would, estimate the run, and report problems. Trains nothing."""
 
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,6 @@ from tuning.checking.findings import Findings, measure_all, row_finder
 from tuning.checking.memory import MemoryEstimate, estimate_memory
 from tuning.checking.report import Report, SampleRow, show_row
 from tuning.config.options import RunConfig
-from tuning.config.parse import build_config, describe_options, read_options
 from tuning.console import print0
 from tuning.data.batch_sampler import NOT_TRAINED, make_token_batches
 from tuning.data.collator import Collator, probe_collator
@@ -24,7 +21,6 @@ from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import dummy_batch, make_encoder, open_rows, open_validation_rows
 from tuning.data.row_lengths import RowLengths, RowMeter
 from tuning.errors import UserError, writing
-from tuning.exit_codes import exit_code_of
 from tuning.files import write_json, write_text
 from tuning.model import load
 from tuning.model.attention import Attention, set_decoder_attention
@@ -36,7 +32,7 @@ from tuning.model.quantize import quantise_skeleton
 from tuning.pages.check_page import render_page
 from tuning.training.optimizer import patch_master_weights
 
-USAGE = "vlm-tuning check config.json | --name value …    (the options are those of train)"
+OPTIONS = RunConfig  # those of train
 SHOWN_PER_KIND = 3
 
 
@@ -230,9 +226,8 @@ def describe(report: Report, output_dir: str) -> str:
     return "\n".join([*lines, f"Look at {Path(output_dir, 'check.html')}."])
 
 
-def run(argv: Sequence[str]) -> None:
+def run(config: RunConfig) -> None:
     """The whole command. Raises `UserError` where there is a problem, after everything is written and printed."""
-    config = build_config(read_options(argv))
     report = check(config)
     print0(describe(report, config.training.output_dir))
     if not report.is_clean:
@@ -243,16 +238,3 @@ def run(argv: Sequence[str]) -> None:
             fix="Fix the rows that this file names.",
         )
     print0("No problems.")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(describe_options(USAGE))
-        return 0
-    return exit_code_of(lambda: run(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

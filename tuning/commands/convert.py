@@ -1,16 +1,16 @@
-"""`vlm-tuning convert`: rows in any form that is recognised → the documented one, with images as they are stored."""
+"""`vlm-tuning convert`: turn a dataset of any format that training reads into the documented one.
 
-import argparse
+Images stay as they are stored, byte for byte.
+"""
+
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import pyarrow
 from datasets import Features, List
@@ -18,66 +18,46 @@ from datasets.features import Image, Value
 from pyarrow import parquet
 from tqdm import tqdm
 
-from tuning.config.options import DataArguments
-from tuning.config.parse import TYPES, coerce
+from tuning.config.options import SourceArguments, option
 from tuning.console import print0
 from tuning.data.encode import wrong_number_of_images
 from tuning.data.formats import describe_format
-from tuning.data.from_config import image_rules
+from tuning.data.from_config import image_rules, open_path
 from tuning.data.images import EncodedImage, ImageRules, find_image
 from tuning.data.messages import Message, count_images
-from tuning.data.open_source import open_source
 from tuning.data.sources import Row, Source
-from tuning.errors import UserError, error_field
-from tuning.exit_codes import exit_code_of
+from tuning.errors import UserError, error_field, writing
 
-OPTIONS = (
-    "dataset_text_field",
-    "dataset_image_field",
-    "dataset_split",
-    "dataset_config_name",
-    "image_folder",
-    "allow_outside_paths",
-    "allow_remote_images",
-    "max_image_pixels",
-    "max_image_megabytes",
-)
+
+@dataclass(frozen=True)
+class ConvertArguments(SourceArguments):
+    data_path: str = option("", "The data, in any format that training reads.", required=True, positional="IN")
+    output: str = option("", "File to write: .jsonl or .parquet.", required=True, positional="OUT")
+
+
+OPTIONS = ConvertArguments
 PART = {"type": Value("string"), "text": Value("string")}
 FEATURES = Features({"messages": List({"role": Value("string"), "content": List(PART)}), "images": List(Image())})
-CHUNK_ROWS, CHUNK_BYTES = 1000, 64_000_000  # a parquet row group ends at either
+CHUNK_ROWS, CHUNK_BYTES = 1000, 64_000_000  # a parquet row group ends when it has either
 
 
-class Writer(Protocol):
-    """Writes rows in the canonical form, one by one, to a place of its own until `finish` puts them at `out`."""
+def convert(options: ConvertArguments) -> int:
+    """Write all rows in the documented format. Returns their number.
 
-    def write(self, messages: list[Message], images: list[EncodedImage]) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-def convert(path: str, out: Path, data: DataArguments) -> int:
-    """Write the rows of `path` to `out` in the canonical form. Returns how many.
-
-    Raises `UserError` where `out` exists already or a row is bad; then nothing is left at `out` or beside it.
+    Raises `UserError` if the output exists or a row is bad; then nothing is left there or next to it.
     """
-    kind = WRITERS.get(out.suffix)
-    if kind is None:
-        raise UserError(
-            where=str(out), problem=f"cannot write {out.suffix or 'this kind of'} files.", fix="Use .jsonl or .parquet."
-        )
+    out = Path(options.output).expanduser()
+    make_writer = WRITERS.get(out.suffix)
+    if make_writer is None:
+        what = f"convert cannot write {out.suffix or 'this kind of'} files."
+        raise UserError(where=str(out), problem=what, fix="Use .jsonl or .parquet.")
     _refuse_existing(out)
-    source = open_source(
-        path,
-        text_field=data.dataset_text_field,
-        image_field=data.dataset_image_field,
-        split=data.dataset_split,
-        config_name=data.dataset_config_name,
-    )
-    for sentence in dict.fromkeys(_describe_forms(source, data)):
+    source = open_path(options, options.data_path, options.dataset_split)
+    for sentence in dict.fromkeys(_describe_formats(source, options)):
         print0(f"Rows: {sentence}")
-    rules = image_rules(data)
-    with _blame_writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        writer = kind(out, Path(folder))
+    rules = image_rules(options)
+    with writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        writer = make_writer(out, Path(folder))
         for row in tqdm(_read_rows(source), total=len(source), desc="converting rows", unit="row"):
             writer.write(*read_row(row, rules))
         writer.finish()
@@ -85,14 +65,17 @@ def convert(path: str, out: Path, data: DataArguments) -> int:
 
 
 def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedImage]]:
-    """The canonical messages of a row and its images as they are stored. Raises `UserError` naming file, row, field."""
+    """The messages of a row in the documented format, and its images as they are stored.
+
+    Raises `UserError` naming file, row and field.
+    """
     conversation = row.format.read(row.columns, row.where)
     messages, stored = conversation.messages, conversation.images
     if any(message["role"] == "assistant" for message in messages[: conversation.trained_from]):
         field = row.format.text_fields[0]
         raise UserError(
             where=f"{row.where}, field '{field}'",
-            problem="the prompt has assistant turns. They are context here, but the documented format trains them.",
+            problem="the prompt has assistant turns, which are not trained here, but would be in our format.",
             fix="Train on the data as it is.",
             field=field,
             kind="prompt with answers",
@@ -109,20 +92,23 @@ def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedIm
 
 
 def _read_rows(source: Source) -> Iterator[Row]:
-    """All rows in order; `datasets` reads them in runs, which is several times as fast as by index."""
+    """All rows in order. `datasets` iterates several times as fast as it reads by index."""
     for file in source.files:
         for number, columns in enumerate(file.rows):
             yield file.row(number, columns)
 
 
-def _describe_forms(source: Source, data: DataArguments) -> Iterator[str]:
+def _describe_formats(source: Source, data: SourceArguments) -> Iterator[str]:
     for file in source.files:
         sentence = describe_format(file.format, data.dataset_text_field, data.dataset_image_field)
-        yield sentence or "in the documented form already."
+        yield sentence or "in the documented format already."
 
 
 class JsonLines:
-    """Rows as lines. An image file below the folder of `out` is named where it is; others are copied beside `out`."""
+    """Writes rows as lines into `folder`, until `finish` moves them to `out`.
+
+    A row names an image file where it is, if that is below the folder of `out`. Other images are copied next to `out`.
+    """
 
     def __init__(self, out: Path, folder: Path):
         self.out, self.copies = out, out.with_name(f"{out.stem}_images")
@@ -139,7 +125,7 @@ class JsonLines:
         self._rows += 1
 
     def _name_in_place(self, image: EncodedImage) -> str | None:
-        """The path that leads from `out` to the image's file; None where it has to be copied."""
+        """The path from `out` to the image's file; None if the image has to be copied."""
         if isinstance(image.content, bytes):
             return None
         path = os.path.relpath(os.path.realpath(image.content), self._root)
@@ -154,7 +140,7 @@ class JsonLines:
         return f"{self.copies.name}/{name}"
 
     def finish(self) -> None:
-        """Images first: lines in place name only images that are."""
+        """Move the images first: rows that are in their place must not name images that are not."""
         self._file.close()
         _refuse_existing(self.out)
         if not self._copied.exists():
@@ -170,7 +156,10 @@ class JsonLines:
 
 
 class Parquet:
-    """Rows in row groups, images embedded, with the `datasets` features; no more than a group is held in memory."""
+    """Writes rows and their images into a parquet file in `folder`, until `finish` moves it to `out`.
+
+    It has the features that `datasets` knows. At most one row group is held in memory.
+    """
 
     def __init__(self, out: Path, folder: Path):
         self.out, self._path = out, folder / "rows"
@@ -203,63 +192,9 @@ WRITERS: dict[str, type[JsonLines] | type[Parquet]] = {".jsonl": JsonLines, ".pa
 
 def _refuse_existing(path: Path) -> None:
     if path.exists() or path.is_symlink():
-        raise UserError(where=str(path), problem="exists already.", fix="Give another name, or remove it.")
+        raise UserError(where=str(path), problem="this path exists already.", fix="Give another name, or remove it.")
 
 
-@contextmanager
-def _blame_writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(where=str(out), problem=f"cannot be written: {error.strerror or error}.") from error
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(where="convert", problem=f"{message}.", fix="--help lists the options.")
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vlm-tuning convert", description=__doc__, allow_abbrev=False)
-    parser.add_argument("path", metavar="IN", help="The data: whatever training_data_path takes, in any form.")
-    parser.add_argument("out", metavar="OUT", type=Path, help="Where it goes: a .jsonl or a .parquet file.")
-    for entry in (entry for entry in fields(DataArguments) if entry.name in OPTIONS):
-        value = f"{entry.default}".lower() if isinstance(entry.default, bool) else entry.default
-        shown = "" if value is None else f" [{value}]"
-        bare: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(entry.default, bool) else {}
-        parser.add_argument(
-            f"--{entry.name}",
-            type=_coerce_to(TYPES[entry.name]),
-            default=entry.default,
-            help=entry.metadata["help"] + shown,
-            **bare,
-        )
-    return parser
-
-
-def _coerce_to(kind: Any):
-    def read(text: str) -> Any:
-        try:
-            return coerce(text, kind)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return read
-
-
-def run(argv: Sequence[str]) -> None:
-    """The whole command; says what was read and where it went."""
-    options = vars(_make_parser().parse_args(argv))
-    path, out = options.pop("path"), options.pop("out").expanduser()
-    count = convert(path, out, DataArguments(**options))
-    print0(f"{count:,} rows written to {out}.")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return exit_code_of(lambda: run(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(options: ConvertArguments) -> None:
+    """Convert, and print where the rows went."""
+    print0(f"{convert(options):,} rows written to {Path(options.output).expanduser()}.")

@@ -2,9 +2,8 @@
 
 import itertools
 import shutil
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any
 import torch
 
 from tuning.config.options import ModelSource, RowArguments, option
-from tuning.config.parse import describe_command, read_command
 from tuning.console import print0
 from tuning.data.collator import probe_collator
 from tuning.data.dummy_samples import dummy_samples
 from tuning.data.from_config import make_encoder, open_path
 from tuning.errors import RunEnded, UserError, writing
-from tuning.exit_codes import EXIT_INTERNAL_ERROR, exit_code_of
+from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.export.merge import AdaptedSkeleton, Merge, adapt_skeleton, plan_merge
 from tuning.export.merged_model import copy_files, write_weights
 from tuning.export.proof import Comparison, WeightProof, compare_logits, memory_for_logits
@@ -32,26 +30,37 @@ from tuning.model.saved_weights import open_weights
 from tuning.pages.model_card import is_ours, merge_card
 from tuning.training.checkpoint_files import commit_checkpoint
 
-USAGE = "vlm-tuning export --adapter DIR --output DIR | config.json"
 ROWS = 4
 NOTICEABLE_LOSS = 0.05
 
 
 @dataclass(frozen=True)
 class ExportArguments:
-    adapter: str = option("", "The adapter: the folder that training wrote, or a hub id.")
+    adapter: str = option("", "The adapter: the folder that training wrote, or a hub id.", required=True)
     output: str | None = option(None, "Folder to write; it must not exist yet.")
     base: str | None = option(None, "The base model, a folder or hub id (default: the one that the adapter names).")
     dtype: str = option(
-        "auto", "Precision of the written weights: auto (the base's own), float32, bfloat16 or float16."
+        "auto",
+        "Precision of the written weights; auto: as the base stores them.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
-    target: str | None = option(None, "Do not merge: check the adapter itself for vllm or transformers.")
+    target: str | None = option(
+        None, "Do not merge; check whether this engine loads the adapter itself.", choices=("vllm", "transformers")
+    )
     data_path: str | None = option(None, "Rows to compare the merged model with base and adapter on (the first four).")
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
     push_to_hub: str | None = option(None, "Upload the written folder to this repository of the Hub, too.")
 
 
-def export(options: ExportArguments, rows: RowArguments) -> None:
+@dataclass(frozen=True)
+class ExportOptions(RowArguments, ExportArguments):
+    """All options of the command."""
+
+
+OPTIONS = ExportOptions
+
+
+def export(options: ExportOptions) -> None:
     """Merge, or check for an engine. Raises `UserError`, or `RunEnded` if the merged model is wrong."""
     adapter = find_adapter(options.adapter, options.base)
     if adapter is None:
@@ -69,12 +78,12 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
     if options.target:
         serve(options, base, adapted)
     else:
-        write_merged(options, rows, base, adapted)
+        write_merged(options, base, adapted)
     if repository and options.output:
         repository.upload_folder(Path(options.output).expanduser())
 
 
-def write_merged(options: ExportArguments, rows: RowArguments, base: BaseModel, adapted: AdaptedSkeleton) -> None:
+def write_merged(options: ExportOptions, base: BaseModel, adapted: AdaptedSkeleton) -> None:
     """Write the merged model to `output`, and prove it before it gets that name."""
     assert options.output is not None
     output, adapter = Path(options.output).expanduser(), adapted.adapter
@@ -91,7 +100,7 @@ def write_merged(options: ExportArguments, rows: RowArguments, base: BaseModel, 
         proof.read_back(merge, folder)
         report_weights(proof)
         if has_memory_for_logits(merge):
-            batches = sample_batches(options, rows, base)
+            batches = sample_batches(options, base)
             report_logits(compare_logits(merge, folder, base, adapter, batches), len(batches))
     print0(f"Done: {output} is a complete model.")
 
@@ -173,18 +182,18 @@ def report_logits(result: Comparison, rows: int) -> None:
         raise wrong_model(f"its logits differ by {result.difference:.2%} of the largest.")
 
 
-def sample_batches(options: ExportArguments, rows: RowArguments, base: BaseModel) -> list[dict[str, Any]]:
+def sample_batches(options: ExportOptions, base: BaseModel) -> list[dict[str, Any]]:
     """The user's first rows, or built-in ones with and without an image, one row per batch."""
-    encoder = make_encoder(rows, base.processor, base.config, rows.run_date)
+    encoder = make_encoder(options, base.processor, base.config, options.run_date)
     samples = dummy_samples(encoder)
     if options.data_path:
-        source = open_path(rows, options.data_path, rows.dataset_split)
+        source = open_path(options, options.data_path, options.dataset_split)
         samples = [encoder.encode(row) for row in itertools.islice(source, ROWS)]
     batches = [probe_collator(encoder.processor).join([sample]) for sample in samples]
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 
 
-def serve(options: ExportArguments, base: BaseModel, adapted: AdaptedSkeleton) -> None:
+def serve(options: ExportOptions, base: BaseModel, adapted: AdaptedSkeleton) -> None:
     """Check the adapter itself for an engine. With `output`, write it under the names that the engine looks for."""
     engine, adapter = options.target, adapted.adapter
     if engine == "vllm":
@@ -216,7 +225,7 @@ def serve(options: ExportArguments, base: BaseModel, adapted: AdaptedSkeleton) -
     print0(how_to_serve(options, serving, adapter))
 
 
-def how_to_serve(options: ExportArguments, serving: Serving, adapter: Adapter) -> str:
+def how_to_serve(options: ExportOptions, serving: Serving, adapter: Adapter) -> str:
     folder = options.output or str(adapter.folder)
     if options.target == "transformers":
         return f'transformers loads it: PeftModel.from_pretrained(model, "{folder}")'
@@ -224,26 +233,10 @@ def how_to_serve(options: ExportArguments, serving: Serving, adapter: Adapter) -
     return f"vLLM loads it: vllm serve {adapter.base} --enable-lora{flags} --lora-modules tuned={folder}"
 
 
-def run(argv: Sequence[str]) -> None:
-    options, rows = read_command(argv, ExportArguments, RowArguments, required=["adapter"])
-    if options.target not in (None, "vllm", "transformers"):
-        raise UserError(where="config", problem=f"target: {options.target!r} is unknown; use vllm or transformers")
+def run(options: ExportOptions) -> None:
     if not options.target and not options.output:
         raise UserError(where="config", problem="output: is required")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # print_plan reports it
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-        export(options, rows)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(describe_command(USAGE, ExportArguments, RowArguments))
-        return 0
-    return exit_code_of(lambda: run(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        export(options)

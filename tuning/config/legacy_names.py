@@ -1,12 +1,9 @@
-"""Names that changed in transformers 5: what each old one means today."""
+"""Names of options that transformers 5 renamed or removed, and what each means today."""
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
-from transformers import TrainingArguments
-
-TRAINING_FIELDS = {entry.name: entry for entry in fields(TrainingArguments) if entry.init}
+from tuning.config.options import TRAINING_FIELDS
 
 
 def _newest(*names: str) -> str:
@@ -17,7 +14,7 @@ def _newest(*names: str) -> str:
 CHECKPOINTING = _newest("activation_checkpointing", "gradient_checkpointing")
 CHECKPOINTING_KWARGS = f"{CHECKPOINTING}_kwargs"
 
-# Old name -> the name it has now; the value is kept.
+# Old name → the name of today; the value stays.
 RENAMED = {
     "torch_dtype": "dtype",
     "evaluation_strategy": "eval_strategy",
@@ -32,7 +29,7 @@ RENAMED = {
     "activation_checkpointing_kwargs": CHECKPOINTING_KWARGS,
 }
 
-# Old name -> what replaces it, for names whose value cannot be carried over.
+# Old name → what to do instead; its value has no counterpart.
 REMOVED = {
     "past_index": "It has no effect on these models: remove it.",
     "half_precision_backend": "Use bf16 or fp16 alone.",
@@ -50,7 +47,7 @@ REMOVED = {
     "tpu_num_cores": "TPUs are not supported.",
     "include_inputs_for_metrics": 'Use include_for_metrics: ["inputs"].',
     "include_tokens_per_second": "Remove it: tokens_per_second is always in training_logs.jsonl.",
-    "packing": "Batches have no padding anyway (padding_free); max_tokens_per_batch fills them to a number of tokens.",
+    "packing": "Batches have no padding anyway (padding_free); max_tokens_per_batch fills them to so many tokens.",
     "max_length": "Use max_seq_length.",
     "model_max_length": "Use max_seq_length.",
 }
@@ -65,7 +62,7 @@ def _truth(value: Any) -> bool:
     return str(value).lower() in ("true", "1", "yes")
 
 
-# Old name -> how its value is expressed now.
+# Old name → the options of today that express its value.
 REEXPRESSED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "warmup_ratio": _warmup_ratio,
     "group_by_length": lambda value: {"train_sampling_strategy": "group_by_length" if _truth(value) else "random"},

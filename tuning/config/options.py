@@ -1,4 +1,7 @@
-"""Every option of a run, one documented line each; Hugging Face's own `TrainingArguments` stand beside ours."""
+"""Every option of a run: its default, one line of help, and what it may be.
+
+`TrainingArguments` of Hugging Face come on top: all of them are options, too.
+"""
 
 from dataclasses import dataclass, field, fields
 from datetime import date
@@ -8,80 +11,117 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 
-def option(default: Any, help: str):
-    """A dataclass field with its line of documentation."""
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    required: bool = False,
+    positional: str = "",
+) -> Any:
+    """A dataclass field with its line of help and with what `find_value_problems` checks.
+
+    `choices`: the values it may have. `minimum`, `maximum`: the least and the greatest number; `above`, `below`: the
+    same without the limit itself. `positional`: the name in the usage of a command whose option needs no flag.
+    """
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "below": below}
+    metadata = {"help": help, "required": required, "positional": positional, **limits}
     if isinstance(default, (dict, list)):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """Which model, and how it is loaded."""
 
-    model_name_or_path: str = option("", "Base model: a local folder or a hub id.")
-    dtype: str = option("auto", "Precision of the weights: auto (the checkpoint's own), float32, bfloat16 or float16.")
-    use_flash_attn: bool = option(True, "Use the fastest attention this machine and model support; false: plain SDPA.")
+    model_name_or_path: str = option("", "Base model: a local folder or a hub id.", required=True)
+    dtype: str = option(
+        "auto",
+        "Precision of the weights; auto: as the checkpoint stores them.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    use_flash_attn: bool = option(
+        True, "Use the fastest attention that this machine and the model support; false: SDPA."
+    )
     attn_implementation: str | None = option(
-        None, "A named attention of transformers instead, such as sdpa, eager or flash_attention_2."
+        None, "Use this attention of transformers instead, such as sdpa, eager or flash_attention_2."
     )
     quantization: str | None = option(
-        None, "4bit or 8bit: keep the language model's frozen weights quantised through bitsandbytes (QLoRA)."
+        None,
+        "Quantize the frozen weights of the language model with bitsandbytes (QLoRA).",
+        choices=("4bit", "8bit"),
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
-    chat_template: str | None = option(None, "Chat template that replaces the model's: a Jinja file or its text.")
-    processor_kwargs: dict[str, Any] = option({}, "Image processor settings to change and save, as a JSON object.")
+    chat_template: str | None = option(None, "Chat template instead of the model's: a Jinja file or its text.")
+    processor_kwargs: dict[str, Any] = option(
+        {}, "Settings of the image processor to change, as a JSON object; they are saved with the model."
+    )
 
 
 @dataclass(frozen=True)
 class ModelArguments(ModelSource):
     keep_master_weights: bool = option(
         True,
-        "Train 16-bit weights by float32 copies; false: half the memory, and updates too small for 16 bits are lost.",
+        "Keep a float32 copy of trained 16-bit weights; false: half the memory, but small updates are lost.",
     )
-    freeze_vision_tower: bool | None = option(None, "Keep the vision tower as it is (default: only with LoRA).")
-    freeze_multi_modal_projector: bool | None = option(None, "Keep the projector as it is (default: only with LoRA).")
-    freeze_language_model: bool | None = option(None, "Keep the language model as it is, adapters included.")
+    freeze_vision_tower: bool | None = option(None, "Do not train the vision tower (default: true with LoRA only).")
+    freeze_multi_modal_projector: bool | None = option(
+        None, "Do not train the projector (default: true with LoRA only)."
+    )
+    freeze_language_model: bool | None = option(None, "Do not train the language model, nor adapters in it.")
     cache_vision_features: str | None = option(
-        None, "Folder to keep the frozen vision tower's features in, so that it runs once an image, in all runs."
+        None, "Folder for the features of a frozen vision tower: it then runs once per image, over all runs."
     )
 
 
 @dataclass(frozen=True)
 class LoraArguments:
-    peft_method: str | None = option(None, "lora, or none for full fine-tuning.")
-    r: int = option(8, "Rank of the LoRA matrices.")
-    lora_alpha: int = option(32, "LoRA scaling numerator: updates are scaled by lora_alpha / r.")
-    lora_dropout: float = option(0.05, "Dropout on the input of the LoRA matrices.")
+    peft_method: str | None = option(None, "Fine-tuning method: lora, or none for full fine-tuning.")
+    r: int = option(8, "Rank of the LoRA matrices.", minimum=1)
+    lora_alpha: int = option(32, "Scale LoRA updates by lora_alpha / r.", minimum=1)
+    lora_dropout: float = option(0.05, "Dropout on the input of the LoRA matrices.", minimum=0, below=1)
     target_modules: list[str] | str | None = option(
         None, "Modules to adapt: names, all-linear, or a regular expression."
     )
-    bias: str = option("none", "Biases to train: none, all or lora_only.")
-    modules_to_save: list[str] | None = option(None, "Modules trained in full and saved with the adapter.")
-    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA).")
-    use_dora: bool = option(False, "Weight-decomposed LoRA.")
+    bias: str = option("none", "Biases to train.", choices=("none", "all", "lora_only"))
+    modules_to_save: list[str] | None = option(None, "Modules to train in full and save with the adapter.")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(r) instead (rank-stabilized LoRA).")
+    use_dora: bool = option(False, "Train weight-decomposed LoRA (DoRA).")
 
 
 @dataclass(frozen=True)
-class RowArguments:
-    """How rows are read."""
+class SourceArguments:
+    """How rows are read from files or the Hub, and which images they may use."""
 
     dataset_text_field: str = option("messages", "Column with the messages.")
     dataset_image_field: str = option("images", "Column with the image or images.")
     dataset_split: str | None = option(None, "Split to read (default: train).")
     dataset_config_name: str | None = option(None, "Configuration of a hub dataset.")
-    max_seq_length: int | None = option(None, "Longest row in tokens, image tokens included (default: the model's).")
-    on_bad_row: str = option("error", "What to do with a row that cannot be used: error or skip.")
-    max_images_per_sample: int | None = option(
-        None, "Use only so many images of a row (default: what the model takes)."
+    image_folder: str | None = option(None, "Folder that relative image paths start from (default: the data file's).")
+    allow_outside_paths: bool = option(False, "Also read image files that lie outside image_folder.")
+    allow_remote_images: bool = option(False, "Download images whose path is an http(s) address.")
+    max_image_pixels: int = option(100_000_000, "Refuse an image with more pixels.", minimum=1)
+    max_image_megabytes: float = option(100.0, "Refuse an image whose file has more MB (10⁶ bytes).", above=0)
+
+
+@dataclass(frozen=True)
+class RowArguments(SourceArguments):
+    """How rows are read and encoded."""
+
+    max_seq_length: int | None = option(
+        None, "Longest row in tokens, image tokens included (default: the model's).", minimum=1
     )
-    image_folder: str | None = option(None, "Where relative image paths start (default: the data file's folder).")
-    allow_outside_paths: bool = option(False, "Read image files outside image_folder, too.")
-    allow_remote_images: bool = option(False, "Fetch images whose path is an http(s) address.")
-    max_image_pixels: int = option(100_000_000, "Largest image in pixels.")
-    max_image_megabytes: float = option(100.0, "Largest stored image in MB (10⁶ bytes).")
-    max_messages_per_row: int = option(1000, "Most messages in a row.")
-    date_string: str | None = option(None, "The date that templates write as today's (default: the day the run began).")
+    on_bad_row: str = option("error", "What to do with a row that cannot be used.", choices=("error", "skip"))
+    max_images_per_sample: int | None = option(
+        None, "Use at most so many images per row (default: what the model takes).", minimum=1
+    )
+    max_messages_per_row: int = option(1000, "Most messages in a row.", minimum=1)
+    date_string: str | None = option(None, "Today's date in chat templates (default: the day the run began).")
 
     @property
     def run_date(self) -> str:
@@ -92,36 +132,52 @@ class RowArguments:
 @dataclass(frozen=True)
 class DataArguments(RowArguments):
     training_data_path: str | list[Any] | None = option(
-        None, "A .json, .jsonl, .parquet or .arrow file, a folder, a hub id, or a list of {path, weight, split}."
+        None,
+        "A .json, .jsonl, .parquet or .arrow file, a folder, a hub id, or a list of {path, weight, split}.",
+        required=True,
     )
-    validation_data_path: str | None = option(None, "Data for evaluation, in the same forms.")
+    validation_data_path: str | None = option(None, "Data for evaluation: a file, a folder or a hub id.")
     dataset_kwargs: dict[str, Any] = option({}, "Accepted for compatibility; skip_prepare_dataset is always true.")
     padding_free: bool | str = option(
-        "auto", "Lay a batch's rows end to end instead of padding them; auto: where the model gives the same results."
+        "auto",
+        "Join the rows of a batch end to end instead of padding them; auto: if the model's results stay the same.",
+        choices=("auto", True, False),
     )
     max_tokens_per_batch: int | None = option(
-        None, "Most tokens in a process's batch, padding included, instead of per_device_train_batch_size rows."
+        None,
+        "Fill each process's batch up to so many tokens, padding included; replaces per_device_train_batch_size.",
+        minimum=1,
     )
     overlong_rows: str = option(
-        "error", "What to do with a longer row: error, drop, or truncate_text (shortens answers, never images)."
+        "error",
+        "What to do with a row above max_seq_length; truncate_text shortens answers, never images.",
+        choices=("error", "drop", "truncate_text"),
     )
-    max_bad_fraction: float = option(0.05, "With on_bad_row skip: stop when more than this share of the rows is bad.")
-    streaming: bool = option(False, "Read rows one after the other instead of converting files first; needs max_steps.")
-    assistant_only_loss: bool = option(True, "Train on the assistant's words and end tokens only; false: on all text.")
+    max_bad_fraction: float = option(
+        0.05, "With on_bad_row skip: stop if more than this share of the rows is bad.", minimum=0, maximum=1
+    )
+    streaming: bool = option(False, "Read rows one after another instead of converting files first; needs max_steps.")
+    assistant_only_loss: bool = option(
+        True, "Train on the assistant's answers and end tokens only; false: on all text."
+    )
 
 
 @dataclass(frozen=True)
 class AnswerArguments:
-    """How validation rows are answered during training."""
+    """How the model answers rows during training."""
 
     eval_generate_rows: int = option(
-        0, "At every evaluation, answer so many validation rows by generation and log the scores (eval_metrics)."
+        0, "At each evaluation, answer so many validation rows and log their scores (eval_metrics).", minimum=0
     )
     eval_metrics: list[str] | str = option("exact_match", "Scores of these answers, such as exact_match or anls.")
-    eval_max_new_tokens: int = option(64, "Longest answer in tokens, for validation rows and for those in report.html.")
-    report_samples: int = option(4, "Rows to answer before and after training, shown in report.html.")
+    eval_max_new_tokens: int = option(
+        64, "Longest answer in tokens, for validation rows and for those in report.html.", minimum=1
+    )
+    report_samples: int = option(
+        4, "Rows to answer before, during and after training, shown in report.html.", minimum=0
+    )
     early_stopping_patience: int | None = option(
-        None, "Stop after so many evaluations without a better metric_for_best_model."
+        None, "Stop after so many evaluations without a better metric_for_best_model.", minimum=1
     )
 
     @property
@@ -131,35 +187,42 @@ class AnswerArguments:
 
 @dataclass(frozen=True)
 class CheckArguments:
-    """Only `vlm-tuning check` heeds these."""
+    """Options that only `vlm-tuning check` uses."""
 
-    max_rows: int | None = option(None, "Check only so many rows (default: all).")
-    decode_images: bool = option(False, "Decode every image in full instead of reading its header.")
-    sample_rows: int = option(8, "Rows shown in full in check.html.")
+    max_rows: int | None = option(None, "Check only so many rows (default: all).", minimum=1)
+    decode_images: bool = option(False, "Decode each image in full instead of reading its header.")
+    sample_rows: int = option(8, "Rows to show in full in check.html.", minimum=0)
 
 
 @dataclass(frozen=True)
 class RunArguments:
-    save_model_dir: str | None = option(None, "Where the final model goes (default: output_dir).")
-    overwrite_output_dir: bool = option(False, "Start over: delete the checkpoints of an earlier run in output_dir.")
-    vision_tower_learning_rate: float | None = option(None, "Learning rate of the vision tower.")
-    projector_learning_rate: float | None = option(None, "Learning rate of the projector.")
+    save_model_dir: str | None = option(None, "Folder for the final model (default: output_dir).")
+    overwrite_output_dir: bool = option(False, "Start again: delete the checkpoints of an earlier run in output_dir.")
+    vision_tower_learning_rate: float | None = option(
+        None, "Learning rate of the vision tower (default: learning_rate).", minimum=0
+    )
+    projector_learning_rate: float | None = option(
+        None, "Learning rate of the projector (default: learning_rate).", minimum=0
+    )
     save_before_walltime: float | None = option(
-        None, "Minutes the queue allows: save, and stop with exit code 143, while a step and a checkpoint still fit."
+        None,
+        "Minutes that the queue allows; the run saves and ends with exit code 143 before they are over.",
+        above=0,
     )
     verify_save: bool | None = option(
         None,
-        "Read the saved model back and compare weights and logits (default: load it if a second one fits into memory).",
+        "Read the saved model back and compare weights and logits (default: logits only if a second model fits into"
+        " memory).",
     )
     logging_dir: str | None = option(None, "Folder for TensorBoard's files (default: output_dir/runs).")
-    accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch` (JSON only).")
+    accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch`, as a JSON object.")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run, checked and complete. `notes` are the sentences to tell the user about what was adjusted.
+    """One run, checked and complete. `notes`: sentences to print, about options that were set or ignored.
 
-    `group_by_length`: whether batches are of rows of similar length; None: where they are padded.
+    `group_by_length`: whether a batch has rows of similar length; None: only if batches are padded.
     """
 
     model: ModelArguments
@@ -177,16 +240,15 @@ class RunConfig:
         return self.run.save_model_dir or self.training.output_dir
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat and JSON-ready, under the names a config file uses: a run can be repeated from it."""
+        """Flat and JSON-ready, under the names of a config file: the same run can be started from it."""
         flat = {}
         for section in (self.model, self.lora, self.data, self.answers, self.run):
             flat.update({entry.name: getattr(section, entry.name) for entry in fields(section)})
-        settable = {entry.name for entry in fields(TrainingArguments) if entry.init}
-        training = {name: value for name, value in self.training.to_dict().items() if name in settable}
-        unsaid = {"hub_token", "local_rank"}
-        unsaid |= {"train_sampling_strategy"} if self.group_by_length is None else set()
-        unsaid |= {"per_device_train_batch_size"} if self.data.max_tokens_per_batch else set()
-        return flat | {name: value for name, value in training.items() if name not in unsaid}
+        left_out = {"hub_token", "local_rank"}
+        left_out |= {"train_sampling_strategy"} if self.group_by_length is None else set()
+        left_out |= {"per_device_train_batch_size"} if self.data.max_tokens_per_batch else set()
+        training = self.training.to_dict()
+        return flat | {name: training[name] for name in TRAINING_FIELDS if name in training and name not in left_out}
 
 
 SECTIONS = {
@@ -197,25 +259,37 @@ SECTIONS = {
     "run": RunArguments,
     "check": CheckArguments,
 }
+OWN_OPTIONS = {entry.name: entry for kind in SECTIONS.values() for entry in fields(kind)}
+TRAINING_FIELDS = {entry.name: entry for entry in fields(TrainingArguments) if entry.init}
 
-# Defaults of ours that differ from TrainingArguments', with the reason.
+# Defaults of ours that differ from those of TrainingArguments, with the reason.
 TRAINING_DEFAULTS = {
     "logging_steps": 10,  # 500 hides the loss curve of most fine-tunings
-    "remove_unused_columns": False,  # rows are encoded in the workers: no column may be taken away before
-    "dataloader_persistent_workers": True,  # do not start the workers anew every epoch
+    "remove_unused_columns": False,  # data workers encode the rows and need all columns
+    "dataloader_persistent_workers": True,  # do not start the workers again every epoch
     "report_to": "none",
     "ddp_find_unused_parameters": False,  # what gets no gradient is frozen, and every batch has an image
-    "ddp_broadcast_buffers": False,  # they never change
-    "logging_nan_inf_filter": False,  # a loss that is no number ends the run: nothing to hide, and one wait less
+    "ddp_broadcast_buffers": False,  # buffers never change
+    "logging_nan_inf_filter": False,  # a loss that is NaN or infinite ends the run: nothing to hide, one sync less
+}
+
+# What options of TrainingArguments may be, by the names of `option`. Others are left to transformers.
+TRAINING_LIMITS: dict[str, dict[str, Any]] = {
+    "num_train_epochs": {"above": 0},
+    "per_device_train_batch_size": {"minimum": 1},
+    "per_device_eval_batch_size": {"minimum": 1},
+    "gradient_accumulation_steps": {"minimum": 1},
+    "learning_rate": {"minimum": 0},
+    "weight_decay": {"minimum": 0},
+    "seed": {"minimum": 0, "maximum": 2**32 - 1},  # NumPy takes no other
 }
 
 
 def default_options() -> dict[str, Any]:
     """Every option's default by name, as `RunConfig.to_dict` has it."""
-    own = {entry.name: entry for kind in SECTIONS.values() for entry in fields(kind)}
     values = {}
-    for entry in (*fields(TrainingArguments), *own.values()):
+    for entry in (*fields(TrainingArguments), *OWN_OPTIONS.values()):
         values[entry.name] = entry.default_factory() if callable(entry.default_factory) else entry.default
     accelerator = AcceleratorConfig().to_dict()
-    del accelerator["use_configured_state"]  # TrainingArguments takes it out
+    del accelerator["use_configured_state"]  # TrainingArguments removes it
     return values | TRAINING_DEFAULTS | {"accelerator_config": accelerator}

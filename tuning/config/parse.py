@@ -3,48 +3,51 @@
 import base64
 import binascii
 import copy
-import dataclasses
 import difflib
 import json
 import os
-import types
 import typing
-from collections.abc import Mapping, Sequence, Set
-from enum import Enum
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from tuning.config import legacy_names
-from tuning.config.options import SECTIONS, TRAINING_DEFAULTS, RunConfig
-from tuning.config.rules import adjust, find_problems, find_row_problems, groups_by_length
+from tuning.config.options import OWN_OPTIONS, SECTIONS, TRAINING_DEFAULTS, TRAINING_FIELDS, TRAINING_LIMITS, RunConfig
+from tuning.config.rules import complete, find_path_problems, find_problems, groups_by_length
+from tuning.config.values import coerce, find_value_problems
 from tuning.errors import UserError
 
-OWN_FIELDS = {entry.name: section for section, kind in SECTIONS.items() for entry in dataclasses.fields(kind)}
 TYPES = typing.get_type_hints(TrainingArguments) | {"resume_from_checkpoint": bool | str | None}
 for _kind in SECTIONS.values():
     TYPES |= typing.get_type_hints(_kind)
-KNOWN = set(OWN_FIELDS) | set(legacy_names.TRAINING_FIELDS)
+KNOWN = set(OWN_OPTIONS) | set(TRAINING_FIELDS)
+LIMITS = {name: entry.metadata for name, entry in OWN_OPTIONS.items()} | TRAINING_LIMITS
 
 
-def read_options(
-    argv: Sequence[str], environ: Mapping[str, str] = os.environ, known: Set[str] = KNOWN
-) -> dict[str, Any]:
-    """Collect the options of a command line: `--name value …`, `--name=value`, `--flag`, `--no_flag`, or a JSON file.
+def read_options(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Collect the options of a run from its command line, or from the environment if that is empty.
 
-    Flags beside a JSON file override it. Without arguments the config comes from `SFT_TRAINER_CONFIG_JSON_PATH` (a
-    path) or `SFT_TRAINER_CONFIG_JSON_ENV_VAR` (base64 of JSON text). Raises `UserError` for what is not an option.
+    The command line has flags (`--name value …`, `--name=value`, `--flag`, `--no_flag`) or begins with a JSON file,
+    whose options the flags override. `SFT_TRAINER_CONFIG_JSON_PATH` is the path of such a file,
+    `SFT_TRAINER_CONFIG_JSON_ENV_VAR` its text in base64. Raises `UserError` for words that are neither.
     """
-    arguments = list(argv)
+    if argv:
+        return _read_words(argv, KNOWN)
+    if path := environ.get("SFT_TRAINER_CONFIG_JSON_PATH"):
+        return read_json(path)
+    if encoded := environ.get("SFT_TRAINER_CONFIG_JSON_ENV_VAR"):
+        return _decode_json(encoded)
+    raise UserError(problem="no options were given.", fix="Give flags or a JSON config file; --help lists them.")
+
+
+def _read_words(argv: Sequence[str], known: Set[str], positional: Sequence[str] = ()) -> dict[str, Any]:
+    """The options of a command line. `positional`: options that need no flag; the others then take at most one word."""
+    arguments, open_places = list(argv), list(positional)
     options: dict[str, Any] = {}
-    if not arguments:
-        if path := environ.get("SFT_TRAINER_CONFIG_JSON_PATH"):
-            return read_json(path)
-        if encoded := environ.get("SFT_TRAINER_CONFIG_JSON_ENV_VAR"):
-            return _decode_json(encoded)
-        raise UserError(problem="no options were given.", fix="Give flags or a JSON config file; --help lists them.")
-    if not arguments[0].startswith("--"):
+    if arguments and not positional and not arguments[0].startswith("--"):
         options = read_json(arguments.pop(0))
     name = None
     for argument in arguments:
@@ -52,15 +55,17 @@ def read_options(
             name, has_value, value = argument[2:].partition("=")
             name = name.replace("-", "_")
             options[name] = value if has_value else _Values()
-        elif name is not None and isinstance(options[name], _Values):
+        elif name is not None and isinstance(options[name], _Values) and not (positional and options[name]):
             options[name].append(argument)
+        elif open_places:
+            options[open_places.pop(0)] = argument
         else:
             raise UserError(problem=f"'{argument}' is neither a flag nor the value of one.", fix="Flags begin with --.")
     return dict(_finish_flag(name, value, known) for name, value in options.items())
 
 
 class _Values(list):
-    """The words that followed a flag."""
+    """The words that follow a flag."""
 
 
 def _finish_flag(name: str, value: Any, known: Set[str]) -> tuple[str, Any]:
@@ -73,11 +78,12 @@ def _finish_flag(name: str, value: Any, known: Set[str]) -> tuple[str, Any]:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a config file. Raises `UserError` if it is not there, not JSON, or not an object."""
+    """Read a config file. Raises `UserError` if it cannot be read, is not JSON, or is not an object."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(where=str(path), problem=f"cannot read the config file: {error.strerror}.") from error
+        what = f"the config file cannot be read: {error.strerror}."
+        raise UserError(where=str(path), problem=what, fix="Give the path of a JSON file, or flags.") from error
     return _load_object(text, where=str(path))
 
 
@@ -87,7 +93,7 @@ def _decode_json(encoded: str) -> dict[str, Any]:
         text = base64.b64decode(encoded, validate=True).decode("utf-8")
     except (binascii.Error, UnicodeDecodeError) as error:
         raise UserError(
-            where=where, problem="is not base64 of JSON text.", fix="Encode it with: base64 -w0 config.json"
+            where=where, problem="the value is not base64 of JSON text.", fix="Encode it with: base64 -w0 config.json"
         ) from error
     return _load_object(text, where)
 
@@ -96,31 +102,54 @@ def _load_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
+        place = f"{where}, line {error.lineno}, column {error.colno}"
         raise UserError(
-            where=f"{where}, line {error.lineno}, column {error.colno}", problem=f"not valid JSON: {error.msg}."
+            where=place, problem=f"this is not valid JSON: {error.msg}.", fix="Correct the text."
         ) from error
     if not isinstance(value, dict):
-        raise UserError(
-            where=where, problem=f"expected a JSON object with option names, found a {type(value).__name__}."
-        )
+        what = f"the config must be a JSON object with option names, not a {type(value).__name__}."
+        raise UserError(where=where, problem=what, fix='Write the options as {"name": value, …}.')
     return value
 
 
+@dataclass(frozen=True)
+class CheckedOptions:
+    """The options of a run by the names of today, typed, checked and completed, and notes to print about them."""
+
+    values: dict[str, Any]
+    notes: tuple[str, ...]
+
+
 def build_config(options: Mapping[str, Any]) -> RunConfig:
-    """Turn options under any name, old or new, into a `RunConfig`.
+    """Turn options under any name, old or new, into a `RunConfig`; see `check_options`."""
+    return make_config(check_options(options))
+
+
+def check_options(options: Mapping[str, Any]) -> CheckedOptions:
+    """The first half of `build_config`: it loads nothing and touches no device, so that a launcher may call it.
 
     Raises one `UserError` that lists every problem: unknown names (with the nearest real one), values of the wrong
-    type, and rules between options. Nothing is loaded.
+    type or outside the limits, and rules between options. `options` stay as they are, nested objects included.
     """
-    values, notes = check_options(options)
-    sections = {
-        section: kind(**{key: value for key, value in values.items() if OWN_FIELDS.get(key) == section})
-        for section, kind in SECTIONS.items()
-    }
-    training = {key: value for key, value in values.items() if key in legacy_names.TRAINING_FIELDS}
+    problems: list[str] = []
+    current = _translate_names(copy.deepcopy(dict(options)), problems)
+    values, notes = complete(_coerce_all(current, TYPES, problems))
+    _raise_all([*problems, *find_value_problems(values, LIMITS), *find_problems(values)])
+    return CheckedOptions(values, notes)
+
+
+def make_config(options: CheckedOptions) -> RunConfig:
+    """The second half of `build_config`: `TrainingArguments` may start this process's device. Raises `UserError`."""
+    values = options.values
+    sections = {section: _make(kind, values) for section, kind in SECTIONS.items()}
+    training = TRAINING_DEFAULTS | {name: values[name] for name in TRAINING_FIELDS if name in values}
     try:
-        training_arguments = TrainingArguments(**(TRAINING_DEFAULTS | training))
-        return RunConfig(**sections, training=training_arguments, notes=notes, group_by_length=groups_by_length(values))
+        return RunConfig(
+            **sections,
+            training=TrainingArguments(**training),
+            notes=options.notes,
+            group_by_length=groups_by_length(values),
+        )
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(where="config", problem=str(error)) from error
 
@@ -142,43 +171,45 @@ def resolve(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> RunCon
         f"Using one of {gpus} GPUs. To use all: vlm-tuning train …, or accelerate launch --num_processes={gpus}"
         " --config_file fixtures/accelerate_fsdp_defaults.yaml tuning/sft_trainer.py …"
     )
-    return dataclasses.replace(config, training=training, notes=(*config.notes, note))
+    return replace(config, training=training, notes=(*config.notes, note))
 
 
-def check_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The first half of `build_config`, which touches no device: today's names and typed values, and what to tell."""
-    problems: list[str] = []
-    current = _translate_names(options, problems)
-    values, notes = adjust(_coerce_all(current, TYPES, problems))
-    problems += find_problems(values)
-    _raise_all(problems)
-    return values, notes
+def _make(kind: Any, values: Mapping[str, Any]) -> Any:
+    return kind(**{entry.name: values[entry.name] for entry in fields(kind) if entry.name in values})
 
 
-def read_command(argv: Sequence[str], *kinds: type, required: Sequence[str] = ()) -> list[Any]:
-    """The options of a command that does not train, as an instance of each of `kinds`, dataclasses of options.
+def read_command(argv: Sequence[str], kind: Any) -> Any:
+    """The options of a command as an instance of `kind`: `RunConfig`, or the dataclass of a command's own options.
 
-    They come as for training, from flags or a JSON file, with the same checks of names, types, choices and paths.
+    Those come from flags or a JSON file, with the same checks of names, types, limits and paths as those of a run.
     Raises one `UserError` that lists every problem.
     """
-    types_of: dict[str, Any] = {}
-    for kind in kinds:
-        types_of |= typing.get_type_hints(kind)
-    problems: list[str] = []
-    current = {}
-    for name, value in read_options(argv, environ={}, known=set(types_of)).items():
+    if kind is RunConfig:
+        return build_config(read_options(argv))
+    entries = {entry.name: entry for entry in fields(kind)}
+    positional = {name: entry.metadata["positional"] for name, entry in entries.items() if entry.metadata["positional"]}
+    types_of, problems, current = typing.get_type_hints(kind), list[str](), {}
+    for name, value in _read_words(argv, set(entries), list(positional)).items():
         new_name = legacy_names.RENAMED.get(name, name)
-        if new_name in types_of:
+        if new_name in entries:
             current[new_name] = value
         else:
-            problems.append(f"{name}: unknown option.{_nearest(name, set(types_of))}")
+            problems.append(f"{name}: unknown option.{_nearest(name, set(entries))}")
     values = _coerce_all(current, types_of, problems)
-    problems += [f"{name}: is required" for name in required if not values.get(name)]
-    problems += find_row_problems(values)
-    _raise_all(problems)
+    problems += find_value_problems(values, {name: entry.metadata for name, entry in entries.items()})
+    required = [name for name, entry in entries.items() if entry.metadata["required"]]
+    problems += [f"{positional.get(name, name)}: is required" for name in required if not values.get(name)]
+    _raise_all([*problems, *find_path_problems(values)])
+    return _make(kind, values)
+
+
+def to_flags(options: Any) -> list[str]:
+    """The command line from which `read_command` makes the same `options` again."""
+    values = {entry.name: getattr(options, entry.name) for entry in fields(options)}
     return [
-        kind(**{entry.name: values[entry.name] for entry in dataclasses.fields(kind) if entry.name in values})
-        for kind in kinds
+        f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in values.items()
+        if value is not None
     ]
 
 
@@ -188,16 +219,17 @@ def _coerce_all(options: Mapping[str, Any], types_of: Mapping[str, Any], problem
         try:
             converted = coerce(value, types_of[name])
             if converted is not None or type(None) in typing.get_args(types_of[name]):
-                values[name] = converted  # null, where the option cannot be null, leaves the default
+                values[name] = converted  # null leaves the default of an option that cannot be null
         except ValueError as error:
             problems.append(f"{name}: {error}")
     return values
 
 
-def _raise_all(problems: list[str]) -> None:
-    if problems:
-        listed = "\n  - ".join([f"{len(problems)} problems:", *problems])
-        raise UserError(where="config", problem=problems[0] if len(problems) == 1 else listed)
+def _raise_all(problems: Iterable[str]) -> None:
+    found = list(problems)
+    if found:
+        listed = "\n  - ".join([f"{len(found)} problems:", *found])
+        raise UserError(where="config", problem=found[0] if len(found) == 1 else listed)
 
 
 def _translate_names(options: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -230,94 +262,3 @@ def _translate_names(options: Mapping[str, Any], problems: list[str]) -> dict[st
 def _nearest(name: str, candidates: set[str]) -> str:
     close = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else " --help lists the options."
-
-
-TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
-
-
-def coerce(value: Any, kind: Any) -> Any:
-    """Turn a flag's text or a JSON value into the annotated type `kind`. `ValueError` says what was expected."""
-    allowed = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    if value is None or (isinstance(value, str) and (value == "null" or (value == "none" and str not in allowed))):
-        if type(None) in allowed or str not in allowed:
-            return None
-        raise ValueError("a value is needed")
-    for candidate in sorted(allowed, key=_trying_order):
-        converted = _convert(value, candidate)
-        if converted is not None:
-            return converted
-    expected = " or ".join(_describe(candidate) for candidate in allowed if candidate is not type(None))
-    raise ValueError(f"expected {expected}, got {value!r}")
-
-
-def _trying_order(kind: Any) -> int:
-    """Narrow types first: text fits everything."""
-    return {bool: 0, int: 1, float: 2, str: 4}.get(kind, 3)
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, or None where it is not one."""
-    origin = typing.get_origin(kind) or kind
-    if origin is bool:
-        if isinstance(value, str):
-            return True if value.lower() in TRUE else False if value.lower() in FALSE else None
-        return value if isinstance(value, bool) else None
-    if origin in (int, float):
-        return _convert_number(value, origin)
-    if origin in (dict, list):
-        return _convert_json(value, origin)
-    if origin is str:
-        return value if isinstance(value, str) else None
-    if isinstance(origin, type) and issubclass(origin, Enum):
-        return value if value in [member.value for member in origin] else None
-    if origin is typing.Literal:
-        return value if value in typing.get_args(kind) else None
-    return value if isinstance(origin, type) and isinstance(value, origin) else None
-
-
-def _convert_number(value: Any, kind: type) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    if kind is float:
-        return number
-    return int(number) if number.is_integer() else None
-
-
-def _convert_json(value: Any, kind: type) -> Any:
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not valid JSON: {error}") from error
-    return value if isinstance(value, kind) else None
-
-
-def _describe(kind: Any) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a JSON object"}
-    return words.get(typing.get_origin(kind) or kind, "a list" if typing.get_origin(kind) is list else str(kind))
-
-
-def describe_options(usage: str) -> str:
-    """The text of `--help` under `usage`: every option of ours with its default, and Hugging Face's by name."""
-    lines = [f"usage: {usage}", ""]
-    for section, kind in SECTIONS.items():
-        lines += [f"{section}:", *_describe_fields(kind)]
-    lines += ["", "training (transformers.TrainingArguments):", "  " + " ".join(sorted(legacy_names.TRAINING_FIELDS))]
-    return "\n".join(lines)
-
-
-def describe_command(usage: str, *kinds: type) -> str:
-    """The `--help` of a command whose options are the fields of `kinds`."""
-    return "\n".join([f"usage: {usage}", "", *(line for kind in kinds for line in _describe_fields(kind))])
-
-
-def _describe_fields(kind: type) -> list[str]:
-    lines = []
-    for entry in dataclasses.fields(kind):
-        default = "" if entry.default in (None, "", dataclasses.MISSING) else f" [{entry.default}]"
-        lines.append(f"  --{entry.name:<30} {entry.metadata['help']}{default}")
-    return lines

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import PreTrainedConfig
 
 from tuning.config.families import find_family
-from tuning.config.options import DataArguments, RowArguments, RunConfig
+from tuning.config.options import DataArguments, RowArguments, RunConfig, SourceArguments
 from tuning.console import print0
 from tuning.data.batch_sampler import data_seed
 from tuning.data.chat_template import ChatFormat
@@ -126,7 +126,7 @@ def open_validation_rows(config: RunConfig) -> Source:
 
 
 def open_path(
-    data: RowArguments, path: str, split: str | None, *, streaming: bool = False, more_fields: Sequence[str] = ()
+    data: SourceArguments, path: str, split: str | None, *, streaming: bool = False, more_fields: Sequence[str] = ()
 ) -> Source:
     """The rows of one path. `more_fields`: columns to keep in addition to those of the conversation."""
     return open_source(
@@ -140,14 +140,14 @@ def open_path(
     )
 
 
-def print_formats(files: Iterable[DataFile], data: RowArguments) -> None:
+def print_formats(files: Iterable[DataFile], data: SourceArguments) -> None:
     """Print which formats were recognized, other than the documented one."""
     sentences = (describe_format(file.format, data.dataset_text_field, data.dataset_image_field) for file in files)
     for sentence in dict.fromkeys(filter(None, sentences)):
         print0(f"Rows: {sentence}")
 
 
-def image_rules(data: RowArguments) -> ImageRules:
+def image_rules(data: SourceArguments) -> ImageRules:
     """How large images may be, and where they may come from."""
     return ImageRules(
         folder=data.image_folder,

@@ -1,10 +1,9 @@
-"""See it work: a tiny LLaVA learns to read scikit-learn's handwritten digits, then a second question by LoRA.
+"""`vlm-tuning demo`: a tiny LLaVA learns to read scikit-learn's handwritten digits, then a second question by LoRA.
 
-Everything goes the way a user's run goes: a dataset in the documented format, JSON configs, `vlm-tuning train`,
+The demo does what a user does: it writes a dataset in our format and JSON configs, and runs `vlm-tuning train`,
 `export` and `predict`.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuning.config.options import option
 from tuning.errors import UserError
-from tuning.exit_codes import exit_code_of
 from tuning.files import read_lines
 from tuning.pages.demo_page import Answered, write_demo_page
 
@@ -24,8 +23,16 @@ HELD_OUT_SHARE = 0.2
 
 
 @dataclass(frozen=True)
+class DemoArguments:
+    output_dir: str = option("demo_output", "Folder for the data, the models and the page.")
+
+
+OPTIONS = DemoArguments
+
+
+@dataclass(frozen=True)
 class Task:
-    """One question about every image, and its answer by the digit shown."""
+    """A question about every image, and the right answer for a digit."""
 
     name: str
     question: str
@@ -76,7 +83,7 @@ def run_demo(output_dir: Path) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The shares of right answers of two models, and the lines that `vlm-tuning predict` wrote."""
+    """The shares of right answers before and after training, and the lines that `vlm-tuning predict` wrote."""
 
     before: float
     after: float
@@ -137,21 +144,21 @@ def write_dataset(path: Path, task: Task, rows: Sequence) -> None:
 
 
 def write_config(name: str, output_dir: Path) -> Path:
-    """One of the configs beside this file, with its paths moved to `output_dir`."""
+    """Copy one of the configs in this folder to `output_dir`, with its paths changed to that folder."""
     text = Path(__file__).with_name(name).read_text().replace("demo_output/", f"{output_dir}/")
     (output_dir / name).write_text(text)
     return output_dir / name
 
 
 def run_command(*words: str | Path) -> None:
-    """Run `vlm-tuning` as a user would, but on one thread: in so small a model more would only wait for each other."""
+    """Run `vlm-tuning` as a user would, but on one thread: with so small a model, several wait for each other."""
     print(f"\n$ vlm-tuning {' '.join(map(str, words))}", flush=True)
     command = [sys.executable, "-m", "tuning.cli", *map(str, words)]
     subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
 
 
 def predict(model: Path, before: Path, task: Task, output_dir: Path) -> Predictions:
-    """Let a model, and the one it was before, answer the task's question about every held-out image."""
+    """Ask a model, and the one it was trained from, the task's question about every held-out image."""
     folder = output_dir / task.name
     run_command(
         *("predict", "--model_name_or_path", model, "--compare", before, "--data_path", folder / "held_out.parquet"),
@@ -163,9 +170,6 @@ def predict(model: Path, before: Path, task: Task, output_dir: Path) -> Predicti
     return Predictions(scores["compared"]["exact_match"], scores["prediction"]["exact_match"], lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: the last line is JSON with the four scores."""
-    parser = argparse.ArgumentParser(prog="vlm-tuning demo", description=__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
-    output_dir = parser.parse_args(argv).output_dir
-    return exit_code_of(lambda: print(json.dumps(run_demo(output_dir))))
+def run(options: DemoArguments) -> None:
+    """Run the demo; the last line is JSON with the four scores."""
+    print(json.dumps(run_demo(Path(options.output_dir))))

@@ -1,4 +1,4 @@
-"""Tokenizers trained on the spot, so that the demo and the tests download nothing."""
+"""Small tokenizers, trained when they are needed, so that the demo and the tests download nothing."""
 
 import json
 from collections.abc import Iterable

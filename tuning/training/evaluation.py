@@ -26,7 +26,7 @@ from tuning.data.sources import Row
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError, describe_failure, try_optional
 from tuning.files import SAMPLES_FILE, read_lines, to_lines, write_text
-from tuning.metrics import check_right_answers, mean_scores, score_rows
+from tuning.metrics import check_references, mean_scores, score_rows
 from tuning.model.generate import generate_texts
 from tuning.training.step_guard import StepState
 
@@ -242,7 +242,7 @@ def make_evaluator(
     answers, rows = config.answers, list[Row]()
     if answers.eval_generate_rows and data.validation is not None:
         rows = read_first_rows(data, answers.eval_generate_rows)
-        check_right_answers(answers.metric_names, right_answers(rows))
+        check_references(answers.metric_names, right_answers(rows))
     return GenerationEvaluator(
         data.encoder,
         data.collator,

@@ -39,8 +39,8 @@ def scripted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(scripted):
     """The adapter, and its base beside it."""
-    source = ModelSource(str(scripted / "adapter"))
-    return make_speakers(source, ChatArguments(compare=str(scripted / "base")), threading.Event())
+    options = ChatArguments(str(scripted / "adapter"), compare=str(scripted / "base"))
+    return make_speakers(options, threading.Event())
 
 
 def user(words, images=0):
@@ -86,8 +86,7 @@ def test_the_pieces_are_the_answer_that_a_batch_gets(models):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_later_turn_of_every_layout_is_answered_as_a_row_of_data_is(models, layout):
-    options = ChatArguments(max_new_tokens=12)
-    speaker = make_speakers(ModelSource(str(models[layout])), options, threading.Event())[0]
+    speaker = make_speakers(ChatArguments(str(models[layout]), max_new_tokens=12), threading.Event())[0]
     pictures = [PICTURE] * (speaker.encoder.max_images or 2)
     talk = Conversation([asked("What is it?", "A dog.", images=pictures), asked("Sure?", "")])
     messages, images = talk.history(0)
@@ -144,8 +143,8 @@ def test_a_second_model_and_an_adapter_with_biases_are_loaded_apart(scripted, pa
     (copied / "adapter_model.safetensors").write_bytes(
         (scripted / "adapter" / "adapter_model.safetensors").read_bytes()
     )
-    options = ChatArguments(compare=str(scripted / "base"))
-    tuned, base = make_speakers(ModelSource(str(copied)), options, threading.Event())
+    options = ChatArguments(str(copied), compare=str(scripted / "base"))
+    tuned, base = make_speakers(options, threading.Event())
     assert tuned.loaded.model is not base.loaded.model
     assert "".join(base.reply([user("What?")], [])).strip() == "A cat sits there."
 
@@ -168,7 +167,7 @@ def test_the_model_reads_the_conversation_as_it_is_trained(pair, monkeypatch):
 def test_what_cannot_be_asked_says_why(pair):
     tuned = pair[0]
     for messages, images, why in [
-        ([user("Both?", 2)], [PICTURE] * 2, "takes 1 image a conversation; there are 2"),
+        ([user("Both?", 2)], [PICTURE] * 2, "takes 1 image per conversation, and there are 2"),
         ([user("why " * 3000)], [], "tokens are more than"),
     ]:
         with pytest.raises(UserError, match=why):
@@ -235,7 +234,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(case, scripted, monkeypa
         elif case == "port in use":
             options["port"], expected = str(taken.getsockname()[1]), "Give another one with --port."
         elif case == "no port":
-            options["port"], expected = "70000", "from 1 to 65535"
+            options["port"], expected = "70000", "port: must be at least 1 and at most 65535, got 70000"
         elif case == "unknown option":
             options["max_new_token"], expected = "7", "Did you mean max_new_tokens?"
         else:

@@ -1,14 +1,20 @@
 import base64
+import copy
 import json
 import os
 import warnings
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from tuning import cli
+from tuning.commands.predict import PredictArguments
 from tuning.config import legacy_names
-from tuning.config.parse import build_config, read_options
+from tuning.config.describe import describe_all_options
+from tuning.config.options import OWN_OPTIONS, SECTIONS, default_options
+from tuning.config.parse import LIMITS, build_config, read_command, read_options, to_flags
+from tuning.config.values import find_value_problems
 from tuning.errors import UserError
 
 needs_no_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
@@ -87,10 +93,10 @@ def test_arguments_win_over_the_environment():
 @pytest.mark.parametrize(
     ("encoded", "message"),
     [
-        ("%%%", "is not base64 of JSON text"),
-        (base64.b64encode(b"\xff\xfe").decode(), "is not base64 of JSON text"),
+        ("%%%", "the value is not base64 of JSON text"),
+        (base64.b64encode(b"\xff\xfe").decode(), "the value is not base64 of JSON text"),
         (encode('{"r": 5'), "not valid JSON"),
-        (encode("[1]"), "found a list"),
+        (encode("[1]"), "JSON object with option names, not a list"),
     ],
 )
 def test_broken_base64_config_names_its_variable(encoded, message):
@@ -108,7 +114,7 @@ def test_broken_json_file_names_line_and_column(tmp_path):
 
 
 def test_json_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot read the config file") as caught:
+    with pytest.raises(UserError, match="the config file cannot be read") as caught:
         read_options([str(tmp_path / "none.json")], {})
     assert caught.value.where == str(tmp_path / "none.json")
 
@@ -180,7 +186,7 @@ def test_value_of_the_wrong_type_says_what_is_expected(required, name, value, me
         ({"peft_method": "loro"}, "peft_method: 'loro' is unknown"),
         ({"r": 4}, "r: only LoRA uses this"),
         ({"peft_method": "lora", "r": 0}, "r: must be at least 1"),
-        ({"peft_method": "lora", "lora_dropout": 1.0}, "lora_dropout: must be in [0, 1)"),
+        ({"peft_method": "lora", "lora_dropout": 1.0}, "lora_dropout: must be at least 0 and below 1, got 1.0"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant true loses gradients"),
         ({"dtype": "int8"}, "dtype: 'int8' is unknown"),
         ({"fp16": True, "dtype": "float16"}, "fp16: needs weights in float32"),
@@ -207,6 +213,58 @@ def test_option_that_cannot_work_says_why(required, options, message, monkeypatc
     assert message in problems_of({**required, **options})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("vision_tower_learning_rate", -1e-5, "must be at least 0, got -1e-05"),
+        ("projector_learning_rate", "-1", "must be at least 0, got -1.0"),
+        ("projector_learning_rate", "nan", "must be finite, got nan"),
+        ("learning_rate", -1e-4, "must be at least 0, got -0.0001"),
+        ("weight_decay", -0.1, "must be at least 0, got -0.1"),
+        ("lora_alpha", 0, "must be at least 1, got 0"),
+        ("sample_rows", -1, "must be at least 0, got -1"),
+        ("eval_generate_rows", -1, "must be at least 0, got -1"),
+        ("report_samples", -1, "must be at least 0, got -1"),
+        ("max_bad_fraction", 1.5, "must be at least 0 and at most 1, got 1.5"),
+        ("max_image_megabytes", 0, "must be above 0, got 0.0"),
+        ("max_image_megabytes", "inf", "must be finite, got inf"),
+        ("save_before_walltime", 0, "must be above 0, got 0.0"),
+        ("num_train_epochs", 0, "must be above 0, got 0.0"),
+        ("num_train_epochs", "inf", "must be finite, got inf"),
+        ("seed", -1, "must be at least 0 and at most 4294967295, got -1"),
+        ("per_device_train_batch_size", 0, "must be at least 1, got 0"),
+        ("max_rows", 0, "must be at least 1, got 0"),
+        ("dtype", "int8", "'int8' is unknown; use auto, float32, bfloat16 or float16"),
+        ("on_bad_row", "drop", "'drop' is unknown; use error or skip"),
+        ("overlong_rows", "cut", "'cut' is unknown; use error, drop or truncate_text"),
+        ("padding_free", "yes please", "'yes please' is unknown; use auto, true or false"),
+        ("bias", "some", "'some' is unknown; use none, all or lora_only"),
+    ],
+)
+def test_value_outside_its_limits_says_what_is_allowed(required, name, value, message):
+    options = {**required, "validation_data_path": required["training_data_path"], "peft_method": "lora"}
+    assert problems_of({**options, name: value}) == f"config: {name}: {message}"
+
+
+def test_every_default_is_within_its_limits():
+    for section in SECTIONS.values():
+        values = {entry.name: getattr(section(), entry.name) for entry in fields(section)}
+        assert not find_value_problems({name: value for name, value in values.items() if value != ""}, LIMITS)
+    assert not find_value_problems(default_options(), LIMITS)
+
+
+def test_every_option_has_one_plain_line_of_help():
+    described = describe_all_options()
+    assert {option.name for option in described} == set(OWN_OPTIONS)
+    for option in described:
+        assert option.help.endswith(".")
+        assert option.help[0].isupper()
+        assert "\n" not in option.help
+        assert option.type
+    (on_bad_row,) = (option for option in described if option.name == "on_bad_row")
+    assert (on_bad_row.section, on_bad_row.type, on_bad_row.default) == ("data", "error or skip", "error")
+
+
 @pytest.mark.parametrize("frozen", [{"freeze_vision_tower": True}, {"peft_method": "lora"}], ids=["full", "lora"])
 def test_features_of_a_frozen_tower_can_be_cached(required, frozen):
     config = build_config({**required, **frozen, "cache_vision_features": "features"})
@@ -228,13 +286,16 @@ def test_missing_local_paths_are_said_at_once(required):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"per_device_train_batch_size": 4}, "max_tokens_per_batch, per_device_train_batch_size: both"),
+        (
+            {"per_device_train_batch_size": 4},
+            "max_tokens_per_batch, per_device_train_batch_size: both set the size of a batch",
+        ),
         ({"streaming": True, "max_steps": 1}, "it does not go with streaming"),
         ({"train_sampling_strategy": "random"}, "which train_sampling_strategy random forbids"),
         ({"group_by_length": False}, "which train_sampling_strategy random forbids"),
         (
             {"auto_find_batch_size": True},
-            "auto_find_batch_size: a process that has no memory left would begin anew alone",
+            "auto_find_batch_size: a process that has no memory left would start again alone",
         ),
     ],
 )
@@ -295,10 +356,27 @@ def test_evaluation_strategy_is_eval_strategy(required):
     assert build_config({**required, **options}).training.eval_strategy == "steps"
 
 
-def test_logging_dir_stays_an_option_and_changes_no_environment(required, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "before")
-    assert build_config({**required, "logging_dir": "/tmp/boards"}).run.logging_dir == "/tmp/boards"
-    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "before"
+def test_logging_dir_is_kept_in_the_config_and_sets_no_environment_variable(required):
+    before = dict(os.environ)
+    config = build_config({**required, "logging_dir": "/tmp/boards"})
+    assert config.run.logging_dir == config.to_dict()["logging_dir"] == "/tmp/boards"
+    assert dict(os.environ) == before
+
+
+def test_the_options_that_are_given_stay_as_they_are(required):
+    nested = {
+        "fsdp_config": {"min_num_params": 5},
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "accelerator_config": {"split_batches": True},
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "training_data_path": [{"path": required["training_data_path"]}],
+    }
+    given = {**required, "gradient_checkpointing": True, "torch_dtype": "float32", **nested}
+    before = copy.deepcopy(given)
+    config = build_config(given)
+    assert given == before
+    config.data.dataset_kwargs["more"] = config.data.training_data_path[0]["weight"] = 1
+    assert given == before
 
 
 def test_old_and_new_name_with_different_values_contradict_each_other(required):
@@ -439,6 +517,26 @@ def test_flags_give_the_same_run_as_json(required):
     assert build_config(read_options(words, {})).to_dict() == build_config({**required, **as_json}).to_dict()
 
 
+def test_flags_of_options_give_the_same_options(tmp_path):
+    given = {
+        "model_name_or_path": "owner/name",
+        "data_path": "owner/rows",
+        "metrics": ["exact_match", "anls"],
+        "processor_kwargs": {"size": {"height": 32}, "mean": [0.5, 0.5]},
+        "chat_template": "{{ messages }} --r",
+        "use_flash_attn": False,
+        "max_image_megabytes": 0.1,
+        "accelerate_launch_args": {"num_processes": 2},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(given), encoding="utf-8")
+    options = read_command([str(tmp_path / "config.json")], PredictArguments)
+    assert options == PredictArguments(**given)
+    assert read_command(to_flags(options), PredictArguments) == options
+    assert PredictArguments(**given | {"metrics": "anls"}) == read_command(
+        to_flags(replace(options, metrics="anls")), PredictArguments
+    )
+
+
 @pytest.mark.parametrize("command", ["train", "check"])
 def test_help_lists_every_option(command, capsys):
     assert cli.main([command, "--help"]) == 0
@@ -446,6 +544,16 @@ def test_help_lists_every_option(command, capsys):
     assert text.startswith(f"usage: vlm-tuning {command} ")
     assert all(f"--{name} " in text for name in ("model_name_or_path", "r", "max_seq_length", "save_model_dir"))
     assert "learning_rate" in text
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_that_begins_with_its_usage(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: vlm-tuning {command} ")
+    assert "  --" in text
+    assert cli.main([]) == 0
+    assert f"\n  {command} " in capsys.readouterr().out
 
 
 def test_a_mistyped_command_is_guessed(capsys):

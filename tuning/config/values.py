@@ -1,0 +1,120 @@
+"""One value of an option: the text of a flag or a JSON value → its type, and whether it is within the limits."""
+
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a JSON object",
+    list: "a list",
+}
+
+
+def coerce(value: Any, kind: Any) -> Any:
+    """Turn a flag's text or a JSON value into the annotated type `kind`. Raises `ValueError` with what is expected."""
+    allowed = _alternatives(kind)
+    if value is None or (isinstance(value, str) and (value == "null" or (value == "none" and str not in allowed))):
+        if type(None) in allowed or str not in allowed:
+            return None
+        raise ValueError("a value is needed")
+    for candidate in sorted(allowed, key=_trying_order):
+        converted = _convert(value, candidate)
+        if converted is not None:
+            return converted
+    raise ValueError(f"expected {describe_type(kind)}, got {value!r}")
+
+
+def describe_type(kind: Any) -> str:
+    """An annotated type in words, such as "a list or text"; None is left out."""
+    named = [candidate for candidate in _alternatives(kind) if candidate is not type(None)]
+    return " or ".join(TYPE_NAMES.get(typing.get_origin(candidate) or candidate, str(candidate)) for candidate in named)
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _trying_order(kind: Any) -> int:
+    """Narrow types first: text fits everything."""
+    return {bool: 0, int: 1, float: 2, str: 4}.get(kind, 3)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as `kind`, or None if it does not fit."""
+    origin = typing.get_origin(kind) or kind
+    if origin is bool:
+        if isinstance(value, str):
+            return True if value.lower() in TRUE else False if value.lower() in FALSE else None
+        return value if isinstance(value, bool) else None
+    if origin in (int, float):
+        return _convert_number(value, origin)
+    if origin in (dict, list):
+        return _convert_json(value, origin)
+    if origin is typing.Literal:
+        return value if value in typing.get_args(kind) else None
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return value if value in [member.value for member in origin] else None
+    return value if isinstance(origin, type) and isinstance(value, origin) else None
+
+
+def _convert_number(value: Any, kind: type) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if kind is float:
+        return number
+    return int(number) if number.is_integer() else None
+
+
+def _convert_json(value: Any, kind: type) -> Any:
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON: {error}") from error
+    return value if isinstance(value, kind) else None
+
+
+def find_value_problems(values: Mapping[str, Any], limits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Problems of single values. `limits`: option → its choices and limits; see `option`."""
+    checked = {name: value for name, value in values.items() if value is not None and name in limits}
+    found = {name: _find_value_problem(value, limits[name]) for name, value in checked.items()}
+    return [f"{name}: {problem}" for name, problem in found.items() if problem]
+
+
+def _find_value_problem(value: Any, limits: Mapping[str, Any]) -> str:
+    """What is wrong with a value, or nothing."""
+    if limits.get("choices"):
+        return "" if value in limits["choices"] else f"{value!r} is unknown; use {describe_choices(limits['choices'])}"
+    lowest, highest, above, below = (limits.get(name) for name in ("minimum", "maximum", "above", "below"))
+    if lowest is highest is above is below is None:
+        return ""
+    if not math.isfinite(value):
+        return f"must be finite, got {value}"
+    is_inside = (
+        (lowest is None or value >= lowest)
+        and (highest is None or value <= highest)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+    named = {"at least": lowest, "above": above, "at most": highest, "below": below}
+    bounds = " and ".join(f"{words} {limit}" for words, limit in named.items() if limit is not None)
+    return "" if is_inside else f"must be {bounds}, got {value}"
+
+
+def describe_choices(choices: tuple[Any, ...]) -> str:
+    """Choices as a user writes them: "error, drop or truncate_text"."""
+    words = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
