@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tuning.config.options import ModelSource, RowArguments, option
+from tuning.config.options import DTYPES, ModelSource, RowArguments, option
 from tuning.console import print0
 from tuning.data.collator import probe_collator
 from tuning.data.dummy_samples import dummy_samples
@@ -39,11 +39,7 @@ class ExportArguments:
     adapter: str = option("", "The adapter: the folder that training wrote, or a hub id.", required=True)
     output: str | None = option(None, "Folder to write; it must not exist yet.")
     base: str | None = option(None, "The base model, a folder or hub id (default: the one that the adapter names).")
-    dtype: str = option(
-        "auto",
-        "Precision of the written weights; auto: as the base stores them.",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    dtype: str = option("auto", "Precision of the written weights; auto: as the base stores them.", choices=DTYPES)
     target: str | None = option(
         None, "Do not merge; check whether this engine loads the adapter itself.", choices=("vllm", "transformers")
     )

@@ -68,7 +68,7 @@ class PredictArguments(RowArguments, ModelSource):
     compare: str | None = option(None, "A second model to compare with, such as the base.")
     max_new_tokens: int = option(256, "Longest answer in tokens.", minimum=1)
     batch_size: int = option(8, "Rows that each process answers at once.", minimum=1)
-    max_rows: int | None = option(None, "Answer at most so many rows (default: all).", minimum=1)
+    max_rows: int | None = option(None, "Answer at most N rows (default: all).", minimum=1)
     overwrite: bool = option(False, "Answer all rows again, although an earlier run has answered them.")
     accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch`, such as num_processes.")
 
