@@ -72,7 +72,7 @@ def command(shared_folder):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    watch = threading.Timer(120, process.kill)
+    watch = threading.Timer(600, process.kill)  # only where it hangs
     watch.start()
     printed = []
     for line in process.stdout:
