@@ -39,8 +39,7 @@ class Collator:
 
     `padding_free`: samples lie end to end in one row `[1, T]`, with positions that restart at 0 in each sample and
     without an attention mask. `cu_seq_lens_q` `[samples + 1]` has the bounds of the samples (Hugging Face's name:
-    `FlashAttentionKwargs`). Otherwise samples are padded on the right to the longest, `[samples, T]`. You may change
-    this until the first batch.
+    `FlashAttentionKwargs`). Otherwise samples are padded on the right to the longest, `[samples, T]`.
 
     `nested_images`: the first dimension of the processor's image tensors is the rows (`[rows, images, …]`: Mllama,
     Idefics). Otherwise it is the images of all rows (`[images, …]`: LLaVA). `blank_image` has such a processor's
