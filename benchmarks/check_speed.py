@@ -1,9 +1,9 @@
-"""How fast `vlm-tuning check` reads rows, and whether its memory stays flat: one JSON line.
+"""Measure how many rows per second `vlm-tuning check` reads, and whether its memory stays flat. Prints a JSON line.
 
     python benchmarks/check_speed.py [--rows 100000] >> benchmarks/results/check_speed.jsonl
 
-Makes a parquet file of chats with small PNG pictures and a random two-layer model; nothing is downloaded. Memory is
-what belongs to the main process alone (`RssAnon`), at its peak: files mapped into memory by Arrow are not counted.
+Makes a parquet file of chats with small PNG images and a random two-layer model; downloads nothing. Memory is the peak
+of the anonymous memory (`RssAnon`) of the main process and its workers, without the files that Arrow maps into memory.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WRITTEN_AT_ONCE = 5000
 
 
 def write_rows(path: Path, count: int) -> None:
-    """A parquet file of `count` rows with pictures of 24 to 64 pixels a side."""
+    """Write a parquet file of `count` rows with images of 24 to 64 pixels per side."""
     random = np.random.default_rng(0)
     pictures = []
     for _ in range(200):
@@ -60,7 +60,7 @@ def watch_memory(stop: threading.Event, peak: list[int]) -> None:
 
 
 def held_by(process: int) -> int:
-    """Anonymous resident memory in bytes; a worker that has just ended holds none."""
+    """Anonymous resident memory of a process in bytes; 0 for a worker that has just ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -69,7 +69,7 @@ def held_by(process: int) -> int:
 
 
 def measure(folder: Path, rows: int) -> dict[str, float]:
-    """Rows a second over all rows, start-up and report included and not, and the growth of memory in bytes."""
+    """Rows per second, without start-up and report, and the growth of memory in bytes."""
     import datasets
     from tiny_models import save_layout
 

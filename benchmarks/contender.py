@@ -1,13 +1,13 @@
-"""One contender in a process of its own: trains a few steps and writes what it took.
+"""Train a few steps with one contender, in its own process, and write the losses, the seconds and the peak memory.
 
     contender.py SPEC RESULT
 
-SPEC is a JSON file: `contender` (see `CONTENDERS`), `model`, `rows`, `output`, `training` (TrainingArguments, of all),
-`options` (of ours), `dtype`, and, if set, `adapter` (a folder with the LoRA configuration that ours has used, for the
-others), `loading` (more for `from_pretrained`, of the others) and `threads`. RESULT gets the loss and the seconds of
-every step, the first step's tokens and supervised tokens, and peak memory.
+SPEC is a JSON file with `contender` (see `CONTENDERS`), `model`, `rows`, `output`, `training` (TrainingArguments for
+every contender), `options` (for ours only) and `dtype`. Optional are `adapter` (for the others: a folder with the LoRA
+configuration that ours has used), `loading` (for the others: arguments of `from_pretrained`) and `threads`. RESULT gets
+the loss and the seconds of every step, the tokens and supervised tokens of the first step, and the peak memory.
 
-A step begins with fetching its batches and ends after the optimizer's step, for all alike.
+For every contender, a step begins when it asks for its batches and ends after the optimizer's step.
 """
 
 import json
@@ -23,7 +23,7 @@ IGNORED = -100
 
 
 def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """Through `tuning.train` and what it logs."""
+    """Run `tuning.train` and read its log."""
     import tuning
     import tuning.sft_trainer
 
@@ -34,7 +34,7 @@ def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
             "training_data_path": spec["rows"],
             "output_dir": str(output),
             "train_sampling_strategy": "sequential",
-            **{"report_samples": 0, "verify_save": False},  # which peers do not do
+            **{"report_samples": 0, "verify_save": False},  # the peers do neither
             **spec["training"],
             **spec["options"],
         }
@@ -51,7 +51,7 @@ def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
-    """TRL's `SFTTrainer` as its documentation has it for conversations with images."""
+    """Run TRL's `SFTTrainer` as its documentation shows it for conversations with images."""
     from trl import SFTConfig, SFTTrainer
     from workloads import read_rows
 
@@ -59,7 +59,7 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
     arguments = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, **_peer_arguments(spec)}
     if can_mark_answers():
         arguments["assistant_only_loss"] = True
-    else:  # older than TRL asks for: one question and its answer apart, of which only the answer is trained
+    else:  # older than TRL needs for that: it trains the answer only where question and answer are separate columns
         rows = rows.map(lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]})
         rows = rows.remove_columns("messages")
     model, processor, adapter = _load(spec)
@@ -74,7 +74,7 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode_with_trl(spec: dict[str, Any]) -> dict[str, Any]:
-    """TRL's own collator for images, as `SFTTrainer` makes it, behind a plain DataLoader; nothing is trained."""
+    """Run TRL's collator for images, as `SFTTrainer` makes it, in a plain DataLoader, without training."""
     from torch.utils.data import DataLoader
     from transformers import AutoProcessor
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -97,7 +97,7 @@ def encode_with_trl(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(spec: dict[str, Any]) -> dict[str, Any]:
-    """What `datasets` does once with a file, in the way that `tuning` asks for it."""
+    """Convert a parquet file to Arrow, as `datasets` does once for `tuning`."""
     import datasets
 
     started = time.perf_counter()
@@ -114,7 +114,7 @@ def can_mark_answers() -> bool:
 
 
 def train_stock(spec: dict[str, Any]) -> dict[str, Any]:
-    """The model's own forward with labels, in the stock `Trainer`."""
+    """Run the stock `Trainer` on the model's own forward with labels."""
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
     from workloads import read_rows
@@ -132,7 +132,7 @@ def train_stock(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 class StockCollator:
-    """Renders, tokenizes and pads with the processor's own methods; labels are the template's marked answers."""
+    """Renders, tokenizes and pads with the processor's own methods; the labels are the answers the template marks."""
 
     def __init__(self, processor: Any):
         self.processor = processor
@@ -159,7 +159,7 @@ class StockCollator:
 
 
 def _fill(content: list[dict[str, Any]], pictures: Any) -> list[dict[str, Any]]:
-    """Message parts with the pictures put in, and without what `datasets` fills up."""
+    """Message parts with their images, and without the empty fields that `datasets` adds."""
     return [
         {"type": "image", "image": next(pictures)}
         if part["type"] == "image"
@@ -185,12 +185,12 @@ def _load(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     processor.chat_template = Path(spec["model"], "marked.jinja").read_text()
     adapter = LoraConfig.from_pretrained(spec["adapter"]) if spec.get("adapter") else None
     if adapter:
-        adapter.inference_mode = False  # as it was saved, it would be frozen
+        adapter.inference_mode = False  # saved as true, which would freeze it
     return model, processor, adapter
 
 
 def _timed(trainer_class: type) -> type:
-    """The trainer with a clock, on the same two moments as ours: batches are asked for, the step has ended."""
+    """The trainer with a clock that starts, as in ours, when a step asks for its batches."""
 
     class Timed(trainer_class):  # type: ignore[misc]
         counts: list[tuple[int, int]]
@@ -207,7 +207,7 @@ def _timed(trainer_class: type) -> type:
 
 
 def _count(batch: Any) -> tuple[int, int]:
-    """Tokens without padding, and those that are trained."""
+    """The tokens without padding, and the supervised tokens."""
     return int(batch["attention_mask"].sum()), int((batch["labels"][:, 1:] != IGNORED).sum())
 
 

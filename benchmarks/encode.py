@@ -1,12 +1,12 @@
-"""Rows a second that are decoded, encoded and collated in one process: ours, and TRL's own collator for images.
+"""Measure how many rows per second one process decodes, encodes and collates: ours, and TRL's collator for images.
 
     python benchmarks/encode.py [--layout granite_vision llava15] [--rows 32] [--peers trl]
 
-Photo-sized JPEG files through the published image settings (Granite Vision's tiles of 384 pixels, LLaVA-1.5's 336),
-with questions of a hundred words. Ours: the time that training waits for its batches, as it logs it, without
-DataLoader workers and in front of a model of next to nothing. TRL: a DataLoader over the same rows with the collator
-that `SFTTrainer` makes for them. Both must give the same tokens and supervised tokens. The median batch after the
-first one.
+The rows are JPEG files of photo size with questions of a hundred words, processed with the published image settings
+(Granite Vision's tiles of 384 pixels, LLaVA-1.5's 336). Ours is the time that training waits for its batches, from its
+log, without DataLoader workers and with a very small model. TRL is a DataLoader over the same rows with the collator
+that `SFTTrainer` makes for them. Both must give the same tokens and supervised tokens. The time is the median batch
+after the first one.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def measure_layout(arguments: argparse.Namespace, layout: str, folder: Path, env
     sizes = itertools.islice(itertools.cycle(SMALL_PICTURES if arguments.tiny else PHOTOS), arguments.rows)
     rows = write_rows(folder / "rows" / "rows.jsonl", sizes, words=[100], answer_words=[20])
     spec = make_spec(model, rows, "full", steps=arguments.rows // BATCH, output=folder / "out")
-    spec["threads"] = 1  # as a DataLoader's worker has it
+    spec["threads"] = 1  # as many as a DataLoader worker has
     print0(f"{layout}: ours …")
     results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
     if "trl" in arguments.peers:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rows", type=int, default=32, help="a multiple of 4, the batch size")
     parser.add_argument("--peers", nargs="*", choices=["trl"], default=["trl"])
-    parser.add_argument("--tiny", action="store_true", help="small pictures: to see that it works")
+    parser.add_argument("--tiny", action="store_true", help="use small images and a tiny model, to test this script")
     arguments = parser.parse_args(argv)
     environment = describe_environment()
     for layout in arguments.layout:

@@ -1,10 +1,10 @@
-"""Peak memory of merging an adapter and of the proof of its weights, against the size of the base model.
+"""Measure the peak memory of merging an adapter and checking the merged weights, for base models of several sizes.
 
     python benchmarks/export_memory.py [--layers 4 16]
 
-A random LLaVA-1.5 layout in bfloat16 with 2048 features and a vocabulary of 32768, stored in files of 400 MB, and an
-adapter of rank 16 on every linear layer. `beyond_imports_gb` is what the process held more than after its imports.
-Logits are not compared, which would need the whole model. One JSON line a model.
+The base is a random LLaVA-1.5 layout in bfloat16 with 2048 features and a vocabulary of 32768, stored in files of
+400 MB. The adapter has rank 16 on every linear layer. `beyond_imports_gb` is the peak minus the peak after the imports.
+Logits are not compared, because that would need the whole model. Prints a JSON line for each model.
 """
 
 import argparse
@@ -22,7 +22,7 @@ TEXT = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 1
 
 
 def save_base_and_adapter(folder: Path, layers: int) -> int:
-    """Write both; returns the bytes of the base model's weights."""
+    """Write both, and return the bytes of the base model's weights."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText
@@ -39,7 +39,7 @@ def save_base_and_adapter(folder: Path, layers: int) -> int:
 
 
 def merge(folder: Path) -> None:
-    """In a process of its own: merge, and print what it needed."""
+    """Merge in this process, and print its peak memory before and after."""
     from tuning.commands import export
 
     before = peak_rss_bytes()

@@ -1,7 +1,7 @@
-"""Floating-point operations that a training step needs, counted from shapes, and the share of a card's peak (MFU).
+"""Count the floating-point operations of a training step from its shapes, and its share of a card's peak (MFU).
 
-A multiplication and the addition after it are two. Counted is what the definition of the model needs, not what a run
-computes: no padding, nothing computed again by checkpointing, no logit that no loss needs, no vision layer after the
+A multiplication and the addition after it count as two. This counts what the definition of the model needs, not what a
+run computes: no padding, no recomputation by checkpointing, no logits without a loss, and no vision layer after the
 last one that is used.
 
     forward   = 2 · Σ in·out of the decoder's linear layers · tokens
@@ -12,11 +12,11 @@ last one that is used.
               + 2 · hidden · vocabulary · supervised tokens
     backward  = 2 · forward in full tuning: the gradients of the inputs and of the weights;
                 with LoRA of the language model: 1 · its linear layers (inputs only), 1 · the head, 2 · attention,
-                nothing for the frozen tower and projector, which no gradient reaches
+                0 for the frozen tower and projector, which no gradient reaches
     adapters  = 3 · 2 · rank · (in + out) · tokens, over the adapted layers
 
-Norms, activations, rotary embeddings and the optimizer are left out, as is usual for MFU
-(https://arxiv.org/abs/2204.02311, appendix B). LoRA's first decoder layer could leave out a little more.
+Norms, activations, rotary embeddings and the optimizer do not count, as is usual for MFU
+(https://arxiv.org/abs/2204.02311, appendix B). With LoRA, the first decoder layer needs slightly less than counted.
 """
 
 import re
@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-# Dense bf16 operations a second, from NVIDIA's data sheets (H100 and H200: SXM), by a part of the device's name.
+# Dense bf16 operations per second, from NVIDIA's data sheets (H100 and H200: SXM), by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 PARTS = {"language_model": "decoder", "vision_tower": "tower", "multi_modal_projector": "projector"}
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """Tokens (of images, too) and image tiles of a row."""
+    """The tokens of a row, image tokens included, and its image tiles."""
 
     tokens: int
     tiles: int
@@ -46,9 +46,10 @@ def count_step(
     rank: int = 0,
     adapted: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Operations of one optimizer step by part, with the `total`; `config`: of a LLaVA or LLaVA-NeXT layout.
+    """The operations of one optimizer step by part, and their `total`.
 
-    `rank` above 0: LoRA of that rank on the language model's layers whose names end in `adapted`; else full tuning.
+    `config` is that of a LLaVA or LLaVA-NeXT model. With `rank` above 0, LoRA of that rank adapts the language model's
+    layers whose names end in `adapted`; otherwise everything trains.
     """
     layers = linear_shapes(config)
     text, vision = config.text_config, config.vision_config
@@ -84,7 +85,7 @@ def count_step(
 
 
 def linear_shapes(config: Any) -> dict[str, dict[str, tuple[int, int]]]:
-    """Part → name → (inputs, outputs) of every linear layer that is used, read from a model without memory."""
+    """By part and name, (inputs, outputs) of every linear layer in use, read from a model on the meta device."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -109,10 +110,10 @@ def layers_in_use(config: Any) -> int:
 
 
 def peak_of(device_name: str) -> float | None:
-    """Peak operations a second of a card by its name; None where it is not in the table."""
+    """Peak operations per second of a card by its name; None where the card is not in the table."""
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
 def utilisation(operations: float, seconds: float, peak: float | None) -> float | None:
-    """MFU: operations that a step needs ÷ (its seconds · peak operations a second)."""
+    """MFU: the operations of a step ÷ (its seconds · the peak operations per second)."""
     return operations / (seconds * peak) if peak else None

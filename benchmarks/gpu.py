@@ -1,18 +1,18 @@
-"""Published sizes on a GPU: tokens a second, MFU and peak memory, ours and TRL's `SFTTrainer`.
+"""Measure tokens per second, MFU and peak memory of published model sizes on a GPU: ours and TRL's `SFTTrainer`.
 
     python benchmarks/gpu.py [--run granite_full granite_full_float32 granite_lora llava_lora] [--checkpointing on off]
 
-Random bfloat16 weights in the shapes of Granite Vision 3.2 2B and LLaVA-1.5 7B, made here; nothing is downloaded.
-Four rows a batch, pictures of 2 to 4 thousand tokens with Granite's tiles and 576 with LLaVA's, twelve steps, of
-which the first three are not counted. Both sides: bfloat16 weights and autocast (`granite_full_float32`: trained by
-float32 copies), fused AdamW, four DataLoader workers, the same gradient checkpointing, LoRA on the same layers. TRL
-as it documents it for images: `max_length=None`, only answers trained, its fused head; packing and padding-free it
-refuses for images. Its first loss must be ours within 2 %: rounding differs in bfloat16.
+The models have random bfloat16 weights in the shapes of Granite Vision 3.2 2B and LLaVA-1.5 7B. They are made here;
+nothing but TRL is downloaded. A batch has four rows, with images of 2 to 4 thousand tokens for Granite and of 576 for
+LLaVA. A run has twelve steps, of which the first three do not count. Both sides use bfloat16 weights and autocast
+(`granite_full_float32`: float32 master weights), fused AdamW, four DataLoader workers, the same gradient checkpointing
+and LoRA on the same layers. TRL runs as its documentation shows for images: `max_length=None`, only answers trained,
+its fused head. It does not support packing and padding-free batches with images. Its first loss must equal ours within
+2 %, as rounding differs in bfloat16.
 
-MFU is model FLOPs ÷ (seconds · peak FLOP/s of the card in dense bfloat16): `flops.py` says how they are counted. The
-most memory is what PyTorch had allocated. A run that does not fit is a line with `failed`. A machine without a
-network needs `benchmarks/.peers/` copied to it, which `python benchmarks/gpu.py --tiny` makes; `--tiny` runs all of
-this with tiny models on a CPU.
+MFU is model FLOPs ÷ (seconds · peak FLOP/s of the card in dense bfloat16); `flops.py` explains the count. Peak memory
+is what PyTorch had allocated. A run that does not fit gives a line with `failed`. With `--tiny`, everything runs with
+tiny models on a CPU. That also makes the folder `benchmarks/.peers/`, which a machine without a network needs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from record import ChildFailed, describe_environment, median, print0, print_line
 from step import LORA, check_equal
 from workloads import LARGE_PICTURES, SMALL_PICTURES, save_model, write_rows
 
-# Run → layout, size, method, and whether 16-bit weights are trained by float32 copies.
+# Run → layout, size, method, and whether 16-bit weights have float32 master weights.
 RUNS = {
     "granite_full": ("granite_vision", "2b", "full", False),
     "granite_full_float32": ("granite_vision", "2b", "full", True),
@@ -40,8 +40,8 @@ SAME_LOSS = 0.02
 
 
 def make_spec(arguments: argparse.Namespace, model: Path, rows: Path, name: str, checkpointing: bool, output: Path):
-    """What `contender.py` is told. Float32 copies are an option of ours; TRL's way to them is autocast of float32."""
-    _, _, method, float32_copies = RUNS[name]
+    """The spec for `contender.py`. Master weights are an option of ours; TRL has float32 weights under autocast."""
+    _, _, method, master_weights = RUNS[name]
     training = {
         "per_device_train_batch_size": BATCH,
         "max_steps": arguments.steps,
@@ -58,15 +58,15 @@ def make_spec(arguments: argparse.Namespace, model: Path, rows: Path, name: str,
         "model": str(model),
         "rows": str(rows),
         "output": str(output),
-        "dtype": "float32" if float32_copies else "bfloat16",
+        "dtype": "float32" if master_weights else "bfloat16",
         "training": training,
-        "options": {"dtype": "bfloat16", **(LORA if method == "lora" else {"keep_master_weights": float32_copies})},
+        "options": {"dtype": "bfloat16", **(LORA if method == "lora" else {"keep_master_weights": master_weights})},
         "threads": 1 if arguments.tiny else None,
     }
 
 
 def compare(arguments: argparse.Namespace, name: str, folder: Path, model: Path) -> Iterator[dict[str, Any]]:
-    """The lines of one run, ours first: its adapter configuration is what the other is given."""
+    """The lines of one run. Ours comes first, because the other uses its adapter configuration."""
     layout, _, method, _ = RUNS[name]
     sizes = itertools.islice(itertools.cycle(_pictures(arguments)), BATCH * arguments.steps)
     rows = write_rows(folder / "rows" / "rows.jsonl", sizes, words=[150], answer_words=[40])
@@ -125,7 +125,7 @@ def figures_of(arguments: argparse.Namespace, result: dict[str, Any], model: Pat
 
 
 def read_shapes(model: Path, sizes: list[tuple[int, int]], tokens: int) -> list[RowShape]:
-    """Tokens and tiles of a batch's rows; texts are equally long, so that what images leave of `tokens` is shared."""
+    """The tokens and tiles of a batch's rows. The texts are equally long, so they share `tokens` minus image tokens."""
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -144,9 +144,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--peers", nargs="*", choices=["trl"], default=["trl"])
     parser.add_argument("--checkpointing", nargs="+", choices=["on", "off"], default=["on"])
-    parser.add_argument("--steps", type=int, default=12, help="at most 20, so that all fits into a short lease")
-    parser.add_argument("--peak-flops", type=float, help="of this card in dense bfloat16, where it is not known here")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, on a CPU")
+    parser.add_argument("--steps", type=int, default=12, help="default: 12")
+    parser.add_argument("--peak-flops", type=float, help="dense bfloat16 peak of a card that is not in flops.py")
+    parser.add_argument("--tiny", action="store_true", help="use tiny models, on a CPU")
     arguments = parser.parse_args(argv)
     environment = describe_environment()
     made: tuple[str, str] | None = None

@@ -1,13 +1,13 @@
-"""Peak memory of full tuning against the size of the vocabulary and the length of the rows.
+"""Measure the peak memory of full tuning for several vocabulary sizes and row lengths.
 
     python benchmarks/memory.py [--vocabulary 1024 8192 32768 131072] [--tokens 512 2048 8192] [--peers stock]
 
-A small Granite-Vision layout, two rows a batch of one small picture and words. First the vocabulary grows at rows of
-2048 tokens, then the rows at a vocabulary of 32768; with an answer of 16 words trained (`answers`), and with every
-token trained (`all`). `peak_memory_gb` is the process's; `beyond_weights_gb` has weights, gradients and the
-optimizer's two moments taken off (16 bytes a parameter), which grow with any vocabulary: that is the line which must
-stay flat where the vocabulary grows. The stock `Trainer` trains answers only here. One JSON line a point and
-contender.
+The model is a small Granite-Vision layout; a batch has two rows of one small image and words. First the vocabulary
+grows, with rows of 2048 tokens. Then the rows grow, with a vocabulary of 32768. Either an answer of 16 words trains
+(`answers`) or every token does (`all`). `peak_memory_gb` is that of the process. `beyond_weights_gb` is this without
+weights, gradients and the optimizer's two moments (16 bytes per parameter), which grow with the vocabulary in any case.
+It must stay flat where the vocabulary grows. The stock `Trainer` runs with `answers` only. Prints a JSON line for each
+point and contender.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FIXED_TOKENS, FIXED_VOCABULARY = 2048, 32768
 
 def measure_point(contender: str, trained: str, vocabulary: int, tokens: int, folder: Path) -> dict:
     model = save_model(folder / "model", "granite_vision", "tiny", vocab_size=vocabulary)
-    words = [tokens - 100]  # of one token each; the picture, the template and the answer have the others
+    words = [tokens - 100]  # of one token each; the rest are image, template and answer
     rows = write_rows(folder / "rows" / "rows.jsonl", [(60, 60)] * ROWS, words=words, answer_words=[16])
     spec = make_spec(model, rows, "full", steps=STEPS, output=folder / "out", batch_size=ROWS)
     if trained == "all":

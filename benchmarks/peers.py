@@ -1,4 +1,4 @@
-"""TRL, installed beside the results in a folder that git ignores, and that only its own processes see."""
+"""Install TRL in a folder that git ignores and that only the processes measuring TRL import from."""
 
 import subprocess
 import sys
@@ -11,10 +11,10 @@ PEERS = ROOT / "benchmarks" / ".peers"
 
 
 def install_trl() -> Path:
-    """The folder with TRL, made where it is not there yet: the one thing a benchmark downloads.
+    """The folder with TRL, which is installed if it is missing. Nothing else is downloaded by a benchmark.
 
-    TRL alone is installed (`--no-deps`): what it stands on is in this environment, so that both sides run on the same
-    torch, transformers and peft. A machine without a network can be given the folder.
+    TRL is installed without its dependencies (`--no-deps`), so that both sides use the torch, transformers and peft of
+    this environment. For a machine without a network, copy the folder.
     """
     folder = PEERS / f"trl-{TRL_VERSION}"
     if not (folder / "trl").is_dir():

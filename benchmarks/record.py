@@ -1,4 +1,4 @@
-"""What all benchmarks share: children that are measured, and one JSON line a run with where it was measured."""
+"""Shared by all benchmarks: run a measured process, and print a JSON line per run with commit, machine and versions."""
 
 import importlib.metadata
 import json
@@ -19,11 +19,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class ChildFailed(RuntimeError):
-    """A measured process ended badly; its last words are the message."""
+    """A measured process failed; the message is the end of its output."""
 
 
 def describe_environment() -> dict[str, Any]:
-    """The commit (with `+` where files differ from it), the machine and the versions that decide a figure."""
+    """The commit (with `+` where files differ from it), the machine, and the versions that a result depends on."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -44,12 +44,12 @@ def _commit() -> str:
 
 
 def print_line(benchmark: str, environment: Mapping[str, Any], **figures: Any) -> None:
-    """One run as one JSON line on stdout."""
+    """Print one run as a JSON line on stdout."""
     print(json.dumps({"benchmark": benchmark, **figures, **environment}), flush=True)
 
 
 def print0(text: str) -> None:
-    """Progress, on stderr: stdout holds the JSON lines alone."""
+    """Print progress on stderr: stdout has the JSON lines only."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -61,10 +61,10 @@ def run_child(
     paths: tuple[Path, ...] = (),
     watched: Path | None = None,
 ) -> dict[str, Any]:
-    """Run `benchmarks/<script> <spec file> <result file>` in a process of its own and return what it wrote.
+    """Run `benchmarks/<script> <spec file> <result file>` in its own process and return the result it wrote.
 
-    `paths` come first on its PYTHONPATH: where a peer is installed. With `watched`, `seconds_to_file` is added: from
-    the start of the process until that file had something in it. Raises `ChildFailed`.
+    `paths` come first on its PYTHONPATH, for an installed peer. With `watched`, the result also has `started` and
+    `seconds_to_file`, the time from there until that file was not empty. Raises `ChildFailed`.
     """
     spec_file, result_file, output_file = folder / "spec.json", folder / "result.json", folder / "output.txt"
     spec_file.write_text(json.dumps(spec))
@@ -91,9 +91,9 @@ def _wait_for(file: Path, child: subprocess.Popen) -> float:
 
 
 def peak_rss_bytes() -> int:
-    """Most memory this process has held resident.
+    """The most resident memory that this process has held.
 
-    Linux counts it in `VmHWM`; `getrusage` would begin with what the process had that started this one.
+    Linux counts it in `VmHWM`; `getrusage` would include the memory of the parent process at the start.
     """
     status = Path("/proc/self/status")
     if status.exists():

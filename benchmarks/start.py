@@ -1,11 +1,11 @@
-"""Seconds from the start of the process to the end of the first optimizer step, against the number of rows.
+"""Measure the seconds from the start of the process to the end of the first step, for several numbers of rows.
 
     python benchmarks/start.py [--rows 1000 10000 100000 1000000] [--repeats 3]
 
-A tiny model, and parquet files of questions about one picture of 8 × 8 pixels. `datasets` converts a file to Arrow
-once; that has a process of its own before, and is reported as `conversion_seconds`. Importing Python packages takes
-most of a start here and never grows: `seconds_after_imports` leaves them out. One JSON line a number of rows, with
-the medians, and both against the smallest number.
+The model is tiny, and the rows are parquet files of questions about one image of 8 × 8 pixels. `datasets` converts a
+file to Arrow once. That happens before, in its own process, and is reported as `conversion_seconds`. Importing Python
+packages takes most of the time here, the same for any number of rows; `seconds_after_imports` is without it. Prints a
+JSON line for each number of rows, with the medians and their ratios to the smallest number of rows.
 """
 
 import argparse
@@ -24,7 +24,7 @@ REPEATS = 3
 
 
 def write_parquet(path: Path, count: int) -> Path:
-    """`count` rows of messages and a picture, the same bytes in every row."""
+    """Write `count` rows of messages and one image, with the same bytes in every row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
@@ -53,7 +53,7 @@ def write_parquet(path: Path, count: int) -> Path:
 
 
 def time_start(folder: Path, model: Path, rows: Path) -> dict[str, float]:
-    """One start on rows that have been converted already."""
+    """Time one start on rows that are already converted."""
     output = Path(tempfile.mkdtemp(dir=folder))
     training = {"max_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"}
     spec = {
@@ -71,7 +71,7 @@ def time_start(folder: Path, model: Path, rows: Path) -> dict[str, float]:
 
 
 def measure(folder: Path, counts: list[int], repeats: int) -> list[dict[str, Any]]:
-    """All numbers of rows in turn, `repeats` times, so that a slow minute of the machine meets all of them."""
+    """Measure all numbers of rows in turn, `repeats` times, so that a slow minute of the machine affects all alike."""
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     model = save_model(folder / "model", "llava15", "tests")
     files, lines = {}, []

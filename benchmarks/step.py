@@ -1,14 +1,16 @@
-"""Seconds, tokens a second and peak memory of an optimizer step: ours, TRL's `SFTTrainer`, the stock `Trainer`.
+"""Measure seconds, tokens per second and peak memory of a step: ours, TRL's `SFTTrainer` and the stock `Trainer`.
 
     python benchmarks/step.py [--layout granite_vision] [--size 20m] [--method full lora] [--peers trl stock]
 
-Same model, same rows, same supervised tokens; the first step's losses are checked equal (relative 1e-5) before
-anything is reported. Of the larger models ours also runs with `gradient_checkpointing`. Every contender has a process
-of its own, one after the other. Seconds are the median of the steps after the first; memory is the most the process
-held resident, from start to end. One JSON line a contender.
+All use the same model, rows and supervised tokens. Their losses in the first step must be equal (relative 1e-5), or
+nothing is reported. With the larger models, ours also runs with `gradient_checkpointing`. The contenders run one after
+the other, each in its own process. Seconds are the median of the steps after the first. Memory is the most that the
+process held resident. Prints a JSON line for each contender.
 
-The stock forward of Granite Vision leaves `logits_scaling` out: its loss is checked against ours on the same weights
-with `logits_scaling` 1, in one extra step.
+The stock forward of Granite Vision leaves out `logits_scaling`. Its loss is compared with that of one extra step of
+ours, on the same weights with `logits_scaling` 1.
+
+The smallest run: python benchmarks/step.py --layout llava15 --size tests --method lora --steps 2 --peers
 """
 
 import argparse
@@ -45,7 +47,7 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
         answer_words=[7, 9, 6, 10],
     )
     spec = make_spec(model, rows, method, steps=steps, output=folder / "ours")
-    spec["threads"] = None if large else 1  # in so small models more threads wait for each other
+    spec["threads"] = None if large else 1  # with models this small, more threads only wait for each other
     print0(f"{layout} {size} {method}: ours …")
     results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
     if large:
@@ -84,7 +86,7 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
 def make_spec(
     model: Path, rows: Path, method: str, *, steps: int, output: Path, batch_size: int = BATCH
 ) -> dict[str, Any]:
-    """What `contender.py` is told: `steps` optimizer steps of `batch_size` rows, in float32, without checkpointing."""
+    """The spec for `contender.py`: `steps` optimizer steps of `batch_size` rows, in float32, without checkpointing."""
     training = {
         "per_device_train_batch_size": batch_size,
         "max_steps": steps,
@@ -108,20 +110,20 @@ def make_spec(
 
 
 def check_equal(ours: dict[str, Any], theirs: dict[str, Any], peer: str, tolerance: float = SAME_LOSS) -> None:
-    """Raises where the two do not train the same: tokens, supervised tokens and the first loss."""
+    """Raises `SystemExit` where the two differ in their tokens, supervised tokens or first loss."""
     check_counts(ours, theirs, peer)
     if not math.isclose(ours["losses"][0], theirs["losses"][0], rel_tol=tolerance):
-        raise SystemExit(f"{peer}'s loss is {theirs['losses'][0]:.8f}, ours {ours['losses'][0]:.8f}: not the same.")
+        raise SystemExit(f"{peer}'s loss is {theirs['losses'][0]:.8f}, ours is {ours['losses'][0]:.8f}.")
 
 
 def check_counts(ours: dict[str, Any], theirs: dict[str, Any], peer: str) -> None:
     for name in ("tokens", "supervised_tokens"):
         if ours[name] != theirs[name]:
-            raise SystemExit(f"{peer} has {theirs[name]} {name}, ours {ours[name]}: nothing to compare.")
+            raise SystemExit(f"{peer} has {theirs[name]} {name}, ours has {ours[name]}: they cannot be compared.")
 
 
 def figures_of(result: dict[str, Any]) -> dict[str, Any]:
-    """What a line tells of a contender; seconds without the first step, which warms up."""
+    """The values of a contender's line; the first step is a warm-up and does not count."""
     seconds = median(result["step_seconds"][1:] or result["step_seconds"])
     return {
         "seconds_per_step": round(seconds, 4),
@@ -143,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--method", nargs="+", choices=["full", "lora"], default=["full", "lora"])
     parser.add_argument("--peers", nargs="*", choices=["trl", "stock"], default=["trl", "stock"])
-    parser.add_argument("--steps", type=int, help="the first is not counted; default: 3, of small models 12")
+    parser.add_argument("--steps", type=int, help="the first does not count; default: 3, or 12 for small models")
     arguments = parser.parse_args(argv)
     environment = describe_environment()
     for layout in arguments.layout:

@@ -1,7 +1,7 @@
-"""The tables of docs/performance.md, from the newest lines of benchmarks/results/.
+"""Write the tables of docs/performance.md from the newest lines of benchmarks/results/.
 
-python benchmarks/tables.py            writes them anew, between <!-- NAME --> and <!-- /NAME -->
-python benchmarks/tables.py --check    fails where they are not what the results say
+python benchmarks/tables.py            writes each table between <!-- NAME --> and <!-- /NAME -->
+python benchmarks/tables.py --check    fails where a table differs from the results
 """
 
 import argparse
@@ -14,7 +14,7 @@ from record import ROOT
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 
-# Benchmark → what tells its lines apart, and the columns shown: heading, field.
+# By benchmark: the fields that identify a kind of line. Below, its columns: heading → field.
 KEYS = {
     "step": ("layout", "size", "method", "contender"),
     "start": ("rows",),
@@ -75,7 +75,7 @@ ORIGIN = ("commit", "cores", "load", "torch", "transformers")
 
 
 def read_newest(benchmark: str) -> list[dict[str, Any]]:
-    """The last line of each kind, in the order in which the kinds first appeared."""
+    """The last line of each kind, ordered by the first line of each kind."""
     file = RESULTS / f"{benchmark}.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return list({tuple(line.get(key) for key in KEYS[benchmark]): line for line in lines}.values())
@@ -99,7 +99,7 @@ def _show(value: Any) -> str:
 
 
 def fill(page: str) -> str:
-    """The page with every marked table as the results have it."""
+    """The page with every marked table filled in from the results."""
 
     def table(match: re.Match) -> str:
         return f"{match[1]}\n{make_table(match[2])}\n{match[4]}"
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     filled = fill(page)
     if parser.parse_args(argv).check:
         if filled != page:
-            raise SystemExit("docs/performance.md is not what benchmarks/results says: run benchmarks/tables.py.")
+            raise SystemExit("The tables of docs/performance.md differ from the results: run benchmarks/tables.py.")
     else:
         PAGE.write_text(filled, encoding="utf-8")
 

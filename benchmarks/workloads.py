@@ -1,7 +1,7 @@
-"""The models and rows that are measured: made from seeds, nothing is downloaded.
+"""Make the models and rows that the benchmarks measure, from seeds and without a download.
 
-A chat template here carries `{% generation %}` marks, which TRL and the stock pipeline need to find the answers. Ours
-is given the same template without them, as it is published.
+The chat templates here have `{% generation %}` marks, which TRL and the stock pipeline need to find the answers. Ours
+gets the same templates without them, as they are published.
 """
 
 import json
@@ -59,7 +59,7 @@ GRANITE_PINPOINTS = [[384 * high, 384 * wide] for high in range(1, 11) for wide 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Granite-Vision- or LLaVA-shaped model; `text` and `vision` are arguments of their configurations."""
+    """The sizes of a Granite Vision or LLaVA model; `text` and `vision` are arguments of the two configurations."""
 
     text: dict = field(default_factory=dict)
     vision: dict = field(default_factory=dict)
@@ -89,7 +89,7 @@ SHAPES = {
         [-24, -20, -12, -1],
         GRANITE_PINPOINTS,
     ),
-    # The published pictures in front of hardly any model: what is measured is the way to it.
+    # The published image settings with a very small model, to measure only how images are read.
     ("granite_vision", "pictures"): Shape(
         shape(16, 1, 1, 32, num_key_value_heads=1, vocab_size=1024, attention_multiplier=0.25),
         shape(16, 4, 1, 32, image_size=384, patch_size=14),
@@ -124,7 +124,7 @@ SHAPES = {
 def make_config_and_processor(layout: str, size: str, vocab_size: int | None = None):
     """The configuration and the processor of `layout` in `size`; "tests" is the size of the test suite's models.
 
-    `vocab_size` replaces the size's own; the tokenizer uses the first few hundred ids of it.
+    `vocab_size` replaces that of the size; the tokenizer uses only its first few hundred ids.
     """
     if size == "tests":
         from tiny_models import _BUILDERS
@@ -143,7 +143,7 @@ def make_config_and_processor(layout: str, size: str, vocab_size: int | None = N
 def _tokenizer(special_tokens: list[str], end: str):
     from tuning.demo.tokenizer import train_tokenizer
 
-    # Each of WORDS is one token, at the start of a text and after a blank.
+    # Each of WORDS is one token, at the start of a text and after a space.
     texts = [*WORDS, " ".join(["", *WORDS]), "A chat between a curious user and an artificial intelligence assistant."]
     return train_tokenizer(
         texts,
@@ -233,9 +233,10 @@ def save_model(
     vocab_size: int | None = None,
     logits_scaling: float | None = None,
 ) -> Path:
-    """Write a random model and its processor as a published checkpoint would be, the template without marks.
+    """Write a random model and its processor like a published checkpoint, with a template without marks.
 
-    `marked.jinja` beside them has the marks. Equal arguments give equal weights. `logits_scaling` replaces Granite's.
+    `marked.jinja` in the same folder is the template with marks. Equal arguments give equal weights. `logits_scaling`
+    replaces Granite's.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -257,9 +258,10 @@ def save_model(
 def write_rows(
     path: Path, sizes: Iterable[tuple[int, int]], *, words: Sequence[int] = (12,), answer_words: Sequence[int] = (5,)
 ) -> Path:
-    """A .jsonl of one question and answer a row about a picture of noise; `sizes` are (width, height), one a row.
+    """Write a .jsonl with a question and an answer per row about an image of noise.
 
-    Questions have `words` words and answers `answer_words`, by row, over and over. Pictures are JPEG files beside it.
+    `sizes` has (width, height) for each row. The questions have `words` words and the answers `answer_words`, by row,
+    repeated as needed. The images are JPEG files in the same folder.
     """
     from PIL import Image
 

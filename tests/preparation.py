@@ -17,4 +17,4 @@ def make_model(config):
         config.data, load.load_processor(config.model, model_config), model_config, "today"
     )
     plan = build.plan_model(config, model_config, partial(from_config.dummy_batch, encoder))
-    return build.make_model(config, model_config, plan, None)
+    return build.build_model(config, model_config, plan).model

@@ -60,7 +60,7 @@ def error_field(name: str) -> Iterator[None]:
 def writing(where: object, fix: str = "Make room, check the permissions, or give another place.") -> Iterator[None]:
     """Turn an `OSError` raised inside into a `UserError`: `where` (a file, an option and its folder) cannot be written.
 
-    A full disk and a missing permission are for the user to mend. Nothing inside may read files or use the network:
+    Only the user can make room or change permissions. Nothing inside may read files or use the network:
     those fail with an `OSError`, too.
     """
     try:
@@ -99,7 +99,7 @@ def try_optional(action: Callable[[], T], *, catch_user_errors: bool = False) ->
     """Run an optional step whose failure the caller reports instead of ending the run.
 
     Such a step runs the code of a model, a processor or a tracker that we have never seen, and any exception may come
-    out of it. `UserError` and `RunEnded` still end the run, as does running out of memory: its remedy is another one.
+    out of it. `UserError`, `RunEnded` and running out of memory still end the run.
     `catch_user_errors`: the caller reports a `UserError` as well. Set the log level DEBUG to see the traceback.
     """
     try:

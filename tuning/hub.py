@@ -1,8 +1,8 @@
-"""A repository on the Hugging Face Hub, to which a run uploads its model."""
+"""A repository on the Hugging Face Hub: uploads of an export, and of a run and its checkpoints."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
-from tuning.errors import UserError
+from tuning.errors import UserError, first_line, try_optional
 from tuning.files import (
     CARD_FILE,
     CONFIG_FILE,
@@ -36,55 +36,96 @@ OF_THE_RUN = (
     *(CONFIG_FILE, RUN_INFO_FILE, PROGRESS_FILE, REPORT_FILE, SAMPLES_FILE, SKIPPED_FILE, RUNS_FILE),
     *("check.*", "checkpoint-*", ".*"),
 )
-KEPT_HERE = (TRAINING_ARGS_NAME, FINGERPRINT_FILE)  # they tell of this machine's folders
-NOT_OF_THE_MODEL = (*OF_THE_RUN, *KEPT_HERE, *NOT_OF_A_MODEL, LOG_FILE)  # in output_dir, or in a checkpoint
+PRIVATE = (TRAINING_ARGS_NAME, FINGERPRINT_FILE)  # they name folders of this machine
+NOT_OF_THE_MODEL = (*OF_THE_RUN, *PRIVATE, *NOT_OF_A_MODEL, LOG_FILE)  # in output_dir, or in a checkpoint
 PATHS = {"adapter_config.json": "base_model_name_or_path", STATE_FILE: "best_model_checkpoint"}  # file → its field
-CANNOT_UPLOAD = (OSError, ValueError, RuntimeError, HTTPError)  # of the network, the Hub, and hf_xet
 
 
 class HubRepo:
-    """The repository that `hub_model_id` names, else one called like the output folder.
+    """A model repository. `token`: default the one of this machine's login. `private`: default the organisation's.
 
-    `open` must come first. Only the first process uploads.
+    Call `open` before you upload.
     """
 
-    def __init__(self, training: TrainingArguments):
-        self.api = HfApi(token=training.hub_token)
-        self.repo_id = training.hub_model_id or Path(training.output_dir).absolute().name
-        self.private, self.revision = training.hub_private_repo, training.hub_revision
-        self.strategy, self.always = HubStrategy(training.hub_strategy), training.hub_always_push
-        self._upload: Future | None = None
-        self._uploaded: Path | None = None
+    def __init__(
+        self, repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
+    ):
+        self.api = HfApi(token=token)
+        self.repo_id, self.private, self.revision = repo_id, private, revision
 
     def open(self) -> None:
-        """Make the repository, and its branch, unless they are there. Raises `UserError` where we may not write."""
-        try:
-            account = self.api.whoami()
-            role = account.get("auth", {}).get("accessToken", {}).get("role")
-            self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
-            if self.revision:
-                self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-        except CANNOT_UPLOAD as error:
+        """Create the repository and its branch, if they are missing. Raises `UserError` where we may not write."""
+        attempt = try_optional(self._create)
+        if attempt.error:
             raise UserError(
                 where="push_to_hub",
-                problem=f"nothing can be uploaded to {self.repo_id}: {explain(error)}.",
-                fix="Mend that, or set push_to_hub false and upload the model later (hf upload).",
-            ) from error
-        if role == "read":
+                problem=f"nothing can be uploaded to {self.repo_id}: {explain(attempt.error)}.",
+                fix="Fix that, or leave push_to_hub out and upload the model later (hf upload).",
+            ) from attempt.error
+        if attempt.value == "read":
             raise UserError(
                 where="push_to_hub",
                 problem="the token may only read.",
-                fix="Give one that may write to " + self.repo_id,
+                fix=f"Give one that may write to {self.repo_id}.",
             )
+
+    def _create(self) -> str | None:
+        """Create what is missing. Returns the role of the token."""
+        account = self.api.whoami()
+        self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+        if self.revision:
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        return account.get("auth", {}).get("accessToken", {}).get("role")
+
+    def commit(self, files: Mapping[str, Path], message: str) -> None:
+        """Upload files, by their names in the repository, in one commit. Local paths in them are shortened."""
+        operations = [CommitOperationAdd(name, _content(file)) for name, file in files.items()]
+        self.api.create_commit(self.repo_id, operations, commit_message=message, revision=self.revision)
+
+    def upload(self, files: Mapping[str, Path], message: str, *, folder: Path, fix: str) -> None:
+        """`commit` files of the model in `folder`. Raises `UserError` where that fails; `fix`: what to do then."""
+        attempt = try_optional(lambda: self.commit(files, message))
+        if attempt.error:
+            reason = explain(attempt.error)
+            raise UserError(
+                where="push_to_hub",
+                problem=f"the model is saved in {folder}, but was not uploaded to {self.repo_id}: {reason}.",
+                fix=fix,
+            ) from attempt.error
+        print0(f"Uploaded to {self.api.endpoint}/{self.repo_id}.")
+
+    def upload_folder(self, folder: Path) -> None:
+        """Upload all files of an exported model. Raises `UserError` where that fails."""
+        files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        self.upload(files, "Upload model", folder=folder, fix=f"Run hf upload {self.repo_id} {folder}")
+
+
+class RunRepo(HubRepo):
+    """The repository of a run: `hub_model_id`, else one named like the output folder.
+
+    Only the first process uploads.
+    """
+
+    def __init__(self, training: TrainingArguments):
+        name = training.hub_model_id or Path(training.output_dir).absolute().name
+        super().__init__(
+            name, token=training.hub_token, private=training.hub_private_repo, revision=training.hub_revision
+        )
+        self.strategy, self.always_push = HubStrategy(training.hub_strategy), training.hub_always_push
+        self._upload: Future | None = None
+        self._uploaded: Path | None = None
 
     @property
     def uploading(self) -> Path | None:
-        """The checkpoint that is being uploaded, if any: it must stay where it is."""
+        """The checkpoint that is being uploaded, if any: it must not be deleted."""
         return self._uploaded if self._upload and not self._upload.done() else None
 
     def upload_checkpoint(self, checkpoint: Path, step: int) -> None:
-        """Upload what `hub_strategy` wants of a checkpoint, beside the training, unless an upload is still going on."""
-        if self.strategy == HubStrategy.END or (self.uploading and not self.always):
+        """Upload what `hub_strategy` asks for, while training continues.
+
+        A checkpoint is left out while an earlier one is still being uploaded, unless `hub_always_push` is true.
+        """
+        if self.strategy == HubStrategy.END or (self.uploading and not self.always_push):
             return
         self.wait()
         files = {} if (checkpoint / SHARDED_MODEL).is_dir() else files_of_model(checkpoint)
@@ -94,37 +135,23 @@ class HubRepo:
             files |= {f"{folder}/{file.relative_to(checkpoint).as_posix()}": file for file in every if is_public(file)}
         if files:
             uploader = ThreadPoolExecutor(1)  # its thread ends with the upload; one of HfApi would stay
-            self._upload, self._uploaded = uploader.submit(self._commit, files, f"Step {step} of training"), checkpoint
+            self._upload, self._uploaded = uploader.submit(self.commit, files, f"Step {step} of training"), checkpoint
             uploader.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Wait for an upload that is going on. One that failed is told of: training goes on, a later one may work."""
+        """Wait for the upload of a checkpoint. A failed upload is reported; the run continues."""
         if self._upload and (error := self._upload.exception()):
             print0(f"{self._uploaded} was not uploaded: {explain(error)}.")
         self._upload = None
 
     def upload_final(self, folder: Path, names: Sequence[str], output_dir: Path) -> None:
-        """Upload the files called `names` of the saved model, its card, and the log of the run.
-
-        Raises `UserError` where that fails, which says how to do it later.
-        """
+        """Upload the files `names` of the model in `folder`, its card, and the run's log. Raises `UserError`."""
         self.wait()
-        files = {name: folder / name for name in [*names, CARD_FILE]}
+        files = {name: folder / name for name in [*names, CARD_FILE] if name not in PRIVATE}
         files[LOG_FILE] = output_dir / LOG_FILE
-        try:
-            self._commit({name: file for name, file in files.items() if file.is_file() and _may_go(file)}, "Trained")
-        except CANNOT_UPLOAD as error:
-            left = " ".join(f"--exclude {name!r}" for name in (*KEPT_HERE, *OF_THE_RUN))
-            raise UserError(
-                where="push_to_hub",
-                problem=f"the model is saved in {folder}, but was not uploaded to {self.repo_id}: {explain(error)}.",
-                fix=f"Run the same command again, which only uploads; or hf upload {self.repo_id} {folder} . {left}",
-            ) from error
-        print0(f"Uploaded to {self.api.endpoint}/{self.repo_id}.")
-
-    def _commit(self, files: dict[str, Path], message: str) -> None:
-        operations = [CommitOperationAdd(name, uploaded_content(file)) for name, file in files.items()]
-        self.api.create_commit(self.repo_id, operations, commit_message=message, revision=self.revision)
+        left_out = " ".join(f"--exclude {name!r}" for name in (*PRIVATE, *OF_THE_RUN))
+        fix = f"Run the same command again, which only uploads; or hf upload {self.repo_id} {folder} . {left_out}"
+        self.upload({name: file for name, file in files.items() if file.is_file()}, "Trained", folder=folder, fix=fix)
 
 
 def files_of_model(checkpoint: Path) -> dict[str, Path]:
@@ -134,16 +161,12 @@ def files_of_model(checkpoint: Path) -> dict[str, Path]:
 
 
 def is_public(file: Path) -> bool:
-    """Whether a checkpoint's file may leave this machine; PEFT's card of it says nothing but where its base is."""
-    return _may_go(file) and file.name != CARD_FILE
+    """Whether to upload a checkpoint's file. PEFT's card in it contains only the path of the base model."""
+    return file.name not in (*PRIVATE, CARD_FILE)
 
 
-def _may_go(file: Path) -> bool:
-    return file.name not in KEPT_HERE
-
-
-def uploaded_content(file: Path) -> str | bytes:
-    """What to upload of a file: the file, or its text where a path of this machine had to be shortened."""
+def _content(file: Path) -> str | bytes:
+    """The path of a file to upload, or its text where a path of this machine had to be shortened."""
     if file.name not in PATHS:
         return str(file)
     values, field = json.loads(file.read_text(encoding="utf-8")), PATHS[file.name]
@@ -152,7 +175,7 @@ def uploaded_content(file: Path) -> str | bytes:
 
 
 def explain(error: BaseException) -> str:
-    """What kept us from the Hub, in words."""
+    """Why the Hub refuses or cannot be reached."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token (hub_token, HF_TOKEN, or hf auth login)"
@@ -164,21 +187,21 @@ def explain(error: BaseException) -> str:
         return "the token may not write there"
     if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
         return f"{constants.ENDPOINT} cannot be reached ({error})"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error)
 
 
-def open_hub(config: RunConfig) -> HubRepo | None:
-    """The repository to upload to, if any: whether we may is known before training."""
+def open_hub(config: RunConfig) -> RunRepo | None:
+    """The repository to upload to, if there is one. Raises `UserError` before training where we may not write to it."""
     if not config.training.push_to_hub:
         return None
-    hub = HubRepo(config.training)
+    hub = RunRepo(config.training)
     if os.environ.get("RANK", "0") == "0":
         hub.open()
     return hub
 
 
 def upload_finished(config: RunConfig, files: Sequence[str]) -> None:
-    """Upload the model that an earlier run saved, if that could not."""
+    """Upload the model of a finished run, whose own upload may have failed."""
     hub = open_hub(config)
     if hub and config.training.should_save:
         hub.upload_final(Path(config.save_model_dir), files, Path(config.training.output_dir))

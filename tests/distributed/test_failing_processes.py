@@ -200,7 +200,7 @@ def test_vlm_tuning_train_starts_the_processes_and_marks_the_end(train, tmp_path
     assert code == 0, said
     assert said.count("Done: ") == 1
     assert "Batches are padding-free." in said
-    assert "FSDP shards over accelerators, and there is none" in said
+    assert "FSDP needs GPUs, and there are none" in said
     assert (tmp_path / "out" / ".complete").exists()
 
 

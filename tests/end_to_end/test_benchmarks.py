@@ -1,4 +1,4 @@
-"""Every benchmark at its smallest and without peers, so that none of them rots."""
+"""Every benchmark runs, with its smallest settings and without peers."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ SMALLEST = {
 
 
 def run_here(script, spec, folder, **kwargs):
-    """`record.run_child` without a new process, which costs seconds to import PyTorch."""
+    """`record.run_child` in this process, because a new one takes seconds to import PyTorch."""
     spec_file, result_file = folder / "spec.json", folder / "result.json"
     spec_file.write_text(json.dumps(spec))
     contender.main([str(spec_file), str(result_file)])
@@ -76,7 +76,7 @@ def test_the_documented_tables_are_the_committed_results():
 
 @pytest.fixture(scope="module", autouse=True)
 def module_path():
-    """The benchmarks put the repository first on the path when they are imported; leave it as it was."""
+    """Restore the path: the benchmarks put the repository first on it when they are imported."""
     before = list(sys.path)
     yield
     sys.path[:] = before

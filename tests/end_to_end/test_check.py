@@ -1,4 +1,4 @@
-"""`vlm-tuning check`: what it counts is what training encodes, and what it reports is every bad row."""
+"""`vlm-tuning check` counts what training encodes, and reports every bad row."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def run_check(options: dict, capsys) -> tuple[int, dict, str]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_are_counted_as_training_encodes_them(layout, make_options, write_rows):
-    """Also text only, several images, several answers, and control tokens within the text."""
+    """Also rows with text only, several images, several answers, and control tokens in the text."""
     several = 1 if layout in ("llava15", "granite_vision") else 2
     path = write_rows(
         GOOD,

@@ -87,7 +87,7 @@ def test_checkpoints_are_uploaded_as_the_strategy_says(strategy, folders, hub, o
 def test_what_forbids_the_upload_is_said_before_the_weights_are_read(
     changes, said, hub, options, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("tuning.sft_trainer.make_model", pytest.fail)
+    monkeypatch.setattr("tuning.sft_trainer.build_model", pytest.fail)
     with pytest.raises(UserError, match=said):
         tuning.train(options(**changes))
     assert not (tmp_path / "out").exists()
@@ -96,7 +96,7 @@ def test_what_forbids_the_upload_is_said_before_the_weights_are_read(
 
 @pytest.mark.parametrize(("offline", "said"), [(True, "HF_HUB_OFFLINE is set"), (False, "cannot be reached")])
 def test_a_missing_network_is_said_before_the_weights_are_read(offline, said, hub, options, monkeypatch):
-    monkeypatch.setattr("tuning.sft_trainer.make_model", pytest.fail)
+    monkeypatch.setattr("tuning.sft_trainer.build_model", pytest.fail)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=said):

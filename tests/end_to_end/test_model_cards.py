@@ -11,7 +11,8 @@ from PIL import Image
 
 import tuning
 from tuning.model.parts import PartSize
-from tuning.pages.model_card import RunSummary, merge_card, write_card
+from tuning.pages.model_card import merge_card, write_card
+from tuning.pages.run_summary import RunSummary
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 16}
 BASE_CARD = "---\nlicense: other\nlicense_name: llama\nlicense_link: LICENSE\n---\n# Base\n"
@@ -97,19 +98,15 @@ def make_facts(**changes) -> RunSummary:
         **{"lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["q_proj"]},
     } | changes.pop("options", {})
     facts = {
-        **{
-            "name": "me/colours",
-            "options": options,
-            "base_model": "some/base",
-            "datasets": ["some/rows", "more.jsonl"],
-        },
-        **{
-            "validation": "some/rows",
-            "on_hub": frozenset({"some/base", "some/rows"}),
-            "parts": [PartSize("projector", 2000, 10)],
-        },
-        **{"dtype": "bfloat16", "processes": 3, "rows": None, "rows_left_out": 2, "steps": 5, "epochs": 0.5},
+        **{"name": "me/colours", "options": options, "model": "some/base", "on_hub": {"some/base", "some/rows"}},
+        **{"training_data": ["some/rows", "more.jsonl"], "validation_data": "some/rows"},
+        **{"parts": [PartSize("projector", 2000, 10)], "dtypes": ["bfloat16"], "processes": 3, "rows": None},
+        **{"rows_left_out": 2, "steps": 5, "epochs": 0.5, "versions": {}},
         **{"log_history": [{"loss": 2.0, "step": 5}, {"eval_loss": 1.5, "eval_runtime": 3.0, "step": 5}]},
+        **dict.fromkeys(
+            ["begun", "architecture", "attention", "adapter", "validation_rows", "row_format", "row_limit"]
+        ),
+        **dict.fromkeys(["typical_image", "rows_per_step", "device", "precision"]),
     }
     return RunSummary(**(facts | changes))
 

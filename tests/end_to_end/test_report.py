@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from tuning.pages.charts import show_number
 from tuning.pages.run_record import read_record
 from tuning.sft_trainer import train
 from tuning.training.callbacks import RunReport
+from tuning.training.data_loading import Batching
 
 ANSWERS = {"report_samples": 2, "eval_generate_rows": 4, "eval_max_new_tokens": 4, "eval_metrics": "anls"}
 
@@ -119,7 +121,8 @@ def test_a_page_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
         written.append(clock[0])
 
     monkeypatch.setattr("tuning.training.callbacks.write_report", write)
-    report = RunReport(tmp_path, writes=True)
+    loading = SimpleNamespace(batching=Batching(padded=False, order_padded=False))
+    report = RunReport(tmp_path, loading, is_main_process=True)
     state = type("State", (), {"global_step": 0, "max_steps": 1000})
     report.on_train_begin(None, state, None)
     for state.global_step in range(1, 1001):

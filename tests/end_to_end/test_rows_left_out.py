@@ -14,7 +14,7 @@ def test_further_images_are_counted_and_said(layout, make_options, rows, tmp_pat
     data = rows.parent / f"two_images_{layout}.jsonl"
     data.write_text(json.dumps({**row, "images": ["0.png", "1.png"]}) + "\n")
     tuning.train(make_options(layout, training_data_path=str(data), num_train_epochs=1))
-    assert "only the first image is used: 1 further images were left out." in capsys.readouterr().out
+    assert "Images left out because only the first image is used: 1." in capsys.readouterr().out
 
 
 def test_overlong_rows_are_counted_said_and_named(make_options, rows, tmp_path, capsys):

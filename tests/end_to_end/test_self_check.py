@@ -61,7 +61,7 @@ def test_it_waits_for_images_and_for_the_end_of_a_warmup(said, rows, tmp_path, t
     everything = "Self-check: training moves the vision tower and the projector and the language model."
     assert said("llava15", **settings) == [everything]
     assert said("llava15", **settings, vision_tower_learning_rate=0, overwrite_output_dir=True) == [
-        "Self-check: the vision tower stays as it is: its learning rate is 0.",
+        "Self-check: the vision tower does not change: its learning rate is 0.",
         "Self-check: training moves the projector and the language model.",
     ]
 
@@ -121,14 +121,15 @@ def test_a_part_that_the_optimizer_forgets_stops_the_run(make_options, monkeypat
 
 
 def test_a_part_that_is_cut_off_from_the_loss_stops_the_run(make_options, monkeypatch):
-    make_model = sft_trainer.make_model
+    build_model = sft_trainer.build_model
 
     def cut(*arguments):
-        model = make_model(*arguments)
-        model.model.multi_modal_projector.register_forward_hook(lambda module, inputs, output: output.detach())
-        return model
+        built = build_model(*arguments)
+        projector = built.model.model.multi_modal_projector
+        projector.register_forward_hook(lambda module, inputs, output: output.detach())
+        return built
 
-    monkeypatch.setattr(sft_trainer, "make_model", cut)
+    monkeypatch.setattr(sft_trainer, "build_model", cut)
     with pytest.raises(UserError, match="the vision tower should train, but got no gradient in step"):
         train(make_options("llava15", **SHORT))
 

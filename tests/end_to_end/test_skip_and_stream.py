@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 import tuning
 from tuning import sft_trainer
 from tuning.config.parse import build_config
-from tuning.data import encode
-from tuning.data.from_config import ROWS_CHECKED_FIRST
+from tuning.data import encode, from_config
 from tuning.errors import UserError
 from tuning.training.trainer import SupervisedTrainer
 
@@ -64,14 +63,14 @@ def spoilt(data):
 @pytest.fixture
 def batches(monkeypatch):
     """The rows of every batch that was trained, in order."""
-    seen, take = [], SupervisedTrainer._take_facts
+    seen, take = [], SupervisedTrainer._take_info
 
     def remember(trainer, batch):
-        facts = take(trainer, batch)
-        seen.append(facts.rows)
-        return facts
+        info = take(trainer, batch)
+        seen.append(info.rows)
+        return info
 
-    monkeypatch.setattr(SupervisedTrainer, "_take_facts", remember)
+    monkeypatch.setattr(SupervisedTrainer, "_take_info", remember)
     return seen
 
 
@@ -173,7 +172,7 @@ def mixed(paths, weights) -> list[dict]:
 
 
 def rows_of_epoch(options: dict) -> list[tuple[str, int]]:
-    return [(Path(row.file).stem, row.number) for row in sft_trainer.open_rows(build_config(options))]
+    return [(Path(row.file).stem, row.number) for row in from_config.open_rows(build_config(options))]
 
 
 @pytest.mark.parametrize(
@@ -326,7 +325,7 @@ def test_an_interrupted_stream_ends_where_an_uninterrupted_one_does(
     assert len(logs[0]) == 7
     if workers == 0:  # else they are opened in other processes
         left = {where for batch in batches for where in batch}
-        assert len(opened) == ROWS_CHECKED_FIRST + sum(map(len, batches))
+        assert len(opened) == from_config.ROWS_CHECKED_FIRST + sum(map(len, batches))
         assert left <= {place.partition(", field")[0] for _, _, place, _ in opened}
 
 

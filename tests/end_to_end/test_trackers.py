@@ -80,21 +80,19 @@ def test_what_a_tracker_refuses_ends_the_run_with_its_words(mlflow, make_options
         tuning.train(make_options("llava15", report_to="mlflow", max_steps=1))
 
 
-def test_aims_own_callback_is_used_and_goes_on_with_its_run(make_options, monkeypatch, tmp_path):
+def test_aim_records_all_options_and_every_start_is_a_run_of_its_own(make_options, monkeypatch):
     """Aim itself is not installed here: a callback with its signature stands in for it."""
     begun = []
 
     class AimCallback(TrainerCallback):
         def __init__(self, log_system_params=True):
-            self._run_hash = None
             assert not log_system_params  # environment variables, that is: they may hold secrets
 
         def on_init_end(self, args, state, control, **kwargs):
-            pytest.fail("a run would begin before it is known that one goes on")
+            pytest.fail("a run would begin before training does, without the options of LoRA and of the data")
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
-            begun.append((self._run_hash, args.to_sanitized_dict()["r"], model))
-            self._run_hash = self._run_hash or "new"
+            begun.append((state.global_step, args.to_sanitized_dict()["r"], model))
 
     module = ModuleType("aim.hugging_face")
     module.AimCallback = AimCallback
@@ -102,7 +100,14 @@ def test_aims_own_callback_is_used_and_goes_on_with_its_run(make_options, monkey
     monkeypatch.setattr("tuning.config.rules.find_spec", lambda name: True)
     for steps in (1, 2):
         tuning.train(make_options("llava15", report_to="aim", max_steps=steps, **LORA))
-    assert begun == [(None, 4, None), ("new", 4, None)]
+    assert begun == [(0, 4, None), (1, 4, None)]
+
+
+def test_tensorboard_writes_where_logging_dir_says(make_options, tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install -e '.[dev]'")
+    tuning.train(make_options("llava15", report_to="tensorboard", max_steps=1, logging_dir=str(tmp_path / "boards")))
+    assert [step for step, _ in read_events(tmp_path / "boards")[0]["train/loss"]] == [1]
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 @pytest.mark.parametrize(

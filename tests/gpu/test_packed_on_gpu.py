@@ -1,4 +1,4 @@
-"""On a CUDA GPU: FlashAttention over all samples at once = plain attention of each, and runs equal padded ones."""
+"""On a CUDA GPU, FlashAttention over all samples equals plain attention of each, and packed runs equal padded ones."""
 
 import json
 
@@ -20,7 +20,7 @@ class Layer:
 
 
 def plain(query, key, value, *, scaling=None, sliding_window=None):
-    """Each sample by itself, in float64: the formula written down."""
+    """Attention of each separate sample in float64, written out as its formula."""
     outputs = []
     for q, k, v in zip(*(states.double().split(LENGTHS, dim=2) for states in (query, key, value)), strict=True):
         k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
@@ -62,9 +62,9 @@ def test_a_run_without_padding_equals_a_padded_one(layout, changes, make_options
         folder = tmp_path / str(padding_free)
         options = make_options(layout, max_steps=6, dtype="bfloat16", padding_free=padding_free, **changes)
         tuning.train(options | {"output_dir": str(folder), "train_sampling_strategy": "sequential"})
-        said = capsys.readouterr().out
-        assert ("Batches are padding-free." in said) == (padding_free == "auto")
-        assert "FlashAttention in PyTorch" in said
+        printed = capsys.readouterr().out
+        assert ("Batches are padding-free." in printed) == (padding_free == "auto")
+        assert "FlashAttention in PyTorch" in printed
         lines = map(json.loads, (folder / "training_logs.jsonl").read_text().splitlines())
         runs.append([line["loss"] for line in lines if "loss" in line])
     assert runs[0] == pytest.approx(runs[1], rel=5e-3)

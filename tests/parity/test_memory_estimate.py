@@ -1,4 +1,4 @@
-"""The estimated peak memory against what torch's tracker counts while the real trainer trains."""
+"""The estimated peak memory equals what torch's tracker counts while the real trainer trains, within a tolerance."""
 
 import json
 from collections import OrderedDict
@@ -48,14 +48,14 @@ def measure(monkeypatch):
         def tracked_train(trainer, *args, **kwargs):
             tracker.track_external(trainer.model)
             for parameter in trainer.model.parameters():
-                if not parameter.requires_grad:  # the tracker would hang a hook on it, which torch refuses
+                if not parameter.requires_grad:  # the tracker would add a hook to it, which torch refuses
                     tracker._param_to_grad_hook_handles[parameter] = (RemovableHandle(OrderedDict()),) * 2
             with tracker:
                 return train(trainer, *args, **kwargs)
 
         def seen_step(trainer, model, inputs, num_items_in_batch=None):
             batches.append(dict(inputs) if not batches else None)
-            tracker.reset_mod_stats()  # it tells modules apart by it, and refuses a second forward; totals stay
+            tracker.reset_mod_stats()  # else it refuses a second forward of a module; totals stay
             return step(trainer, model, inputs, num_items_in_batch)
 
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Models that are not plain causal decoders: real ones, random and tiny, and why each is padded in any precision."""
+"""Tiny random models of real architectures that are not plain causal decoders, and why each needs padded batches."""
 
 import functools
 
@@ -62,7 +62,7 @@ def gemma3():
 
 
 def paligemma():
-    """The whole prompt sees itself both ways, and a row without an image does not exist."""
+    """Tokens of the whole prompt see each other both ways, and every row must have an image."""
     tokenizer = make_tokenizer("<image>", image_token="<image>")
     image_processor = tiny_models._image_processor("SiglipImageProcessor", size={"height": 32, "width": 32})
     image_processor.image_seq_length = 16
@@ -172,20 +172,20 @@ def test_each_is_padded_for_its_own_reason_or_not_at_all(name, dtype):
     assert (obstacle == "") if not reason else (reason in obstacle), obstacle
 
 
-def test_a_chunked_mask_is_noticed_though_the_probes_are_shorter(monkeypatch):
+def test_the_trial_finds_a_chunked_mask_with_rows_shorter_than_a_chunk(monkeypatch):
     config, processor = ARCHITECTURES["Llama 4's chunks"][0]()
     monkeypatch.setattr("tuning.model.padding_free.why_layers_need_padding", lambda config: "")
     assert "more or less than causal" in try_model(config, processor, torch.bfloat16)
 
 
-def test_a_convolution_is_noticed_where_nothing_names_it(monkeypatch):
+def test_the_trial_finds_a_convolution_that_the_config_does_not_name(monkeypatch):
     config, processor = ARCHITECTURES["LFM2's convolutions"][0]()
     monkeypatch.setattr("tuning.model.padding_free.why_layers_need_padding", lambda config: "")
     assert "would change each other" in try_model(config, processor, torch.bfloat16)
 
 
 def test_windows_and_softcapping_are_the_same_packed_and_alone():
-    """In rows longer than the window, which the probes may not be. Gemma 2: https://arxiv.org/abs/2408.00118."""
+    """In rows longer than the window, unlike those of the trial. Gemma 2: https://arxiv.org/abs/2408.00118."""
     config, _ = in_llava("Gemma2", head_dim=8, sliding_window=16)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").double().eval()

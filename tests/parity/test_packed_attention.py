@@ -1,4 +1,4 @@
-"""Attention over samples end to end = plain attention of each sample by itself, in float64 and 16 bits."""
+"""Attention over packed samples equals plain attention of each separate sample, in float64 and in 16 bits."""
 
 import inspect
 import math
@@ -31,7 +31,7 @@ def states(heads: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def plain_attention(query, key, value, *, scaling=None, sliding_window=None, softcap=None) -> torch.Tensor:
-    """One sample, number by number: the formula of scaled dot-product attention, written down."""
+    """Scaled dot-product attention of one sample, written out as its formula."""
     heads, length, size = query.shape[1:]
     rows = []
     for head in range(heads):
@@ -101,7 +101,7 @@ def test_dropout_drops_within_samples_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize("extra", [{"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}])
-def test_what_it_cannot_do_is_refused(extra):
+def test_unsupported_attention_raises(extra):
     with pytest.raises(NotImplementedError):
         packed_attention(MODULE, *states(4, 4, torch.float64), None, cu_seq_lens_q=BOUNDS, **extra)
 
@@ -109,7 +109,7 @@ def test_what_it_cannot_do_is_refused(extra):
 def varlen_like(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
 ):
-    """torch.nn.attention.varlen's contract (torch 2.13), by the plain formula. Runs on the CPU, which that does not."""
+    """What torch.nn.attention.varlen computes (torch 2.13), by the plain formula, so that it runs on a CPU."""
     assert (cu_seq_q is cu_seq_k, max_q, max_k) == (True, max(LENGTHS), max(LENGTHS))
     assert cu_seq_q.dtype == torch.int32
     assert enable_gqa or query.shape[1] == key.shape[1]
@@ -127,7 +127,7 @@ def varlen_of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is
 @pytest.mark.parametrize("kernel", [varlen_like, varlen_of_torch_2_10])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("name", ["plain", "a scale of its own", "a sliding window"])
-def test_the_flash_kernel_is_asked_for_the_same(kernel, heads, name, monkeypatch):
+def test_the_flash_kernel_gets_the_same_attention(kernel, heads, name, monkeypatch):
     takes = set(inspect.signature(kernel).parameters)
     monkeypatch.setattr(module, "varlen_attn", kernel)
     monkeypatch.setattr(module, "_VARLEN_OPTIONS", takes)

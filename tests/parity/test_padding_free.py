@@ -1,4 +1,4 @@
-"""Rows end to end = rows padded, in loss and every gradient; and models for which it is not so are found out."""
+"""Packed rows give the loss and gradients of padded rows, and the trial finds models for which they do not."""
 
 import functools
 
@@ -22,7 +22,7 @@ ATTENTION = Attention("sdpa", PACKED, "")
 
 
 def batches(layout: str) -> list[dict]:
-    """The same samples padded, and end to end."""
+    """The same samples, padded and packed."""
     samples, collator = make_batch(layout), probe_collator(build_processor(layout))
     made = []
     for collator.padding_free in (False, True):
@@ -50,7 +50,7 @@ def test_loss_and_gradients_equal_padded_ones(layout):
 
 @pytest.mark.parametrize("layout", PLAIN)
 def test_no_mask_of_tokens_by_tokens_is_made(layout):
-    """No layer is given one."""
+    """No layer gets one."""
     packed = batches(layout)[1]
     model = build_model(layout, dtype=torch.float64)
     patch_supervised_loss(model)
@@ -71,7 +71,7 @@ def encoder_of(layout: str) -> Encoder:
 
 
 def try_rows(model, forward, encoder, *, half: bool = False) -> str:
-    """Why this model needs padding, tried as training tries it."""
+    """Why this model needs padding, by the trial that training runs."""
     collator = probe_collator(encoder.processor)
     return why_padding_is_needed(
         model,
@@ -84,7 +84,7 @@ def try_rows(model, forward, encoder, *, half: bool = False) -> str:
 
 
 @pytest.mark.parametrize("layout", PLAIN)
-def test_a_right_model_is_found_right(layout):
+def test_the_trial_passes_a_model_that_keeps_rows_apart(layout):
     model, encoder = build_model(layout), encoder_of(layout)
     patch_supervised_loss(model)
     batches = make_trial_batches(dummy_samples(encoder), probe_collator(encoder.processor))
@@ -107,7 +107,7 @@ def attend_across(attend):
 
 
 def forget_positions(forward):
-    """A decoder that makes its own of the positions it is given."""
+    """A decoder that computes other positions from those it gets."""
     return lambda position_ids=None, **kwargs: forward(
         position_ids=None if position_ids is None else position_ids // 9, **kwargs
     )
@@ -122,7 +122,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_model_that_mixes_samples_is_found_out(fault, dtype, monkeypatch):
+def test_the_trial_finds_a_model_that_mixes_samples(fault, dtype, monkeypatch):
     from transformers import AttentionInterface
 
     model, encoder = build_model("granite_vision"), encoder_of("granite_vision")
@@ -176,8 +176,8 @@ def test_never_more_logits_at_once_than_allowed():
     assert shapes == [30, 30, 30, 10, 10, 30, 30, 30]  # the forward's, and again in the backward
 
 
-def test_chunks_that_others_need_change_nothing(monkeypatch):
-    """Under ZeRO-3 a process with few trained tokens calls the head as often as one with many."""
+def test_empty_chunks_change_nothing(monkeypatch):
+    """Under ZeRO-3 a process with few supervised tokens calls the head as often as one with many."""
     torch.manual_seed(0)
     head, labels = torch.nn.Linear(6, 11).double(), torch.randint(0, 11, (1, 9))
     results, calls = [], []

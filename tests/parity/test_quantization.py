@@ -249,7 +249,7 @@ def test_8bit_weights_cannot_be_divided(make_options, monkeypatch):
     config = build_config(make_options("llava15", **LORA, quantization="8bit"))
     model_config = load.load_config(config.model)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match=r"FSDP and ZeRO-3 cannot divide 8-bit weights.* Use quantization 4bit"):
+    with pytest.raises(UserError, match=r"FSDP and ZeRO-3 cannot shard 8-bit weights.* Use quantization 4bit"):
         build.find_quantization(config, model_config, load.build_skeleton(model_config))
 
 

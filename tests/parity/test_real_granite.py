@@ -1,4 +1,4 @@
-"""The real tokenizer, template and image processor of Granite Vision 3.2, where a folder with them is given."""
+"""The real tokenizer, template and image processor of Granite Vision 3.2, if `GRANITE_VISION_PROCESSOR` names them."""
 
 import os
 
@@ -12,7 +12,7 @@ from tuning.data.encode import IGNORED, Encoder
 from tuning.data.sources import Row
 
 FOLDER = os.environ.get("GRANITE_VISION_PROCESSOR")
-pytestmark = pytest.mark.skipif(not FOLDER, reason="GRANITE_VISION_PROCESSOR names no folder")
+pytestmark = pytest.mark.skipif(not FOLDER, reason="GRANITE_VISION_PROCESSOR is not set")
 
 
 @pytest.fixture(scope="module")

@@ -271,7 +271,7 @@ CHANGES = {
 def test_a_changed_option_is_named_on_resume(name, resumable):
     changed = {**resumable, name: CHANGES[name]}
     before = contents(Path(resumable["output_dir"]))
-    with pytest.raises(UserError, match=f"cannot be continued, because .*{name} was"):
+    with pytest.raises(UserError, match=f"cannot be resumed, because .*{name} was"):
         tuning.train(changed)
     assert contents(Path(resumable["output_dir"])) == before
 

@@ -1,4 +1,4 @@
-"""Our loss and its gradients against a plain reference in float64: all logits, then cross-entropy."""
+"""Our loss and its gradients equal a plain reference in float64: all logits, then cross-entropy."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tuning.model.mllama import patch_mllama_cross_attention
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_gradients_equal_the_plain_reference(layout):
-    # Mllama's stock forward mixes rows with and without images up: there the reference holds for equal rows.
+    # Mllama's stock forward mixes rows with different numbers of images, so the reference needs equal rows.
     inputs = as_inputs(layout, make_batch(layout)[: 4 if layout == "mllama" else 6])
     labels = inputs.pop("labels")
     model = build_model(layout, dtype=torch.float64)

@@ -224,7 +224,7 @@ def test_the_first_process_alone_reads_a_checkpoint(finished, monkeypatch):
     options, trainer = finished["full"]
     trained = replace(trained_model(trainer), is_fsdp=True, is_main_process=False)
     monkeypatch.setattr(trained.processes, "number", 2)
-    monkeypatch.setattr(trained.processes, "share", torch.tensor)
+    monkeypatch.setattr(trained.processes, "all_gather_ints", torch.tensor)
     monkeypatch.setattr(trained.processes, "raise_on_all_ranks", lambda error: None)
     monkeypatch.setattr(verify_save, "checkpoint_weights", None)
     folder = Path(options["output_dir"])

@@ -31,11 +31,11 @@ QUICK |= {
 @pytest.fixture
 def tower_runs(monkeypatch):
     """Of every run of the tower: images, runs of its first layer, and whether the output has a graph."""
-    runs, make_model = [], sft_trainer.make_model
+    runs, build_model = [], sft_trainer.build_model
 
     def watched(*args):
-        model = make_model(*args)
-        tower = vision_tower.find_tower(model)
+        built = build_model(*args)
+        tower = vision_tower.find_tower(built.model)
         active = tower.modules_to_save["default"] if isinstance(tower, ModulesToSaveWrapper) else tower
         layers = next(module for module in active.modules() if isinstance(module, torch.nn.ModuleList))
         norm = next(module for module in layers[0].modules() if isinstance(module, torch.nn.LayerNorm))
@@ -49,9 +49,9 @@ def tower_runs(monkeypatch):
             current.clear()
 
         tower.register_forward_hook(end)
-        return model
+        return built
 
-    monkeypatch.setattr(sft_trainer, "make_model", watched)
+    monkeypatch.setattr(sft_trainer, "build_model", watched)
     return runs
 
 

@@ -110,7 +110,7 @@ def test_a_failure_is_described_by_the_first_line_of_its_text(error, line, descr
     assert describe_failure(error) == described
 
 
-def test_a_disk_that_cannot_be_written_is_for_the_user_to_mend():
+def test_a_disk_that_cannot_be_written_is_a_user_error():
     with (
         pytest.raises(UserError, match=r"^out/log: cannot be written: No space left on device\. Make room"),
         writing("out/log"),

@@ -120,7 +120,7 @@ def build_trained_skeleton(
     skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
     if plan.quantization:
         quantise_skeleton(skeleton, plan.quantization)
-    model = prepare_model(skeleton, config, plan.lora_targets)
+    model = prepare_model(skeleton, config, plan.parts, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
     return model
 

@@ -38,7 +38,7 @@ from tuning.export.merged_model import (
 from tuning.export.safetensors_files import find_folder, find_places, read_checkpoint
 from tuning.export.vllm import Serving, plan_transformers, plan_vllm, write_renamed
 from tuning.files import CARD_FILE, CONFIG_FILE, read_json, write_text
-from tuning.hub import CANNOT_UPLOAD, NOT_OF_THE_MODEL, explain, uploaded_content
+from tuning.hub import NOT_OF_THE_MODEL, HubRepo
 from tuning.machine import check_space, free_memory
 from tuning.model import load
 from tuning.model.attention import choose_attention
@@ -73,7 +73,9 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
         raise UserError(where=f"adapter {options.adapter}", problem="is no adapter: it has no adapter_config.json.")
     source = ModelSource(adapter.base, trust_remote_code=options.trust_remote_code, use_flash_attn=False)
     base, config, processor = load_base_config(source, adapter)
-    repository = open_repository(options.push_to_hub) if options.push_to_hub else None
+    repository = HubRepo(options.push_to_hub) if options.push_to_hub else None
+    if repository:
+        repository.open()
     if options.target:
         serve(options, config, adapter, processor, repository)
         return
@@ -93,7 +95,7 @@ def export(options: ExportArguments, rows: RowArguments) -> None:
         compare(Models(base, config, processor, adapter, folder), merge, dtype, options, rows)
     print0(f"Done: {output} is a model of its own.")
     if repository:
-        push(output, repository)
+        repository.upload_folder(output)
 
 
 @contextmanager
@@ -228,7 +230,7 @@ def describe(result: Comparison, rows: int) -> str:
 
 
 def serve(
-    options: ExportArguments, config: PreTrainedConfig, adapter: Adapter, processor: Any, repository: Any
+    options: ExportArguments, config: PreTrainedConfig, adapter: Adapter, processor: Any, repository: HubRepo | None
 ) -> None:
     """Check the adapter itself for an engine, and write it for that engine where `output` is given."""
     adapted = adapt_skeleton(load.build_skeleton(config), adapter)
@@ -253,7 +255,7 @@ def serve(
                 processor.save_pretrained(folder)
         print0(f"Done: {output} is the adapter with {len(serving.renamed)} modules renamed.")
         if repository:
-            push(output, repository)
+            repository.upload_folder(output)
     elif serving.renamed:
         name, wanted = next(iter(serving.renamed.items()))
         raise UserError(
@@ -272,38 +274,6 @@ def how_to_serve(options: ExportArguments, serving: Serving, adapter: Adapter) -
         return f'transformers loads it: PeftModel.from_pretrained(model, "{folder}")'
     extra = "".join(f" {one}" for one in serving.options)
     return f"vLLM loads it: vllm serve {adapter.base} --enable-lora{extra} --lora-modules tuned={folder}"
-
-
-def open_repository(name: str) -> Any:
-    """Make a repository of the Hub, unless it is there. Raises `UserError` where we may not, or cannot reach it."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().create_repo(name, exist_ok=True)
-    except CANNOT_UPLOAD as error:
-        raise UserError(
-            where=f"push_to_hub {name}", problem=f"cannot be opened: {explain(error)}.", fix="Nothing was written."
-        ) from error
-
-
-def push(folder: Path, repository: Any) -> None:
-    """Upload a folder to what `open_repository` gave, without paths of this machine.
-
-    Raises `UserError` where the Hub refuses.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    operations = [CommitOperationAdd(name, uploaded_content(file)) for name, file in files.items()]
-    try:
-        HfApi().create_commit(repository.repo_id, operations, commit_message="Upload model")
-    except CANNOT_UPLOAD as error:
-        raise UserError(
-            where=f"push_to_hub {repository.repo_id}",
-            problem=f"cannot be uploaded: {explain(error)}. The folder {folder} is complete.",
-            fix=f"Upload it with: hf upload {repository.repo_id} {folder}",
-        ) from error
-    print0(f"Uploaded to {repository}.")
 
 
 def run(argv: Sequence[str]) -> None:

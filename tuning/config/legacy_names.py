@@ -1,6 +1,5 @@
 """Names that changed in transformers 5: what each old one means today."""
 
-import os
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -66,16 +65,10 @@ def _truth(value: Any) -> bool:
     return str(value).lower() in ("true", "1", "yes")
 
 
-def _logging_dir(value: Any) -> dict[str, Any]:
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(value)  # where transformers 5 looks for it
-    return {}
-
-
 # Old name -> how its value is expressed now.
 REEXPRESSED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "warmup_ratio": _warmup_ratio,
     "group_by_length": lambda value: {"train_sampling_strategy": "group_by_length" if _truth(value) else "random"},
-    "logging_dir": _logging_dir,
     "adafactor": lambda value: {"optim": "adafactor"} if _truth(value) else {},
     "save_safetensors": lambda value: {},
 }

@@ -151,6 +151,7 @@ class RunArguments:
         None,
         "Read the saved model back and compare weights and logits (default: load it if a second one fits into memory).",
     )
+    logging_dir: str | None = option(None, "Folder for TensorBoard's files (default: output_dir/runs).")
     accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch` (JSON only).")
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import copy
 import dataclasses
 import difflib
 import json
@@ -122,6 +123,26 @@ def build_config(options: Mapping[str, Any]) -> RunConfig:
         return RunConfig(**sections, training=training_arguments, notes=notes, group_by_length=groups_by_length(values))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(where="config", problem=str(error)) from error
+
+
+def resolve(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> RunConfig:
+    """The config of a run, from options by name, the path of a JSON file, or a `RunConfig`, which stays as it is.
+
+    Without a launcher a run uses one device. With several GPUs transformers would choose `nn.DataParallel`, which is
+    slow and computes another loss.
+    """
+    if not isinstance(config, RunConfig):
+        config = build_config(config if isinstance(config, Mapping) else read_json(config))
+    gpus = config.training.n_gpu
+    if gpus <= 1:
+        return config
+    training = copy.copy(config.training)
+    training._n_gpu = 1
+    note = (
+        f"Using one of {gpus} GPUs. To use all: vlm-tuning train …, or accelerate launch --num_processes={gpus}"
+        " --config_file fixtures/accelerate_fsdp_defaults.yaml tuning/sft_trainer.py …"
+    )
+    return dataclasses.replace(config, training=training, notes=(*config.notes, note))
 
 
 def check_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -1,17 +1,18 @@
-"""The data options of a config → rows, and how they are encoded."""
+"""The data options of a config → the rows of a run, and how they are encoded and joined."""
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig
 
 from tuning.config.families import find_family
 from tuning.config.options import DataArguments, RowArguments, RunConfig
 from tuning.console import print0
+from tuning.data.batch_sampler import data_seed
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import Collator, probe_collator
 from tuning.data.dataset import EncodedRows, StreamedRows, encode_row
@@ -24,10 +25,82 @@ from tuning.data.sources import DataFile, Mixture, Source, Stream
 from tuning.errors import UserError
 
 TYPICAL_IMAGE = (1024, 768)
+ROWS_CHECKED_FIRST = 4
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows of a run, and how they are encoded and joined. `validation` is None without validation data."""
+
+    train: EncodedRows | StreamedRows
+    validation: EncodedRows | None
+    encoder: Encoder
+    collator: Collator
+
+    @property
+    def files(self) -> list[DataFile]:
+        """The files and splits of the training rows."""
+        return source_of(self.train).files
+
+
+def source_of(rows: EncodedRows | StreamedRows) -> Source | Mixture | Stream:
+    """The rows before they are encoded."""
+    return rows.stream if isinstance(rows, StreamedRows) else rows.source
+
+
+def open_data(
+    config: RunConfig,
+    rows: Source | Mixture | Stream,
+    processor: Any,
+    model_config: PreTrainedConfig,
+    *,
+    date_string: str,
+    steps_done: int,
+) -> TrainingData:
+    """Prepare the training rows and open the validation rows, and try the first rows of both.
+
+    `date_string`: today's date in chat templates. `steps_done`: the optimizer steps of an earlier run: streamed rows
+    start after them. Raises `UserError` for a bad row among the first.
+    """
+    encoder, skip = make_encoder(config.data, processor, model_config, date_string), config.data.on_bad_row == "skip"
+    collator = probe_collator(processor)
+    if config.training.world_size > 1:  # every batch then has an image: see `dummy_image_sample`
+        collator = replace(collator, dummy_image_sample=dummy_image_sample(encoder))
+    check_first_rows(rows, encoder, skip)
+    train = (
+        _stream_rows(rows, config, steps_done)
+        if isinstance(rows, Stream)
+        else EncodedRows(rows, encoder, skip_bad_rows=skip)
+    )
+    validation = None
+    if config.data.validation_data_path:
+        validation = EncodedRows(open_validation_rows(config), encoder, skip_bad_rows=skip)
+        check_first_rows(validation.source, encoder, skip)
+    return TrainingData(train, validation, encoder, collator)
+
+
+def _stream_rows(rows: Stream, config: RunConfig, steps_done: int) -> StreamedRows:
+    training = config.training
+    return StreamedRows(
+        rows,
+        batch_size=training.train_batch_size,
+        seed=data_seed(training),
+        rank=training.process_index,
+        world=training.world_size,
+        start=steps_done * training.gradient_accumulation_steps,
+    )
+
+
+def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_bad_rows: bool) -> None:
+    """Encode a few rows here and now: most mistakes in a dataset show in its first rows."""
+    for row in itertools.islice(source, ROWS_CHECKED_FIRST):
+        encoded = encode_row(row, encoder, skip_bad_rows)
+        if isinstance(encoded, UserError):
+            raise encoded
 
 
 def open_rows(config: RunConfig) -> Source | Mixture | Stream:
-    """The training rows: of one data path, or of a list of them, mixed by weight; streamed where that is asked for."""
+    """The training rows of one data path, or of a list of them, mixed by weight; a `Stream` with `streaming`."""
     data = config.data
     path = data.training_data_path
     entries: list[dict[str, Any]] = path if isinstance(path, list) else [{"path": path}]
@@ -37,7 +110,7 @@ def open_rows(config: RunConfig) -> Source | Mixture | Stream:
     ]
     print_formats([file for source in sources for file in source.files], data)
     weights = [entry["weight"] for entry in entries] if entries[0].get("weight") else None
-    if data.streaming:  # the files of one dataset share its weight: how large each is, is not known
+    if data.streaming:  # the sizes of files are unknown: those of one dataset share its weight equally
         pairs = zip(sources, weights or [], strict=False)
         shared = [weight / len(source.files) for source, weight in pairs for _ in source.files]
         return Stream([file for source in sources for file in source.files], shared or None)
@@ -47,7 +120,7 @@ def open_rows(config: RunConfig) -> Source | Mixture | Stream:
 
 
 def open_validation_rows(config: RunConfig) -> Source:
-    """The rows of `validation_data_path`; of a folder or hub dataset, its validation split."""
+    """The rows of `validation_data_path`: the validation split of a folder or hub dataset."""
     assert config.data.validation_data_path is not None
     return open_path(config.data, config.data.validation_data_path, "validation", streaming=False)
 
@@ -55,7 +128,7 @@ def open_validation_rows(config: RunConfig) -> Source:
 def open_path(
     data: RowArguments, path: str, split: str | None, *, streaming: bool = False, more_fields: Sequence[str] = ()
 ) -> Source:
-    """The rows of one path. `more_fields`: columns to keep beside the conversation's."""
+    """The rows of one path. `more_fields`: columns to keep in addition to those of the conversation."""
     return open_source(
         path,
         text_field=data.dataset_text_field,
@@ -68,14 +141,14 @@ def open_path(
 
 
 def print_formats(files: Iterable[DataFile], data: RowArguments) -> None:
-    """Say which forms were recognised, where they are not the documented one."""
+    """Print which formats were recognized, other than the documented one."""
     sentences = (describe_format(file.format, data.dataset_text_field, data.dataset_image_field) for file in files)
     for sentence in dict.fromkeys(filter(None, sentences)):
         print0(f"Rows: {sentence}")
 
 
 def image_rules(data: RowArguments) -> ImageRules:
-    """What images may be, and where they may lie."""
+    """How large images may be, and where they may come from."""
     return ImageRules(
         folder=data.image_folder,
         allow_outside=data.allow_outside_paths,
@@ -88,11 +161,12 @@ def image_rules(data: RowArguments) -> ImageRules:
 def make_encoder(
     data: RowArguments, processor: Any, model_config: PreTrainedConfig, date_string: str | None
 ) -> Encoder:
-    """How rows are encoded for this model; says what is done to them."""
+    """Make the encoder of rows for this model. Prints what it adds to rows and how long they may be."""
     chat = ChatFormat(processor, date_string=date_string)
     if chat.adds_end_token:
         print0(
-            f"The chat template writes nothing after an answer; {chat.end_of_turn} is added, so that the model stops."
+            f"The chat template writes nothing after an answer. {chat.end_of_turn} is added, so that the model learns"
+            " to stop."
         )
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     encoder = Encoder(
@@ -111,47 +185,6 @@ def make_encoder(
     return encoder
 
 
-ROWS_CHECKED_FIRST = 4
-
-
-def encode_training(
-    source: Source | Mixture | Stream, config: RunConfig, encoder: Encoder, steps_done: int
-) -> EncodedRows | StreamedRows:
-    """Open the training rows. Streamed rows start where an earlier run stopped after `steps_done` optimizer steps."""
-    training = config.training
-    if not isinstance(source, Stream):
-        return EncodedRows(source, encoder, skip_bad_rows=config.data.on_bad_row == "skip")
-    return StreamedRows(
-        source,
-        batch_size=training.train_batch_size,
-        seed=training.seed if training.data_seed is None else training.data_seed,
-        rank=training.process_index,
-        world=training.world_size,
-        start=steps_done * training.gradient_accumulation_steps,
-    )
-
-
-def encode_validation(config: RunConfig, encoder: Encoder, skip_bad_rows: bool) -> EncodedRows:
-    """The validation rows, of which the first are tried."""
-    source = open_validation_rows(config)
-    check_first_rows(source, encoder, skip_bad_rows)
-    return EncodedRows(source, encoder, skip_bad_rows=skip_bad_rows)
-
-
-def make_collator(encoder: Encoder, training: TrainingArguments) -> Collator:
-    """How rows become batches; on several processes every batch has an image. See `dummy_image_sample`."""
-    dummy = dummy_image_sample(encoder) if training.world_size > 1 else None
-    return replace(probe_collator(encoder.processor), dummy_image_sample=dummy)
-
-
 def dummy_batch(encoder: Encoder, rows: int) -> dict[str, torch.Tensor]:
-    """A batch of `rows` rows with one dummy image each and no supervised token, as the model takes it."""
+    """A batch of `rows` rows for the model, with one dummy image each and no supervised token."""
     return probe_collator(encoder.processor).join([dummy_image_sample(encoder)] * rows)
-
-
-def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_bad_rows: bool) -> None:
-    """Encode a few rows here and now: most mistakes in a dataset show in its first rows."""
-    for row in itertools.islice(source, ROWS_CHECKED_FIRST):
-        encoded = encode_row(row, encoder, skip_bad_rows)
-        if isinstance(encoded, UserError):
-            raise encoded

@@ -1,6 +1,5 @@
 """One process or many: starts `accelerate launch` where a config asks for several, and explains how it ended."""
 
-import copy
 import difflib
 import logging
 import os
@@ -8,7 +7,6 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +15,7 @@ import datasets
 import psutil
 import torch.distributed as dist
 import transformers
+from transformers import TrainingArguments
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
@@ -207,12 +206,8 @@ def forward_signals(program: str) -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def configure_libraries(config: RunConfig) -> RunConfig:
-    """Set up the libraries for this machine's devices, and print what that changes. Returns the config for one device.
-
-    Without a launcher a run uses one GPU: `nn.DataParallel`, which transformers would choose, is slow and wrong here.
-    """
-    training = config.training
+def configure_libraries(training: TrainingArguments) -> None:
+    """Correct what the libraries would do with processes without a GPU, with timeouts, and with progress bars."""
     if disable_fsdp_on_cpu():
         print0("FSDP needs GPUs, and there are none: every process trains a full copy of the model (DDP).")
     if dist.is_initialized() and training.use_cpu:  # transformers applies ddp_timeout to accelerators only
@@ -220,13 +215,3 @@ def configure_libraries(config: RunConfig) -> RunConfig:
     if training.disable_tqdm:  # the trainer hides its own bar only
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    if training.n_gpu <= 1:
-        return config
-    print0(
-        f"Using one of {training.n_gpu} GPUs. To use all: vlm-tuning train …, or accelerate launch"
-        f" --num_processes={training.n_gpu} --config_file fixtures/accelerate_fsdp_defaults.yaml"
-        " tuning/sft_trainer.py …"
-    )
-    training = copy.copy(training)
-    training._n_gpu = 1  # there is no option for it
-    return replace(config, training=training)

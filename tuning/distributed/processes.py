@@ -25,9 +25,9 @@ class Processes:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.number, self.rank = accelerator.num_processes, accelerator.process_index
-        self._places = self.share([zlib.crc32(socket.gethostname().encode()), os.getpid()]).tolist()
+        self._places = self.all_gather_ints([zlib.crc32(socket.gethostname().encode()), os.getpid()]).tolist()
 
-    def share(self, numbers: Sequence[int]) -> torch.Tensor:
+    def all_gather_ints(self, numbers: Sequence[int]) -> torch.Tensor:
         """The integers of every process, `[processes, numbers]`, on this process's device."""
         mine = torch.tensor([list(numbers)], dtype=torch.int64, device=self.accelerator.device)
         return self.accelerator.gather(mine) if self.number > 1 else mine
@@ -35,9 +35,9 @@ class Processes:
     def raise_on_all_ranks(self, error: Exception | None, *numbers: int) -> torch.Tensor:
         """Raise this process's `error`; on the others a `RunEnded` without a message.
 
-        If no process has an error, returns what `share(numbers)` does, in the same message.
+        If no process has an error, returns what `all_gather_ints(numbers)` does, in the same message.
         """
-        shared = self.share([error is not None, *numbers])
+        shared = self.all_gather_ints([error is not None, *numbers])
         if error is not None:
             raise error
         if self.number > 1 and shared[:, 0].any():

@@ -1,9 +1,10 @@
-"""A config → the model that is trained, planned on a skeleton before the weights are read."""
+"""A config → the model to train. Everything is planned on a skeleton before the weights are read."""
 
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from tuning.model.parts import (
     LANGUAGE_MODEL,
     PROJECTOR,
     VISION_TOWER,
+    Parts,
     find_parts,
     freeze_parameters,
     freeze_parts,
@@ -42,12 +44,14 @@ from tuning.model.vision_tower import (
 class ModelPlan:
     """What is known of a model before its weights are read.
 
-    `lora_targets`: full names of the modules to adapt. `idle`: names of the vision tower's parameters that receive no
-    gradient, those past the last feature layer that is used; None where that cannot be told. `wrap_classes`: of the
-    layers that FSDP wraps. `tower_output`: of the vision tower, where its features are cached. `quantization`: how the
-    language model's weights are quantised, if they are.
+    `lora_targets`: full names of the modules to adapt. `idle`: names of the vision tower's parameters that get no
+    gradient, those after the last layer whose features are used; None where the skeleton could not be run.
+    `wrap_classes`: class names of the layers that FSDP wraps. `tower_output`: the output of the vision tower, if its
+    features are cached. `quantization`: how the weights of the language model are quantized, if they are.
     """
 
+    parts: Parts
+    attention: Attention
     lora_targets: list[str]
     idle: set[str] | None
     wrap_classes: list[str]
@@ -55,68 +59,97 @@ class ModelPlan:
     quantization: Quantization | None = None
 
 
+@dataclass(frozen=True)
+class TrainableModel:
+    """A loaded model, ready for training, and what is known of it.
+
+    `wrap_classes`: class names of the layers that FSDP wraps and `torch_compile` compiles. `dtypes`: those to save
+    weights in, by name; FSDP may train in another one. `idle_is_known`: whether every parameter without a gradient was
+    found and frozen.
+    """
+
+    model: Any
+    parts: Parts
+    attention: Attention
+    wrap_classes: list[str]
+    dtypes: dict[str, torch.dtype]
+    idle_is_known: bool
+
+
 def plan_model(
     config: RunConfig, model_config: PreTrainedConfig, dummy_batch: Callable[[int], dict[str, torch.Tensor]]
 ) -> ModelPlan:
-    """Plan the model on a skeleton without weights, so that faults are reported before the weights are read.
+    """Plan the model on a skeleton without weights, so that mistakes are reported before the weights are read.
 
-    `dummy_batch(rows)` gives a batch of that many rows with one image each.
+    `dummy_batch(rows)` returns a batch of that many rows with one image each.
     """
     skeleton = load.build_skeleton(model_config)
+    parts = find_parts(skeleton)
     wrap_classes = choose_wrap_classes(skeleton, wanted_wrap_classes(config))
-    targets = find_lora_targets(config, skeleton) if config.lora.peft_method else []
+    targets = find_lora_targets(config, skeleton, parts) if config.lora.peft_method else []
     if config.lora.use_dora and not (config.training.bf16 or config.training.fp16):
         check_dora(skeleton, targets, load.choose_dtype(config.model, model_config))
-    quantization = find_quantization(config, model_config, skeleton) if config.model.quantization else None
-    prepared = prepare_model(skeleton, config, targets)
+    quantization = find_quantization(config, model_config, skeleton, parts) if config.model.quantization else None
+    prepared = prepare_model(skeleton, config, parts, targets)
     tower_output = None
     if config.model.cache_vision_features:
         tower_output = probe_tower(prepared, dummy_batch(2), sharded=is_sharded(config.training))
-    return ModelPlan(targets, find_idle_vision(prepared, dummy_batch(1)), wrap_classes, tower_output, quantization)
+    return ModelPlan(
+        parts=parts,
+        attention=pick_attention(config, model_config),
+        lora_targets=targets,
+        idle=find_idle_vision(prepared, parts, dummy_batch(1)),
+        wrap_classes=wrap_classes,
+        tower_output=tower_output,
+        quantization=quantization,
+    )
 
 
 def wanted_wrap_classes(config: RunConfig) -> list[str]:
-    """The layer classes that the user names, to the launcher or in the trainer's `fsdp_config`."""
+    """The layer classes that the user named for FSDP, to the launcher or in `fsdp_config`."""
     launcher = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if is_fsdp_asked_for() else ""
     named = [name.strip() for name in launcher.split(",") if name.strip()]
     return named or (config.training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
 
 
-def find_idle_vision(skeleton: PreTrainedModel, batch: dict[str, torch.Tensor]) -> set[str] | None:
-    """Names of trainable parameters of the vision tower that no image can reach; None where that cannot be told."""
-    parts = find_parts(skeleton)
+def find_idle_vision(skeleton: PreTrainedModel, parts: Parts, batch: dict[str, torch.Tensor]) -> set[str] | None:
+    """Names of trainable parameters of the vision tower that no image reaches; None where the skeleton cannot run."""
     idle = try_optional(lambda: find_idle_parameters(skeleton, batch)).value
     return None if idle is None else {name for name in idle if parts.of(name) == VISION_TOWER}
 
 
-def make_model(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, resume_from: Path | None):
-    """Load the model, or the checkpoint to resume from, and freeze what the config does not train."""
-    attention = pick_attention(config, model_config)
-    print0(attention.reason)
-    dtype = load.choose_dtype(config.model, model_config)
+def build_model(
+    config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, resume_from: Path | None = None
+) -> TrainableModel:
+    """Load the base model, or the checkpoint to resume from, and freeze what the config does not train."""
+    print0(plan.attention.reason)
     settings, adapter = config.model, None
     if resume_from and config.lora.peft_method:
         adapter = resume_from
     elif resume_from and not (resume_from / SHARDED_MODEL).is_dir():
         settings = replace(settings, model_name_or_path=str(resume_from))
     model = load.load_model(
-        settings, model_config, dtype=dtype, attention=attention.loaded, quantization=plan.quantization
+        settings,
+        model_config,
+        dtype=load.choose_dtype(config.model, model_config),
+        attention=plan.attention.loaded,
+        quantization=plan.quantization,
     )
     if plan.quantization:
         print0(f"{len(plan.quantization.layers)} layers of the language model are kept in {plan.quantization.kind}.")
-    parts = find_parts(model)
-    model = prepare_model(model, config, plan.lora_targets)
+    model = prepare_model(model, config, plan.parts, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
-    if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else the first process's are sent
+    if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else FSDP sends the main process's
         load_adapter(model, adapter)
     if plan.tower_output and config.model.cache_vision_features:
         patch_cached_vision_features(model, plan.tower_output, config.model.cache_vision_features)
-    print0(parameter_table(model, parts))
-    return model
+    print0(parameter_table(model, plan.parts))
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    return TrainableModel(model, plan.parts, plan.attention, plan.wrap_classes, dtypes, plan.idle is not None)
 
 
 def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attention:
-    """The attention for this run, and why."""
+    """The attention of a run, and why."""
     return choose_attention(
         load.model_class(model_config),
         use_flash_attn=config.model.use_flash_attn,
@@ -126,27 +159,25 @@ def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attenti
     )
 
 
-def prepare_model(model: PreTrainedModel, config: RunConfig, lora_targets: list[str]):
-    """Give a model, or a skeleton of it, the supervised loss and let train what the config says."""
+def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_targets: list[str]) -> Any:
+    """Patch the supervised loss into a model, or into a skeleton, add LoRA, and freeze what the config freezes."""
     patch_mllama_cross_attention(model)
     patch_supervised_loss(model)
     if config.lora.peft_method:
         model = add_lora(model, config.lora, lora_targets)
-        patch_frozen_tower(model, sharded=is_sharded(config.training))
-        return model
-    frozen = {
-        VISION_TOWER: config.model.freeze_vision_tower,
-        PROJECTOR: config.model.freeze_multi_modal_projector,
-        LANGUAGE_MODEL: config.model.freeze_language_model,
-    }
-    freeze_parts(model, find_parts(model), {part for part, freeze in frozen.items() if freeze})
+    else:
+        frozen = {
+            VISION_TOWER: config.model.freeze_vision_tower,
+            PROJECTOR: config.model.freeze_multi_modal_projector,
+            LANGUAGE_MODEL: config.model.freeze_language_model,
+        }
+        freeze_parts(model, parts, {part for part, freeze in frozen.items() if freeze})
     patch_frozen_tower(model, sharded=is_sharded(config.training))
     return model
 
 
-def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel) -> list[str]:
+def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel, parts: Parts) -> list[str]:
     """The full names of the modules that LoRA adapts."""
-    parts = find_parts(skeleton)
     trainable_parts = {LANGUAGE_MODEL} if not config.model.freeze_language_model else set()
     trainable_parts |= {VISION_TOWER} if config.model.freeze_vision_tower is False else set()
     trainable_parts |= {PROJECTOR} if config.model.freeze_multi_modal_projector is False else set()
@@ -154,16 +185,18 @@ def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel) -> list[str]
     return resolve_targets(skeleton, parts, config.lora, trainable_parts)
 
 
-def find_quantization(config: RunConfig, model_config: PreTrainedConfig, skeleton: PreTrainedModel) -> Quantization:
-    """Which weights are quantised, and how. Raises `UserError` where that cannot work."""
+def find_quantization(
+    config: RunConfig, model_config: PreTrainedConfig, skeleton: PreTrainedModel, parts: Parts
+) -> Quantization:
+    """Which weights to quantize, and how. Raises `UserError` where that cannot work."""
     kind, zero = config.model.quantization, config.training.deepspeed_plugin
     assert kind is not None
     is_divided = is_fsdp_asked_for() or bool(config.training.fsdp) or (zero is not None and zero.zero_stage == 3)
     if kind == "8bit" and is_divided:
         raise UserError(
             where="quantization 8bit",
-            problem="FSDP and ZeRO-3 cannot divide 8-bit weights between processes.",
-            fix="Use quantization 4bit, or let every process have the whole model (DDP).",
+            problem="FSDP and ZeRO-3 cannot shard 8-bit weights.",
+            fix="Use quantization 4bit, or let every process hold the whole model (DDP).",
         )
     if kind == "8bit" and config.lora.use_dora and config.training.device.type == "cpu":
         raise UserError(
@@ -173,7 +206,7 @@ def find_quantization(config: RunConfig, model_config: PreTrainedConfig, skeleto
         )
     return plan_quantization(
         skeleton,
-        find_parts(skeleton),
+        parts,
         kind,
         modules_to_save=config.lora.modules_to_save,
         compute=load.choose_compute_dtype(config.model, model_config, config.training),
@@ -182,10 +215,10 @@ def find_quantization(config: RunConfig, model_config: PreTrainedConfig, skeleto
 
 
 def compile_layers(model: nn.Module, class_names: Collection[str], *, backend: str, mode: str | None) -> int:
-    """Compile every layer of these classes where it is, under the name it has; returns how many there are.
+    """Compile every layer of these classes in place, under its own name. Returns how many there are.
 
-    Layers of one class share their code, so that it is compiled once; with dynamic sizes, once for all lengths. The
-    rest of the model (joining text and images, the loss) selects by values and would break a graph anyway.
+    Layers of one class share their code: it is compiled once and, with dynamic sizes, for all lengths. The rest of the
+    model (joining text and images, the loss) selects by values, which would break a graph anyway.
     """
     layers = [module for module in model.modules() if {kind.__name__ for kind in type(module).__mro__} & {*class_names}]
     for layer in layers:

@@ -18,18 +18,18 @@ def generate_texts(
     *,
     max_new_tokens: int,
     end_of_turn: str = "",
-    together: bool = False,
+    synced_gpus: bool = False,
 ) -> list[str]:
     """Greedy answers to a batch whose prompts are padded on the left, `[rows, T]`; without special tokens or blanks
     at their ends.
 
-    `end_of_turn`: what ends an answer beside the model's own end tokens. `together`: other processes generate at the
-    same time from the same sharded weights, so that all make as many steps as the one that needs most.
+    `end_of_turn`: what ends an answer beside the model's own end tokens. `synced_gpus`: other processes generate at
+    the same time from shards of the same weights, so that all make as many steps as the one that needs most.
     """
     settings = greedy_settings(model, tokenizer, max_new_tokens=max_new_tokens, end_of_turn=end_of_turn)
     batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
     with torch.no_grad():
-        written = model.generate(**batch, generation_config=settings, synced_gpus=together)
+        written = model.generate(**batch, generation_config=settings, synced_gpus=synced_gpus)
     texts = tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 

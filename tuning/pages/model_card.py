@@ -2,51 +2,16 @@
 
 import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
 from tuning.files import CARD_FILE, write_text
-from tuning.model.parts import PartSize
+from tuning.pages.run_summary import RunSummary
 
 MARK = "<!-- Written by vlm-tuning, and anew by every run into this folder as long as this line is here. -->"
 PIPELINE = "image-text-to-text"
 NOT_SCORES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_tokens")
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What a model card says.
-
-    `options`: those of the run, without secrets and paths. `base_model`, `datasets`: as they are called
-    on the Hub, or only here; `on_hub`: which of these names are the Hub's. `parts`: how large each is.
-    `log_history`: of the trainer's state; `best_step`: the step that the saved model is of, where not the last.
-    `base_metadata`: what the base model's own card says at its head.
-    """
-
-    name: str
-    options: dict[str, Any]
-    base_model: str
-    datasets: list[str]
-    validation: str | None
-    on_hub: frozenset[str]
-    parts: list[PartSize]
-    dtype: str
-    processes: int
-    rows: int | None
-    rows_left_out: int
-    steps: int
-    epochs: float
-    log_history: list[dict[str, float]] = field(default_factory=list)
-    best_step: int | None = None
-    base_metadata: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_adapter(self) -> bool:
-        return bool(self.options["peft_method"])
 
 
 def write_card(facts: RunSummary) -> str:

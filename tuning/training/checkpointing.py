@@ -31,7 +31,7 @@ from tuning.files import (
     STATE_FILE,
     write_json,
 )
-from tuning.hub import HubRepo
+from tuning.hub import RunRepo
 from tuning.training.checkpoint_files import (
     commit_checkpoint,
     copy_model,
@@ -64,7 +64,7 @@ class ResumableTrainer(Trainer):
 
     fingerprint: dict[str, Any]
     processes: Processes
-    hub: HubRepo | None = None
+    hub: RunRepo | None = None
     dtypes: dict[str, torch.dtype]  # of the weights before FSDP kept trained ones in float32, by name
     seconds_to_save = 0.0
     _last_saved: Path | None = None

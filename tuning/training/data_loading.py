@@ -1,26 +1,197 @@
-"""Rows → the batches that training, evaluation and the trial of padding-free batches use."""
+"""The batches of a run: which rows they have, whether they are padded, and the loaders that read them."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
+from tuning.config.options import RunConfig
+from tuning.console import print0
+from tuning.data.batch_sampler import (
+    RowBatches,
+    RowOrder,
+    SharedBatches,
+    begin_epoch,
+    make_row_batches,
+    make_token_batches,
+)
 from tuning.data.collator import Collator
+from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows
+from tuning.data.dummy_samples import dummy_samples
 from tuning.data.encode import Sample
-from tuning.model.padding_free import TrialBatches
+from tuning.data.from_config import TrainingData
+from tuning.data.row_lengths import RowLengths
+from tuning.distributed.interruption import Workers
+from tuning.distributed.processes import Processes
+from tuning.errors import UserError
+from tuning.model.attention import set_decoder_attention
+from tuning.model.build import TrainableModel
+from tuning.model.padding_free import TrialBatches, why_padding_is_needed, why_padding_is_needed_by_structure
+from tuning.training.optimizer import HALF
+from tuning.training.resume import Progress
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the rows of a batch are joined.
+
+    `padded`: rows are padded to the longest one of their batch; otherwise they are joined end to end. `order_padded`:
+    rows are ordered as for padded batches. A resumed run keeps the order that it began with. `reason`: why batches are
+    padded.
+    """
+
+    padded: bool
+    order_padded: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"padded to their longest row: {self.reason}" if self.padded else "padding-free"
+
+
+class DataLoading(TrainerCallback):
+    """Makes the loaders of a run, and decides its `batching`, which is None until then."""
+
+    def __init__(
+        self, config: RunConfig, data: TrainingData, model: TrainableModel, progress: Progress, processes: Processes
+    ):
+        self.config, self.data, self.model, self.processes = config, data, model, processes
+        self.padded_before = progress.padded
+        self.workers = Workers(config.training.dataloader_multiprocessing_context)
+        self.batching: Batching | None = None
+        self._train_batches: SharedBatches | None = None
+        self._train_loader: DataLoader | None = None
+        self._validation_loader: DataLoader | None = None
+
+    def train_loader(self) -> DataLoader:
+        """This process's share of every batch, in an order that does not depend on the number of processes."""
+        training, rows = self.config.training, self.data.train
+        if isinstance(rows, StreamedRows):  # they are this process's share already
+            self._train_loader = self._make_loader(rows, batch_size=training.train_batch_size)
+        else:
+            self._train_batches = self._make_batches(rows)
+            self._train_loader = self._make_loader(rows, batch_sampler=self._train_batches)
+        return self._train_loader
+
+    def validation_loader(self) -> DataLoader:
+        """The validation rows in their order, in batches of which every process has its share."""
+        if self._validation_loader is None:
+            training, rows = self.config.training, self.data.validation
+            assert rows is not None
+            rank, world = training.process_index, training.world_size
+            batches = RowBatches(RowOrder(len(rows)), training.eval_batch_size, rank=rank, world=world)
+            self._validation_loader = self._make_loader(rows, batch_sampler=batches)
+        return self._validation_loader
+
+    def _make_batches(self, rows: EncodedRows) -> SharedBatches:
+        training, budget = self.config.training, self.config.data.max_tokens_per_batch
+        if not budget:
+            lengths = RowLengths(rows.source, rows.encoder)
+            return make_row_batches(training, len(rows), lengths, self.config.group_by_length)
+        workers = {"workers": training.dataloader_num_workers, "start_worker": self.workers.start}
+        lengths = RowLengths(rows.source, rows.encoder, exact=True, **workers)
+        if training.max_steps < 1:  # the trainer asks for the number of steps of an epoch
+            rank, world, show = training.process_index, training.world_size, not training.disable_tqdm
+            lengths.measure_all(self._sum_over_processes, rank=rank, world=world, show=show)
+        return make_token_batches(training, len(rows), lengths, budget, padded=self._expects_padding())
+
+    def _expects_padding(self) -> bool:
+        """Whether batches will be padded, as far as the model's structure tells: it has not run yet."""
+        if self.padded_before is not None:
+            return self.padded_before
+        nested = self.data.collator.nested_images
+        reason = why_padding_is_needed_by_structure(self.model.attention, self.model.model.config, nested_images=nested)
+        return self.config.data.padding_free is False or reason != ""
+
+    def _sum_over_processes(self, numbers: np.ndarray) -> np.ndarray:
+        accelerator = self.processes.accelerator
+        return accelerator.reduce(torch.from_numpy(numbers).to(accelerator.device), "sum").cpu().numpy()
+
+    def _make_loader(self, rows: EncodedRows | StreamedRows, **batches: Any) -> DataLoader:
+        """A loader of this process's batches. accelerate would share out rows differently; see `SharedBatches`.
+
+        Its generator is its own. Otherwise the seed of its workers would be drawn from the generator that dropout draws
+        from: once where workers persist, and again in the epoch after a resume, so that dropout would differ.
+        """
+        training = self.config.training
+        return DataLoader(
+            rows,
+            **batches,
+            collate_fn=self._make_collator(rows),
+            num_workers=training.dataloader_num_workers,
+            pin_memory=training.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=training.dataloader_persistent_workers,
+            prefetch_factor=training.dataloader_prefetch_factor,
+            multiprocessing_context=training.dataloader_multiprocessing_context,
+            in_order=training.dataloader_in_order,
+            worker_init_fn=self.workers.start,
+            generator=torch.Generator().manual_seed(training.seed),
+        )
+
+    def _make_collator(self, rows: EncodedRows | StreamedRows) -> Callable[[Sequence], dict[str, Any]]:
+        is_packed = self.batching is not None and not self.batching.padded
+        collator = replace(self.data.collator, padding_free=is_packed)
+        if isinstance(rows, StreamedRows):
+            return EncodingCollator(self.data.encoder, collator, self.config.data.on_bad_row == "skip")
+        return collator
+
+    def decide_batching(self, model: nn.Module, forward: Callable[..., Any]) -> Batching:
+        """Decide before the first batch, the same on all processes, whether batches are padded.
+
+        `model`: without wrappers. `forward`: the model as it trains, with its wrappers and autocast. Raises `UserError`
+        where `padding_free` is true and the model needs padding.
+        """
+        wanted, attention = self.config.data.padding_free, self.model.attention
+        reason = "padding_free is false"
+        if wanted is not False:
+            mixed_precision = self.processes.accelerator.mixed_precision != "no"
+            reason = why_padding_is_needed(
+                model,
+                forward,
+                lambda: make_trial_batches(dummy_samples(self.data.encoder), self.data.collator),
+                attention,
+                nested_images=self.data.collator.nested_images,
+                half=mixed_precision or not HALF.isdisjoint(self.model.dtypes.values()),
+            )
+        padded = bool(self.processes.all_gather_ints([reason != ""]).any())
+        if padded:
+            reason = reason or "it fails without padding on another process"
+        if padded and wanted is True:
+            raise UserError(
+                where="padding_free", problem=f"cannot be true for this model: {reason}.", fix="Leave it out."
+            )
+        if not padded:
+            set_decoder_attention(model, attention.packed)
+        order_padded = padded if self.padded_before is None else self.padded_before
+        self.batching = Batching(padded, order_padded, reason)
+        for loader in (self._train_loader, self._validation_loader):
+            if loader is not None:
+                loader.collate_fn = self._make_collator(loader.dataset)
+        print0(f"Batches are {self.batching}.")
+        return self.batching
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self._train_batches is not None:
+            assert self.batching is not None
+            padding, padded = self.batching.padded, self.batching.order_padded
+            begin_epoch(self._train_batches, args, state, padding=padding, padded=padded)
 
 
 def make_trial_batches(samples: Sequence[Sample], collator: Collator) -> TrialBatches:
-    """Batches that try whether a model may be given padding-free batches, from `dummy_samples`."""
+    """The batches for trying out whether a model may get padding-free ones, from `dummy_samples`."""
     alone = replace(collator, padding_free=False, dummy_image_sample=None)
     packed = replace(alone, padding_free=True)
-    changed = [_disturb(samples[0], samples[1].sequence["input_ids"]), *samples[1:]]
+    changed = [_change(samples[0], samples[1].sequence["input_ids"]), *samples[1:]]
     return TrialBatches([alone.join([sample]) for sample in samples], packed.join(samples), packed.join(changed))
 
 
-def _disturb(sample: Sample, others: torch.Tensor) -> Sample:
-    """A row of the same length with another picture and another last token, one of `others`, in which is no image."""
+def _change(sample: Sample, text_ids: torch.Tensor) -> Sample:
+    """A row of the same length with another image and another last token, from `text_ids`, which has no image token."""
     ids = sample.sequence["input_ids"].clone()
-    ids[-1] = others[others != ids[-1]][0]
+    ids[-1] = text_ids[text_ids != ids[-1]][0]
     images = {name: -value if value.is_floating_point() else value for name, value in sample.images.items()}
     return replace(sample, sequence={**sample.sequence, "input_ids": ids}, images=images)

@@ -1,9 +1,9 @@
-"""Rows → answers of a model by generation: for predictions, and during training for scores and the report."""
+"""Answers of a model by generation: for predictions, and during training for scores and for the report."""
 
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,25 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.data.collator import Collator
-from tuning.data.dataset import EncodedRows, StreamedRows
 from tuning.data.dummy_samples import dummy_image_sample
 from tuning.data.encode import TOO_LONG, Encoder, Sample
+from tuning.data.from_config import TrainingData, source_of
 from tuning.data.images import thumbnail
 from tuning.data.prompts import Question, ask, join_on_the_right, right_answers
 from tuning.data.sources import Row
 from tuning.distributed.processes import Processes
-from tuning.errors import UserError, is_out_of_memory
+from tuning.errors import UserError, describe_failure, try_optional
 from tuning.files import SAMPLES_FILE, read_lines, to_lines, write_text
 from tuning.metrics import check_right_answers, mean_scores, score_rows
 from tuning.model.generate import generate_texts
+from tuning.training.step_guard import StepState
 
-CANNOT_GENERATE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+Line = dict[str, Any]  # a row's `file`, `row`, `question`, `reference` and `prediction`
 
 
 def answer(
@@ -38,114 +40,74 @@ def answer(
     collator: Collator,
     *,
     max_new_tokens: int,
-    together: bool = False,
+    synced_gpus: bool = False,
 ) -> list[str]:
-    """Greedy answers to a batch of prompts. `together`: see `generate_texts`."""
+    """Greedy answers to a batch of prompts. `synced_gpus`: see `generate_texts`."""
     texts = generate_texts(
         model,
         encoder.processor.tokenizer,
         join_on_the_right(samples, collator),
         max_new_tokens=max_new_tokens,
         end_of_turn=encoder.chat.end_of_turn,
-        together=together,
+        synced_gpus=synced_gpus,
     )
-    return texts[: len(samples)]  # the collator's filler, if it has one, comes last
+    return texts[: len(samples)]  # the dummy image sample of the collator, if it has one, comes last
 
 
 def share_out(rows: Sequence[Any], batch_size: int, *, rank: int, world: int) -> list[Sequence[Any]]:
-    """The batches of process `rank` of `world`; some at the end may be empty, so that all have as many."""
+    """The batches of process `rank` of `world`. Every process gets as many: some at the end may be empty."""
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     batches += [[]] * (-len(batches) % world)
     return batches[rank::world]
 
 
 class CannotAnswer(UserError):
-    """A model that cannot write answers, on this process or, where `cause` is None, on another one."""
+    """The model cannot write answers on this process or, where `cause` is None, on another one."""
 
     def __init__(self, cause: Exception | None):
-        reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}" if cause else "another process failed"
-        super().__init__(problem=f"This model cannot answer by generation here ({reason}).")
+        reason = describe_failure(cause) if cause else "another process failed"
+        super().__init__(
+            problem=f"This model cannot answer by generation here ({reason}).",
+            fix="Set eval_generate_rows 0 to train without such scores.",
+        )
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerationEvaluator:
-    """Lets the model that is trained answer rows.
+    """Answers rows with the model in training, on all processes, and scores the answers.
 
-    `rows`: those to answer at every evaluation, scored by `metrics`. `samples`: those to answer before and after
-    training, for the report; with their pictures they are kept in `folder`.
+    `rows`: the validation rows to answer at every evaluation, for scores in `metrics`. `synced_gpus`: the processes
+    hold shards of the weights, so they must generate together.
     """
 
     encoder: Encoder
     collator: Collator
+    processes: Processes
     rows: list[Row]
-    samples: list[Row]
     metrics: list[str]
     max_new_tokens: int
     batch_size: int
     skip_bad_rows: bool
-    folder: Path
-    show_progress: bool = True
-    _kept: set[tuple[int, str]] = field(default_factory=set)
+    synced_gpus: bool
+    show_progress: bool
 
-    def begin(self, step: int, *, first: bool) -> None:
-        """On the `first` process, leave in the file what was answered up to `step`."""
-        if not first or not (self.rows or self.samples):
-            return
-        file = self.folder / SAMPLES_FILE
-        kept = [line for line in read_lines(file) if line["step"] <= step] if step else []
-        self._kept = {(line["step"], _place(line)) for line in kept}
-        write_text(file, to_lines(kept))
-
-    def examine(self, model: nn.Module, processes: Processes, step: int, *, together: bool) -> dict[str, float]:
-        """The mean scores of the answers to `rows`, the same on every process; see `answer_rows`."""
-        lines = self.answer_rows(self.rows, model, processes, together=together)
-        self._keep(lines, step, processes)
+    def score(self, lines: Sequence[Line]) -> dict[str, float]:
+        """The mean scores of answers; none where there are no answers."""
         if not lines:
             return {}
         answers, references = [line["prediction"] for line in lines], [[line["reference"]] for line in lines]
         return mean_scores(score_rows(self.metrics, answers, references))
 
-    def answer_samples(self, model: nn.Module, processes: Processes, step: int, *, together: bool) -> None:
-        """Let the model answer `samples` and write down what it says. A model that cannot has none from now on."""
-        try:
-            lines = self.answer_rows(self.samples, model, processes, together=together)
-        except CannotAnswer as error:
-            print0(f"The report shows no samples. {error}")
-            self.samples = []
-        else:
-            self._keep(lines, step, processes)
+    def answer_rows(self, rows: Sequence[Row], model: nn.Module) -> list[Line]:
+        """A line for every row that can be used, in order and on every process. Each process answers its share.
 
-    def _keep(self, lines: list[dict[str, Any]], step: int, processes: Processes) -> None:
-        """Write down those of `lines` that are of `samples`, once a step; a row's pictures once."""
-        if processes.rank > 0:
-            return
-        rows = {row.where: row for row in self.samples}
-        new = [line for line in lines if _place(line) in rows and (step, _place(line)) not in self._kept]
-        try:
-            written = [{"step": step, **line, **self._pictures(rows[_place(line)])} for line in new]
-            with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
-                file.write(to_lines(written))
-        except (OSError, UserError) as error:  # on this process alone: the others go on
-            print0(f"The samples of the report cannot be kept: {error}")
-        self._kept |= {(step, _place(line)) for line in new}
-
-    def _pictures(self, row: Row) -> dict[str, list[str]]:
-        if any(row.where == place for _, place in self._kept):
-            return {}
-        return {"images": [thumbnail(image) for image in self.encoder.open_images(self.encoder.prepare(row))]}
-
-    def answer_rows(
-        self, rows: Sequence[Row], model: nn.Module, processes: Processes, *, together: bool
-    ) -> list[dict[str, Any]]:
-        """A line for every row that can be used, in order and on every process.
-
-        All processes answer their share at the same time; `together`: from weights that they hold together. Raises
-        `UserError` on all of them where one meets a bad row, `CannotAnswer` where the model of one fails.
+        Raises `UserError` on all processes where one meets a bad row, and `CannotAnswer` where the model of one fails.
         """
-        lines: list[tuple[int, dict[str, Any]]] = []
+        processes, lines = self.processes, list[tuple[int, Line]]()
+        model = processes.accelerator.unwrap_model(model)
         batches = share_out(list(enumerate(rows)), self.batch_size, rank=processes.rank, world=processes.number)
         hidden = processes.rank > 0 or not self.show_progress
-        with answering_mode(model):
+        with answering_mode(model), processes.accelerator.autocast():
             for batch in tqdm(batches, desc="answering", unit="batch", leave=False, disable=hidden):
                 asked, error = list[tuple[int, Question]](), None
                 try:
@@ -153,30 +115,25 @@ class GenerationEvaluator:
                 except UserError as found:
                     error = found
                 processes.raise_on_all_ranks(error)
-                samples = [question.sample for _, question in asked]
-                samples = samples or ([dummy_image_sample(self.encoder)] if together else [])
-                texts, failure = self._try_to_answer(model, samples, together=together)
-                if processes.share([failure is not None]).any():
-                    raise CannotAnswer(failure)
+                texts = self._answer_on_all_ranks(model, [question.sample for _, question in asked])
                 lines += [(n, _describe(question, text)) for (n, question), text in zip(asked, texts, strict=False)]
         return [line for _, line in sorted(gather_object(lines), key=lambda entry: entry[0])]
 
-    def _try_to_answer(
-        self, model: nn.Module, samples: list[Sample], *, together: bool
-    ) -> tuple[list[str], Exception | None]:
-        if not samples:
-            return [], None
-        limit = self.max_new_tokens
-        try:
-            texts = answer(model, samples, self.encoder, self.collator, max_new_tokens=limit, together=together)
-        except CANNOT_GENERATE as error:
-            if is_out_of_memory(error):
-                raise
-            return [], error
-        return texts, None
+    def _answer_on_all_ranks(self, model: nn.Module, samples: list[Sample]) -> list[str]:
+        if self.synced_gpus and not samples:  # the others need this process to generate, too
+            samples = [dummy_image_sample(self.encoder)]
+
+        def generate() -> list[str]:
+            limit, synced = self.max_new_tokens, self.synced_gpus
+            return answer(model, samples, self.encoder, self.collator, max_new_tokens=limit, synced_gpus=synced)
+
+        attempt = try_optional(generate if samples else list)
+        if self.processes.all_gather_ints([attempt.error is not None]).any():
+            raise CannotAnswer(attempt.error)
+        return attempt.value or []
 
     def _ask(self, batch: Sequence[tuple[int, Row]]) -> Iterator[tuple[int, Question]]:
-        """The questions of rows that can be used, and that have an answer to compare with."""
+        """The questions of rows that can be used and that have an answer to compare with."""
         for number, row in batch:
             try:
                 question = ask(row, self.encoder)
@@ -188,9 +145,65 @@ class GenerationEvaluator:
                 yield number, question
 
 
+class SampleLog(TrainerCallback):
+    """Writes the model's answers to `rows` to `sample_predictions.jsonl`, for the report.
+
+    The model answers them before and after training. Answers at evaluations are added by `add`. The first line of a row
+    has its images.
+    """
+
+    def __init__(self, evaluator: GenerationEvaluator, rows: list[Row], folder: Path, step: StepState):
+        self.evaluator, self.rows, self.step = evaluator, rows, step
+        self.file = folder / SAMPLES_FILE
+        self._written: set[tuple[int, str]] = set()  # step and place of each line
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero and (self.rows or self.evaluator.rows):
+            self._keep_lines_until(state.global_step)
+        if not state.global_step:
+            self._answer(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._answer(model, state.global_step)
+
+    def _keep_lines_until(self, step: int) -> None:
+        kept = [line for line in read_lines(self.file) if line["step"] <= step] if step else []
+        self._written = {(line["step"], _place(line)) for line in kept}
+        write_text(self.file, to_lines(kept))
+
+    def _answer(self, model: nn.Module, step: int) -> None:
+        if self.step.stop_reason:
+            return
+        try:
+            self.add(self.evaluator.answer_rows(self.rows, model), step)
+        except CannotAnswer as error:
+            print0(f"The report shows no samples. {error.problem}")
+            self.rows = []
+
+    def add(self, lines: Sequence[Line], step: int) -> None:
+        """Write those of `lines` that belong to `rows`, once a step."""
+        if self.evaluator.processes.rank > 0:
+            return
+        rows = {row.where: row for row in self.rows}
+        new = [line for line in lines if _place(line) in rows and (step, _place(line)) not in self._written]
+        try:
+            written = [{"step": step, **line, **self._images(rows[_place(line)])} for line in new]
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(to_lines(written))
+        except (OSError, UserError) as error:  # only this process writes: the others continue
+            print0(f"The samples of the report cannot be written: {error}")
+        self._written |= {(step, _place(line)) for line in new}
+
+    def _images(self, row: Row) -> dict[str, list[str]]:
+        if any(row.where == place for _, place in self._written):
+            return {}
+        encoder = self.evaluator.encoder
+        return {"images": [thumbnail(image) for image in encoder.open_images(encoder.prepare(row))]}
+
+
 @contextmanager
 def answering_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and without compiling anew for every length; under FSDP, `generate` counts as a forward."""
+    """Turn off dropout and the compiler, which would compile again for every length. FSDP gathers for `generate`."""
     was_training = model.training
     model.eval()
     if "generate" not in vars(model):
@@ -202,7 +215,7 @@ def answering_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _describe(question: Question, text: str) -> dict[str, Any]:
+def _describe(question: Question, text: str) -> Line:
     return {
         "file": question.file,
         "row": question.number,
@@ -212,29 +225,33 @@ def _describe(question: Question, text: str) -> dict[str, Any]:
     }
 
 
-def _place(line: dict[str, Any]) -> str:
+def _place(line: Line) -> str:
     return f"{line['file']}, row {line['row']}"
 
 
-def make_examiner(
-    config: RunConfig, encoder: Encoder, collator: Collator, rows: EncodedRows | StreamedRows
+def read_first_rows(data: TrainingData, number: int) -> list[Row]:
+    """The first rows of the validation data, or of the training data where there is none."""
+    source = source_of(data.train if data.validation is None else data.validation)
+    return [row for row in itertools.islice(source, number) if not isinstance(row, UserError)]
+
+
+def make_evaluator(
+    config: RunConfig, data: TrainingData, processes: Processes, *, synced_gpus: bool
 ) -> GenerationEvaluator:
-    """What answers the first rows by generation: those of the validation data, where there are any."""
-    answers, source = config.answers, rows.stream if isinstance(rows, StreamedRows) else rows.source
-    asked = answers.eval_generate_rows if config.data.validation_data_path else 0
-    most = max(asked, answers.report_samples)
-    first = [row for row in itertools.islice(source, most) if not isinstance(row, UserError)]
-    if asked:
-        check_right_answers(answers.metric_names, right_answers(first))
+    """The evaluator of a run. Raises `UserError` where `eval_metrics` cannot score the rows' right answers."""
+    answers, rows = config.answers, list[Row]()
+    if answers.eval_generate_rows and data.validation is not None:
+        rows = read_first_rows(data, answers.eval_generate_rows)
+        check_right_answers(answers.metric_names, right_answers(rows))
     return GenerationEvaluator(
-        encoder,
-        collator,
-        rows=first[:asked],
-        samples=first[: answers.report_samples],
+        data.encoder,
+        data.collator,
+        processes,
+        rows=rows,
         metrics=answers.metric_names,
         max_new_tokens=answers.eval_max_new_tokens,
         batch_size=config.training.eval_batch_size,
         skip_bad_rows=config.data.on_bad_row == "skip",
-        folder=Path(config.training.output_dir),
+        synced_gpus=synced_gpus,
         show_progress=not config.training.disable_tqdm,
     )

@@ -1,19 +1,22 @@
 """The final model of a run: where it comes from, saving it, reading it back, and marking the run as finished."""
 
+from functools import partial
 from pathlib import Path
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
+from tuning.data.dummy_samples import dummy_samples
 from tuning.files import COMPLETE_FILE, write_json
 from tuning.pages.model_card import put_card, write_card
+from tuning.pages.run_summary import RunSummary
 from tuning.training.checkpoint_files import step_of
 from tuning.training.resume import Progress
-from tuning.training.run_summary import gather_facts
+from tuning.training.run_summary import add_result
 from tuning.training.trainer import SupervisedTrainer
 from tuning.training.verify_save import TrainedModel, verify_saved_model
 
 
-def save_final_model(trainer: SupervisedTrainer, config: RunConfig, progress: Progress) -> None:
+def save_final_model(trainer: SupervisedTrainer, config: RunConfig, progress: Progress, summary: RunSummary) -> None:
     """Save the model of the best checkpoint, of the last one, or the one in memory; then mark the run as finished.
 
     A run that only had to save its model takes it from the checkpoint. Raises `RunEnded` on all processes where the
@@ -22,7 +25,8 @@ def save_final_model(trainer: SupervisedTrainer, config: RunConfig, progress: Pr
     target, output_dir = Path(config.save_model_dir), Path(config.training.output_dir)
     warn_of_unsaved_best(trainer)
     source = trainer.best_checkpoint or (progress.resume_from if progress.trained_to_end else None)
-    card = write_card(gather_facts(trainer, config))
+    left_out, best = len(trainer.rows.skipped), trainer.best_checkpoint
+    card = write_card(add_result(summary, trainer.state, rows_left_out=left_out, best_checkpoint=best))
     files = trainer.save_final(target, source, lambda folder: put_card(card, folder, target))
     if config.run.verify_save is not False:
         verify_saved_model(trained_model(trainer), target, source, config.model, force=bool(config.run.verify_save))
@@ -47,9 +51,9 @@ def trained_model(trainer: SupervisedTrainer) -> TrainedModel:
         model=trainer.accelerator.unwrap_model(trainer.model),
         processor=trainer.processing_class,
         dtypes=trainer.dtypes,
-        attention=trainer.attention.loaded,
-        collator=trainer.collator,
-        dummy_samples=trainer.dummy_samples,
+        attention=trainer.trainable.attention.loaded,
+        collator=trainer.data.collator,
+        dummy_samples=partial(dummy_samples, trainer.data.encoder),
         processes=trainer.processes,
         is_main_process=trainer.args.should_save,
         is_fsdp=trainer.is_fsdp_enabled,

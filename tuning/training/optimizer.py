@@ -1,7 +1,10 @@
-"""Float32 copies of 16-bit weights, held and stepped by their optimizer: small updates do not vanish in rounding."""
+"""The optimizer: learning rates of their own for parts, and float32 copies of 16-bit weights (master weights).
+
+Without a master weight, an update that is small compared with its weight is lost in rounding.
+"""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,24 +12,26 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
-from tuning.model.parts import Parts
+from tuning.config.options import RunArguments
+from tuning.model.parts import PROJECTOR, VISION_TOWER, Parts
 
-MASTER = "master"  # the copy's name in the optimizer's state
+MASTER = "master"  # the name of the master weight in the optimizer's state
 HALF = {torch.bfloat16, torch.float16}
-NUMBERS_AT_ONCE = 2**26  # whose gradients are in float32 at the same time: 0.27 GB
+NUMBERS_AT_ONCE = 2**26  # how many numbers have a gradient in float32 at the same time: 0.27 GB
 
-Shares = list[list[torch.Tensor]]  # parameters, one list a group
+Shares = list[list[torch.Tensor]]  # parameters, one list per parameter group
 
 
 def in_half(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Those of `parameters` whose updates a 16-bit weight would round away."""
+    """The 16-bit ones among `parameters`."""
     return [parameter for parameter in parameters if parameter.dtype in HALF]
 
 
 def explain_updates(model: nn.Module, *, kept: bool, sharded: bool) -> str:
-    """How trained 16-bit weights of `model` take up small updates, as a sentence; nothing where there are none.
+    """A sentence on what happens to small updates of trained 16-bit weights; "" where `model` has none.
 
-    An update of less than half a rounding step is lost: of a weight w the step is w × ε / 2 to w × ε.
+    `kept`: they have float32 copies. `sharded`: by FSDP. An update of less than half a rounding step is lost. The
+    rounding step of a weight w is w × ε / 2 to w × ε.
     """
     half = in_half(parameter for parameter in model.parameters() if parameter.requires_grad)
     if not half:
@@ -42,11 +47,11 @@ def explain_updates(model: nn.Module, *, kept: bool, sharded: bool) -> str:
 
 
 def patch_master_weights(optimizer: Optimizer) -> Optimizer:
-    """Let `optimizer` step float32 copies of its 16-bit parameters, which become the copies' rounding.
+    """Make `optimizer` step float32 copies of its 16-bit parameters, and round the copies to the parameters.
 
-    It stays the optimizer of the parameters themselves, which keep their storage (DDP's buckets and tied weights see
-    every step). Each one's copy is `state[parameter]["master"]`, made of the parameter at the first step and saved and
-    loaded with the other states, which are float32 as well. Without 16-bit parameters nothing changes.
+    It remains the optimizer of the parameters themselves. They keep their storage, so DDP's buckets and tied weights
+    see every step. The copy is `state[parameter]["master"]`. It is made at the first step, and saved and loaded with
+    the other states, which are float32 as well. Without 16-bit parameters nothing changes.
     """
     if not holds_master_weights(optimizer) and in_half(
         parameter for group in optimizer.param_groups for parameter in group["params"]
@@ -57,16 +62,16 @@ def patch_master_weights(optimizer: Optimizer) -> Optimizer:
 
 
 def holds_master_weights(optimizer: Optimizer) -> bool:
-    """Whether `patch_master_weights` found something to do."""
+    """Whether `patch_master_weights` has changed this optimizer."""
     return isinstance(optimizer, _WithMasters)
 
 
 class _WithMasters(Optimizer):
-    """What goes before an optimizer's class: for the time of a call of its own, copies stand in for parameters."""
+    """Mixed in before an optimizer's class: during its own calls, copies stand in for the 16-bit parameters."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Step a share of the parameters at a time, so that few gradients are in float32 at once."""
+        """Step one share of the parameters after another, so that few gradients are in float32 at once."""
         assert closure is None
         stays = [group["params"] for group in self.param_groups]
         for shares in _split(stays, NUMBERS_AT_ONCE if _steps_each_alone(self) else math.inf):
@@ -77,7 +82,7 @@ class _WithMasters(Optimizer):
             torch._foreach_copy_(list(masters), list(masters.values()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load states in float32: PyTorch casts them to their parameter's dtype."""
+        """Load states in float32: PyTorch would cast them to the dtype of their parameter."""
         stays = [group["params"] for group in self.param_groups]
         halves = in_half(parameter for params in stays for parameter in params)
         empty = {parameter: torch.empty(0, device=parameter.device) for parameter in halves}
@@ -86,7 +91,7 @@ class _WithMasters(Optimizer):
         self._stand_back(empty, stays)
 
     def _master_of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Take a parameter's copy out of its state (PyTorch's own states are made where it is empty), with gradient."""
+        """Take a parameter's copy, with its gradient, out of its state: PyTorch makes its own where that is empty."""
         master = self.state[parameter].pop(MASTER, None)
         master = parameter.detach().float() if master is None else master
         master.grad = parameter.grad.float()
@@ -104,14 +109,14 @@ class _WithMasters(Optimizer):
             group["params"] = parameters
         for parameter, master in masters.items():
             state = self.state.pop(master, {})
-            if master.grad is not None:  # else it stood in for loading only
+            if master.grad is not None:  # it stood in for a step, not for loading
                 state[MASTER], master.grad = master, None
             if state:
                 self.state[parameter] = state
 
 
 def _steps_each_alone(optimizer: Optimizer) -> bool:
-    """Whether a step of some parameters, then of the others, is a step of all: nothing in it counts steps of all."""
+    """Whether stepping some parameters, then the others, equals one step: no state is shared between parameters."""
     kind = type(optimizer).__bases__[1]
     return kind is Adafactor or kind.__module__.startswith("torch.optim.")
 
@@ -132,19 +137,26 @@ def _split(groups: Shares, limit: float) -> Iterator[Shares]:
     yield share
 
 
-def parameter_groups(
-    model: nn.Module, parts: Parts, groups: list[dict], learning_rates: dict[str, float | None]
-) -> list[dict]:
-    """Split an optimizer's parameter groups so that each part with a learning rate of its own gets it.
+def steps_in_backward(optim: Any) -> bool:
+    """Whether this `optim` steps each weight as soon as its gradient arrives."""
+    return "lomo" in str(optim).lower() or "layerwise" in str(optim).lower()
 
-    `groups` are the optimizer's, `learning_rates` maps parts to rates; parts without one stay as they were.
-    """
+
+def part_learning_rates(run: RunArguments) -> dict[str, float]:
+    """The learning rates of the parts that have one of their own."""
+    rates = {VISION_TOWER: run.vision_tower_learning_rate, PROJECTOR: run.projector_learning_rate}
+    return {part: rate for part, rate in rates.items() if rate is not None}
+
+
+def set_learning_rates(optimizer: Optimizer, model: nn.Module, parts: Parts, rates: Mapping[str, float]) -> None:
+    """Split the optimizer's parameter groups so that every part in `rates` gets its learning rate."""
+    if not rates:
+        return
     part_of: dict[torch.Tensor, str] = {parameter: parts.of(name) for name, parameter in model.named_parameters()}
     split = []
-    for group in groups:
+    for group in optimizer.param_groups:
         by_rate: dict[float, list] = {}
         for parameter in group["params"]:
-            rate = learning_rates.get(part_of[parameter])
-            by_rate.setdefault(group["lr"] if rate is None else rate, []).append(parameter)
+            by_rate.setdefault(rates.get(part_of[parameter], group["lr"]), []).append(parameter)
         split += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
-    return split
+    optimizer.param_groups[:] = split

@@ -5,12 +5,13 @@ import math
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
+from tuning.distributed.processes import Processes
 from tuning.errors import RunEnded, UserError, writing
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.files import COMPLETE_FILE, CONFIG_FILE, FINGERPRINT_FILE, SKIPPED_FILE, STATE_FILE, read_json, write_json
@@ -92,7 +93,7 @@ class Progress:
 
     `resume_from`: its last complete checkpoint, after step `global_step`. `finished_steps`: the steps of a finished
     run, whose model consists of `files`. `trained_to_end`: only the final model must be saved. `padded`: whether its
-    batches were padded. `notes`: sentences to print.
+    batches were padded. `notes`: sentences to print. `fingerprint`: this run's, with the date of the earlier one.
     """
 
     resume_from: Path | None = None
@@ -103,10 +104,27 @@ class Progress:
     padded: bool | None = None
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
 def find_progress(config: RunConfig, fingerprint: dict[str, Any]) -> Progress:
     """How far the run is. Raises `UserError` when it cannot be resumed from what is in output_dir."""
+    progress = _read_progress(config, fingerprint)
+    date = progress.date_string or fingerprint["date_string"]
+    return replace(progress, fingerprint=fingerprint | {"date_string": date})
+
+
+def check_same_progress(processes: Processes, config: RunConfig, progress: Progress) -> None:
+    """Raises `UserError` where machines do not share output_dir, and so see different checkpoints."""
+    if len(set(processes.all_gather_ints([progress.global_step])[:, 0].tolist())) > 1:
+        raise UserError(
+            where=f"output_dir {config.training.output_dir}",
+            problem="the machines find different checkpoints here.",
+            fix="Give a folder that all of them share.",
+        )
+
+
+def _read_progress(config: RunConfig, fingerprint: dict[str, Any]) -> Progress:
     resume, patience = config.training.resume_from_checkpoint, config.answers.early_stopping_patience
     output_dir = Path(config.training.output_dir)
     if isinstance(resume, str):
@@ -210,7 +228,7 @@ def print_changed_options(config: RunConfig) -> None:
         )
 
 
-def prepare_output(config: RunConfig, progress: Progress, fingerprint: dict[str, Any]) -> AbstractContextManager:
+def prepare_output(config: RunConfig, progress: Progress) -> AbstractContextManager:
     """Lock output_dir and remove what must not stay there. Returns the lock, to be held as long as the run lasts.
 
     Call this once everything that can be wrong with the input has been checked. Only the first process does something.
@@ -220,7 +238,7 @@ def prepare_output(config: RunConfig, progress: Progress, fingerprint: dict[str,
         return nullcontext()
     with writing(f"output_dir {output_dir}"):
         lock = lock_output_dir(output_dir)
-        if find_progress(config, fingerprint) != progress:
+        if find_progress(config, progress.fingerprint) != progress:
             raise RunEnded(
                 f"Another run was at work in {output_dir} until now. Run the same command again.", EXIT_INTERNAL_ERROR
             )

@@ -1,4 +1,4 @@
-"""What becomes of the rows of a run: which are left out or cut, and why, on all processes together."""
+"""The rows that a run left out or cut, and why, over all processes."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from tuning.distributed.processes import Processes
 from tuning.errors import UserError
 from tuning.files import SKIPPED_FILE
 
-FEW_STREAMED_ROWS = 1000  # a share of fewer streamed rows says little
+FEW_STREAMED_ROWS = 1000  # the share of bad rows is taken of at least so many streamed rows
 
 
 class SkippedRows:
-    """Counts rows as they pass in batches. `skipped`: those left out, of all processes, by where they stand.
+    """Counts rows as batches pass. `skipped`: the rows that any process left out, by their place in the data.
 
-    `image_limit`: images of a row that the model takes; `max_bad_fraction`: see `DataArguments`.
+    `image_limit`: how many images of a row the model takes. `max_bad_fraction`: see `DataArguments`.
     """
 
     def __init__(
@@ -33,33 +33,39 @@ class SkippedRows:
             "only the first image is used" if image_limit == 1 else f"only the first {image_limit} images are used"
         )
         self.file = SkippedRowsFile(output_dir)
-        self.skipped, self._untold = dict[str, Skipped](), dict[str, Skipped]()
-        self.bad: dict[bool, list[Skipped]] = {False: [], True: []}  # of training, of validation
+        self.skipped, self._unsynced = dict[str, Skipped](), dict[str, Skipped]()
+        self.bad: dict[bool, list[Skipped]] = {False: [], True: []}  # by whether they are validation rows
         self.cut_rows: set[str] = set()
         self.rows_seen = self.dropped_images = 0
         self.saw_supervised_tokens = False
 
     @property
     def unsynced(self) -> int:
-        """How many rows this process has left out since it last told the others."""
-        return len(self._untold)
+        """How many rows this process has left out since the last `sync`."""
+        return len(self._unsynced)
 
-    def take(self, facts: BatchInfo, *, evaluating: bool = False) -> None:
-        """Note what a batch tells of its rows."""
-        if facts.dropped_images and not self.dropped_images:
-            print0(f"A row has more images than this model takes: {self.image_rule}. The count follows at the end.")
-        self.dropped_images += facts.dropped_images
-        self.cut_rows.update(facts.cut)
-        self.rows_seen += len(facts.rows)
-        self.saw_supervised_tokens |= facts.supervised_tokens > 0 and not evaluating
-        self._untold |= {where: row for where, row in facts.skipped.items() if where not in self.skipped}
+    def take(self, info: BatchInfo, *, evaluating: bool = False) -> None:
+        """Count the rows of a batch."""
+        if info.dropped_images and not self.dropped_images:
+            print0(
+                f"A row has more images than this model takes: {self.image_rule}. The run prints a count at its end."
+            )
+        self.dropped_images += info.dropped_images
+        self.cut_rows.update(info.cut)
+        self.rows_seen += len(info.rows)
+        self.saw_supervised_tokens |= info.supervised_tokens > 0 and not evaluating
+        self._unsynced |= {where: row for where, row in info.skipped.items() if where not in self.skipped}
 
-    def tell(self, number: int, dataset: Any, rows_seen: int, *, evaluating: bool = False) -> None:
-        """Tell all processes of the `number` rows that they have just left out. Too many bad ones end the run."""
+    def sync(self, number: int, dataset: Any, rows_seen: int, *, evaluating: bool = False) -> None:
+        """Exchange the rows that the processes left out since the last time, `number` in all.
+
+        Raises `UserError`, on every process, if more than `max_bad_fraction` of the rows of `dataset` are bad.
+        `rows_seen`: how many have been read, if its length is unknown.
+        """
         if not number:
             return
-        new = {where: row for where, row in gather_object(list(self._untold.items())) if where not in self.skipped}
-        self._untold.clear()
+        new = {where: row for where, row in gather_object(list(self._unsynced.items())) if where not in self.skipped}
+        self._unsynced.clear()
         self.skipped.update(new)
         bad = self.bad[evaluating]
         bad += [row for row in new.values() if row.bad]
@@ -74,16 +80,16 @@ class SkippedRows:
                     f"{len(bad)} of {rows} rows{'' if known else ' so far'} are bad, more than max_bad_fraction"
                     f" {self.max_bad_fraction:g}; the last one: {bad[-1].reason}"
                 ),
-                fix="Mend them (vlm-tuning check lists all), or raise max_bad_fraction.",
+                fix="Correct them (vlm-tuning check lists them all), or raise max_bad_fraction.",
             )
 
     def report(self) -> None:
-        """Say what all processes left out of the data. Raises `UserError` if that was all of it."""
+        """Print what all processes left out. Raises `UserError` if no row was trained."""
         counts = [self.dropped_images, self.rows_seen, self.saw_supervised_tokens]
-        images, seen, supervised = self.processes.share(counts).sum(dim=0).tolist()
+        images, seen, supervised = self.processes.all_gather_ints(counts).sum(dim=0).tolist()
         cut = len(set(gather_object(list(self.cut_rows))))
         if images:
-            print0(f"{self.image_rule}: {images} further images were left out.")
+            print0(f"Images left out because {self.image_rule}: {images}.")
         if self.skipped:
             print0(f"{len(self.skipped)} rows were left out; {self.file.path} names them.")
         if cut:
@@ -92,14 +98,14 @@ class SkippedRows:
             raise UserError(
                 where=str(self.file.path),
                 problem="every row was left out, so nothing was trained and nothing is saved.",
-                fix="It names the rows and the reasons.",
+                fix="Look there for the rows and the reasons.",
             )
 
 
 class SkippedRowsFile:
-    """Writes `{"row", "field", "reason"}` lines to `skipped_rows.jsonl`; `row` counts from 0 in its file.
+    """Writes lines of `{"row", "field", "reason"}` to `skipped_rows.jsonl`. `row` counts from 0 in its data file.
 
-    A line that an interrupted run wrote is not written again.
+    A resumed run does not write a line twice.
     """
 
     def __init__(self, output_dir: str | os.PathLike):

@@ -1,7 +1,6 @@
-"""After the first steps: does every part that should train really train, and does the rest stay as it is?"""
+"""Checks after the first steps that every part that should train does train, and that nothing else changes."""
 
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,21 +10,23 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tuning.console import print0
+from tuning.distributed.processes import Processes
 from tuning.errors import UserError
-from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR
-from tuning.training.optimizer import HALF, MASTER, holds_master_weights
+from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, Parts
+from tuning.training.optimizer import HALF, MASTER, holds_master_weights, steps_in_backward
+from tuning.training.step_guard import StepState
+from tuning.training.trained_weights import gather_tensor
 
-TRIES = 4  # times that the vision tower or the projector may be without a gradient though a row has an image
-ROW = 4093  # numbers of 8 bytes that are summed before they are weighed; prime, so that no matrix has rows of that size
+TRIES = 4  # steps in which the vision tower or the projector may lack a gradient though a row has an image
+ROW = 4093  # integers of 8 bytes that are summed before the sum gets a weight; prime: no matrix has rows of that size
 
 
 @dataclass(frozen=True)
 class StepEffect:
-    """What one optimizer step did to a part, on all processes.
+    """What one optimizer step did to a part, on any process.
 
-    `gradient`: some number of it has a gradient. `moved`: some trained number changed. `frozen_changed`: some frozen
-    number changed. `stepped`: its learning rate is above 0. `should_move`: the step was large enough to change
-    a number.
+    `gradient`: a parameter has a gradient that is not 0. `moved`: a trained number changed. `frozen_changed`: a frozen
+    number changed. `stepped`: its learning rate is above 0. `should_move`: the step was large enough to change one.
     """
 
     gradient: bool
@@ -36,16 +37,18 @@ class StepEffect:
 
 
 class SelfCheck(TrainerCallback):
-    """Looks at the first steps, until every part that trains has had a gradient and has moved.
+    """Looks at the first steps until every trained part has had a gradient and has moved. Then it costs nothing.
 
-    Stops the run where a part has neither though it should, or where a frozen number changed. A step whose rows have
-    no image says nothing of the vision tower and the projector, one with a learning rate of 0 (warmup) nothing of
-    movement, and one without a supervised token nothing at all. After that it costs nothing.
+    It ends the run if a part has no gradient or does not move though it should, or if a frozen number changed. Some
+    steps cannot show that: one whose rows have no image (the vision tower and the projector), one with a learning rate
+    of 0 (movement, in a warmup), and one without a supervised token (all of it). It waits for another step then.
+
+    `learning_rates`: of the parts that have one of their own.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = weakref.proxy(trainer)  # see `LoopCallback`
-        self.trainable_parts: set[str] = set()
+    def __init__(self, step: StepState, parts: Parts, learning_rates: Mapping[str, float], processes: Processes):
+        self.step, self.parts, self.learning_rates, self.processes = step, parts, learning_rates, processes
+        self.open_parts: set[str] = set()
         self.fine: list[str] = []
         self._gradients: dict[str, bool] = {}
         self._tries_left = TRIES
@@ -53,53 +56,47 @@ class SelfCheck(TrainerCallback):
         self._gates: dict[str, bool] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.trainer.is_deepspeed_enabled or self.trainer.steps_in_backward:
-            print0("No self-check after the first step: its optimizer keeps gradients and weights to itself.")
+        if args.deepspeed_plugin is not None or steps_in_backward(args.optim):
+            print0("No self-check of the first step: this optimizer does not show its gradients and weights.")
             return
-        self.trainable_parts = {self.trainer.parts.of(name) for name, p in model.named_parameters() if p.requires_grad}
+        self.open_parts = {self.parts.of(name) for name, p in model.named_parameters() if p.requires_grad}
         self.fine, self._tries_left = [], TRIES
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._before = {}
-        tells = self.trainer.step_is_supervised and (
-            self.trainer.step_has_images or LANGUAGE_MODEL in self.trainable_parts
-        )
-        if self.trainable_parts and tells:
-            trained = [(self.trainer.parts.of(name), p) for name, p in model.named_parameters() if p.requires_grad]
+        shows_a_part = self.step.has_images or LANGUAGE_MODEL in self.open_parts
+        if self.open_parts and self.step.is_supervised and shows_a_part:
+            trained = [(self.parts.of(name), p) for name, p in model.named_parameters() if p.requires_grad]
             self._gradients = {part: any(has_gradient(p) for of, p in trained if of == part) for part in PARTS}
-            self._before = fingerprints(stepped_weights(model, self._optimizer))
+            self._before = fingerprints(stepped_weights(model, _unwrap(optimizer)))
             self._gates = closed_gates(model)
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not self._before or self.trainer.accelerator.optimizer_step_was_skipped:  # by fp16's scaling of gradients
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        was_skipped = self.processes.accelerator.optimizer_step_was_skipped  # by the gradient scaler of fp16
+        if not self._before or was_skipped:
             return
-        after = fingerprints(stepped_weights(model, self._optimizer))
+        after = fingerprints(stepped_weights(model, _unwrap(optimizer)))
         changed = {name for name, value in after.items() if value != self._before[name]}
-        mine = [self._look(part, model, changed) for part in PARTS]
-        shared = self.trainer.processes.share([flag for seen in mine for flag in vars(seen).values()]).amax(dim=0)
+        mine = [self._look(part, model, _unwrap(optimizer), changed) for part in PARTS]
+        shared = self.processes.all_gather_ints([flag for effect in mine for flag in vars(effect).values()]).amax(dim=0)
         self._before = {}
         for part, found in zip(PARTS, shared.view(len(PARTS), -1).bool().tolist(), strict=True):
-            self._judge(part, StepEffect(*found), model, changed, state.global_step + 1)
-        if self.fine and not self.trainable_parts:
+            self._judge(part, StepEffect(*found), model, changed, args.learning_rate)
+        if self.fine and not self.open_parts:
             self._report(model)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if left := " and ".join(f"the {words(part)}" for part in PARTS if part in self.trainable_parts):
+        if left := " and ".join(f"the {words(part)}" for part in PARTS if part in self.open_parts):
             print0(f"Self-check: nothing is known of {left}: no step had both an image and a learning rate for it.")
-        self.trainable_parts = set()
+        self.open_parts = set()
 
-    @property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)  # accelerate's holds it
-
-    def _look(self, part: str, model: nn.Module, changed: set[str]) -> StepEffect:
-        """What this process saw of the step; a parameter that the optimizer does not know counts as one it steps."""
-        groups = self._optimizer.param_groups
-        rates = {p: float(group["lr"]) for group in groups for p in group["params"]}
+    def _look(self, part: str, model: nn.Module, optimizer: torch.optim.Optimizer, changed: set[str]) -> StepEffect:
+        """What this process saw of the step. A parameter that the optimizer lacks counts as one that it steps."""
+        rates = {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         fastest = max(rates.values())
-        named = {name: p for name, p in model.named_parameters() if self.trainer.parts.of(name) == part}
+        named = {name: p for name, p in model.named_parameters() if self.parts.of(name) == part}
         trained = {name: (p, rates.get(p, fastest)) for name, p in named.items() if p.requires_grad}
-        moved, masters = not changed.isdisjoint(trained), holds_master_weights(self._optimizer)
+        moved, masters = not changed.isdisjoint(trained), holds_master_weights(optimizer)
         return StepEffect(
             gradient=self._gradients[part],
             moved=moved,
@@ -108,21 +105,21 @@ class SelfCheck(TrainerCallback):
             should_move=not moved and any(has_to_move(p, rate, masters=masters) for p, rate in trained.values()),
         )
 
-    def _judge(self, part: str, seen: StepEffect, model: nn.Module, changed: set[str], step: int) -> None:
-        """Close the part's case, leave it open for another step, or stop the run."""
-        of_part = {name: p.requires_grad for name, p in model.named_parameters() if self.trainer.parts.of(name) == part}
-        first = next((name for name, trains in of_part.items() if trains), "")
-        if seen.frozen_changed:
+    def _judge(self, part: str, effect: StepEffect, model: nn.Module, changed: set[str], learning_rate: float) -> None:
+        """Close the part, leave it open for another step, or end the run. `learning_rate`: of most parts."""
+        of_part = {name: p.requires_grad for name, p in model.named_parameters() if self.parts.of(name) == part}
+        first, step = next((name for name, trains in of_part.items() if trains), ""), self.step.number
+        if effect.frozen_changed:
             mine = [name for name, trains in of_part.items() if name in changed and not trains]
-            advice = "Something beside the optimizer writes to it, such as code that comes with the model"
+            advice = "Find what writes to it besides the optimizer, such as code that comes with the model"
             error = broken(part, f"is frozen, but changed in step {step}", mine[0], advice) if mine else None
-            self.trainer.processes.raise_on_all_ranks(error)
-        if part not in self.trainable_parts:
+            self.processes.raise_on_all_ranks(error)
+        if part not in self.open_parts:
             return
-        if not seen.gradient:
-            if part != LANGUAGE_MODEL and not self.trainer.step_has_images:
+        if not effect.gradient:
+            if part != LANGUAGE_MODEL and not self.step.has_images:
                 return
-            gates = {name: trains for name, trains in self._gates.items() if self.trainer.parts.of(name) != part}
+            gates = {name: trains for name, trains in self._gates.items() if self.parts.of(name) != part}
             if not gates and part != LANGUAGE_MODEL and self._tries_left:  # its images may all come after the answers
                 self._tries_left -= 1
                 return
@@ -130,33 +127,33 @@ class SelfCheck(TrainerCallback):
                 advice = "Freeze it, or find what cuts it off from the loss"
                 raise broken(part, f"should train, but got no gradient in step {step}", first, advice)
             self._close(part, explain_gates(part, gates))
-        elif seen.moved:
+        elif effect.moved:
             self._close(part)
-        elif seen.should_move:
-            advice = "The optimizer leaves it out: look at optim and its options"
+        elif effect.should_move:
+            advice = "Look at optim and its options: the optimizer leaves it out"
             raise broken(part, f"has a gradient, but did not change in step {step}", first, advice)
-        elif seen.stepped:
+        elif effect.stepped:
             self._close(part, f"the {words(part)} has a gradient, but step {step} was too small to change its weights")
-        elif self._wanted_rate(part) == 0:
-            self._close(part, f"the {words(part)} stays as it is: its learning rate is 0")
-
-    def _wanted_rate(self, part: str) -> float:
-        own = self.trainer.learning_rates.get(part)
-        return self.trainer.args.learning_rate if own is None else own
+        elif self.learning_rates.get(part, learning_rate) == 0:
+            self._close(part, f"the {words(part)} does not change: its learning rate is 0")
 
     def _close(self, part: str, remark: str = "") -> None:
-        self.trainable_parts.discard(part)
+        self.open_parts.discard(part)
         if remark:
             print0(f"Self-check: {remark}.")
         else:
             self.fine.append(part)
 
     def _report(self, model: nn.Module) -> None:
-        parts = [(self.trainer.parts.of(name), p.requires_grad) for name, p in model.named_parameters()]
+        parts = [(self.parts.of(name), p.requires_grad) for name, p in model.named_parameters()]
         frozen = {part for part, _ in parts} - {part for part, trains in parts if trains}
         learn = " and ".join(f"the {words(part)}" for part in PARTS if part in self.fine)
         stay = " and ".join(f"the {words(part)}" for part in PARTS if part in frozen)
         print0(f"Self-check: training moves {learn}{f', and nothing moves {stay}' if stay else ''}.")
+
+
+def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
 
 
 def words(part: str) -> str:
@@ -165,11 +162,12 @@ def words(part: str) -> str:
 
 
 def broken(part: str, what: str, first: str, advice: str) -> UserError:
+    """The error for a part. `first`: the name of the first parameter that is concerned."""
     return UserError(where="self-check", problem=f"the {words(part)} {what} (first: {first}).", fix=f"{advice}.")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What of a tensor this process holds."""
+    """The share of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -178,9 +176,9 @@ def has_gradient(parameter: torch.Tensor) -> bool:
 
 
 def stepped_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name → what the optimizer steps of a parameter on this process: its master weight, where it has or will have one.
+    """By name, the tensors that the optimizer steps on this process: parameters, or their master weights.
 
-    After one small step a 16-bit weight may be the same rounding of another master.
+    After one small step a 16-bit weight may still be the same, as the rounding of another master weight.
     """
     masters = holds_master_weights(optimizer)
     for name, parameter in model.named_parameters():
@@ -192,7 +190,7 @@ def stepped_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
 
 
 def fingerprints(weights: Iterator[tuple[str, torch.Tensor]]) -> dict[str, int]:
-    """Name → `fingerprint`, one by one. The numbers travel from each device together."""
+    """The `fingerprint` of each tensor by name. All of a device are copied to the CPU at once."""
     found: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in weights:
         found.setdefault(tensor.device, {})[name] = fingerprint(tensor)
@@ -205,10 +203,10 @@ def fingerprints(weights: Iterator[tuple[str, torch.Tensor]]) -> dict[str, int]:
 
 @torch.no_grad()
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """A whole number, `[]`, that changes with any number of `tensor`, and mostly where numbers change places.
+    """An integer, `[]`, that differs if any number of `tensor` differs, and mostly if numbers are swapped.
 
-    It is the sum of the bits, read as 64-bit numbers, in rows with odd weights. Nothing is copied, and nothing
-    converted, which would take ten times as long.
+    It is a sum over the bits, read as 64-bit integers, in rows with odd weights. Nothing is copied or converted: that
+    would take ten times as long.
     """
     data = tensor.contiguous().view(-1).view(torch.uint8)
     data = data if data.storage_offset() % 8 == 0 else data.clone()
@@ -220,9 +218,9 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def has_to_move(parameter: torch.Tensor, rate: float, *, masters: bool) -> bool:
-    """Whether a step of `rate` × gradient, at most `rate`, exceeds the rounding of some number four times.
+    """Whether a step of `rate` × gradient, at most `rate`, exceeds the rounding error of a number four times.
 
-    Optimizers take steps of about `rate` whatever the gradient (Adam), or of `rate` × gradient (SGD).
+    Optimizers take steps of about `rate` for any gradient (Adam), or of `rate` × gradient (SGD).
     """
     if parameter.grad is None or not rate:
         return False
@@ -232,30 +230,26 @@ def has_to_move(parameter: torch.Tensor, rate: float, *, masters: bool) -> bool:
 
 
 def closed_gates(model: nn.Module) -> dict[str, bool]:
-    """Names of single numbers that are 0 and shut off what they are multiplied with, and whether they train.
+    """Gates: parameters of a single number that is 0, by name, and whether they train.
 
-    Mllama begins so: its cross-attention is multiplied by tanh of a parameter that is 0 (`cross_attn_attn_gate`). One
-    that trains has a gradient itself, if the loss reaches it.
+    What a gate multiplies gets no gradient. A new Mllama has such gates: it multiplies its cross-attention by the tanh
+    of a parameter that is 0 (`cross_attn_attn_gate`). A gate that trains has a gradient, if the loss reaches it.
     """
     gates = {}
     for name, parameter in model.named_parameters():
-        if parameter.numel() == 1 and not whole(parameter).count_nonzero():
+        if parameter.numel() == 1 and not gather_tensor(parameter).count_nonzero():
             gradient = parameter.grad
-            if not parameter.requires_grad or (gradient is not None and whole(gradient).count_nonzero()):
+            if not parameter.requires_grad or (gradient is not None and gather_tensor(gradient).count_nonzero()):
                 gates[name] = parameter.requires_grad
     return gates
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def explain_gates(part: str, gates: dict[str, bool]) -> str:
-    """Why a part without gradient is no mistake."""
+    """Why it is no mistake that a part has no gradient."""
     names = f"{next(iter(gates))}{f' and {len(gates) - 1} more' if len(gates) > 1 else ''}"
     if any(gates.values()):
-        return f"the {words(part)} gets no gradient yet, because {names} begins at 0; as it trains, it lets it in"
+        return f"the {words(part)} gets no gradient yet, because {names} is still 0. Training will change that"
     return (
         f"Warning: the {words(part)} gets no gradient and never will, because {names} is 0 and frozen; add it to"
-        " modules_to_save, or tune in full"
+        " modules_to_save, or train in full"
     )

@@ -1,4 +1,4 @@
-"""Experiment trackers: Hugging Face's, told all options of a run, and of one run across its restarts."""
+"""Experiment trackers: Hugging Face's callbacks, with all options of a run, and one run across its restarts."""
 
 import functools
 import importlib
@@ -13,12 +13,12 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tuning.config.options import RunConfig
 from tuning.config.rules import AIM
-from tuning.errors import UserError
+from tuning.errors import UserError, first_line
 from tuning.files import RUNS_FILE, read_json, write_json
 
 
 class AllOptions(TrainingArguments):
-    """`TrainingArguments` that trackers record as all options of the run: of LoRA and of the data, too."""
+    """`TrainingArguments` that a tracker records as all options of the run, those of LoRA and of the data included."""
 
     def __init__(self, training: TrainingArguments, options: dict[str, Any]):
         self.__dict__.update(vars(training), options=options)
@@ -30,65 +30,70 @@ class AllOptions(TrainingArguments):
 def make_trackers(config: RunConfig) -> list[TrainerCallback]:
     """The callbacks of `report_to`. Raises `UserError` where one cannot be used.
 
-    They report from the first process. A run that goes on continues its run in TensorBoard, MLflow, Weights & Biases
-    and Aim by the id that is kept in `output_dir`, in Trackio by `run_name`.
+    They report from the first process. A resumed run continues its run in MLflow and Weights & Biases by the id that
+    output_dir keeps, in TensorBoard by its folder, in Trackio by `run_name`. In Aim every start is a run of its own.
     """
-    trackers = []
-    for name in config.training.report_to or []:
-        try:
-            tracker = _make_aim() if name == AIM else INTEGRATION_TO_CALLBACK[name]()
-        except (RuntimeError, ImportError) as error:
-            raise UserError(
-                where="report_to",
-                problem=f"{name} cannot be used: {str(error).strip()}",
-                fix="Mend that, or leave it out.",
-            ) from error
-        if name == "tensorboard":  # stock, every start has a folder of its own
-            folder = Path(config.training.output_dir, "runs", config.training.run_name or "run")
-            tracker.logging_dir = tracker.logging_dir or str(folder)
-        tracker.on_train_begin = functools.partial(_begin, name, tracker, tracker.on_train_begin, config.to_dict())
-        trackers.append(tracker)
-    return trackers
+    return [_make_tracker(name, config) for name in config.training.report_to or []]
+
+
+def _make_tracker(name: str, config: RunConfig) -> TrainerCallback:
+    try:
+        tracker = _make_aim() if name == AIM else INTEGRATION_TO_CALLBACK[name]()
+    except (RuntimeError, ImportError) as error:
+        raise _cannot_be_used(name, error) from error
+    if name == "tensorboard":  # the stock callback would make a folder for every start
+        folder = Path(config.training.output_dir, "runs", config.training.run_name or "run")
+        tracker.logging_dir = config.run.logging_dir or tracker.logging_dir or str(folder)
+    patch_on_train_begin(tracker, name, config.to_dict())
+    return tracker
 
 
 def _make_aim() -> Any:
-    """Aim's callback. By itself it records every environment variable, and begins a run before one can go on."""
+    """Aim's callback. Its defaults record every environment variable, and begin a run before training does."""
     tracker = importlib.import_module("aim.hugging_face").AimCallback(log_system_params=False)
     tracker.on_init_end = TrainerCallback().on_init_end
     return tracker
 
 
+def patch_on_train_begin(tracker: Any, name: str, options: dict[str, Any]) -> None:
+    """Let a tracker record all `options`, and continue the run of an earlier start, when training begins."""
+    tracker.on_train_begin = functools.partial(_begin, name, tracker, tracker.on_train_begin, options)
+
+
 def _begin(name: str, tracker: Any, begin: Any, options: dict[str, Any], args, state, control, **kwargs) -> None:
-    """Let a tracker begin, or go on with, its run."""
     file = Path(args.output_dir, RUNS_FILE)
     runs = read_json(file) or {} if state.global_step else {}
-    settings = _continue_run(name, tracker, runs.get(name), state.global_step)
+    if name == "tensorboard" and state.is_world_process_zero:
+        tracker.tb_writer = _open_events(tracker.logging_dir, state.global_step)
     if name == AIM:
-        kwargs.pop("model", None)  # it stores a model's settings, but not those that have parts
+        kwargs.pop("model", None)  # it stores a model's settings, but fails at those that have parts
     try:
-        with environment(settings):
+        with environment(_settings_to_continue(name, runs.get(name))):
             begin(AllOptions(args, options), state, control, **kwargs)
     except _errors_of(name) as error:
-        raise UserError(
-            where="report_to", problem=f"{name} cannot be used: {str(error).strip()}", fix="Mend that, or leave it out."
-        ) from error
-    run = _find_run(name, tracker) if state.is_world_process_zero else None
+        raise _cannot_be_used(name, error) from error
+    run = _find_run(name) if state.is_world_process_zero else None
     if run:
         write_json(file, (read_json(file) or {}) | {name: run})
 
 
-def _continue_run(name: str, tracker: Any, run: str | None, step: int) -> dict[str, str]:
-    """Make a tracker go on with the run of an earlier start. Returns environment variables to begin with."""
-    if name == "tensorboard":  # what was written of later steps is trained again
-        tracker._SummaryWriter = functools.partial(tracker._SummaryWriter, purge_step=step + 1)
-    if run and name == AIM:
-        tracker._run_hash = run
+def _open_events(folder: str, step: int) -> Any:
+    """TensorBoard's writer. It hides what an earlier start wrote after `step`: those steps are trained again."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        from tensorboardX import SummaryWriter
+    return SummaryWriter(log_dir=os.path.expanduser(folder), purge_step=step + 1)
+
+
+def _settings_to_continue(name: str, run: str | None) -> dict[str, str]:
+    """Environment variables with which a tracker continues its `run`, if there is one."""
     if run and name == "mlflow":
         return {"MLFLOW_RUN_ID": run, "MLFLOW_MAX_LOG_PARAMS": "0"}  # parameters cannot be changed
     return {"WANDB_RUN_ID": run, "WANDB_RESUME": "allow"} if run and name == "wandb" else {}
 
 
-def _find_run(name: str, tracker: Any) -> str | None:
+def _find_run(name: str) -> str | None:
     """The id of the run that a tracker has begun, by which it can be continued."""
     if name == "mlflow":
         run = importlib.import_module(name).active_run()
@@ -96,7 +101,15 @@ def _find_run(name: str, tracker: Any) -> str | None:
     if name == "wandb":
         run = importlib.import_module(name).run
         return run and run.id
-    return tracker._run_hash if name == AIM else None
+    return None
+
+
+def _cannot_be_used(name: str, error: BaseException) -> UserError:
+    return UserError(
+        where="report_to",
+        problem=f"{name} cannot be used: {first_line(error)}.",
+        fix=f"Fix that, or leave {name} out.",
+    )
 
 
 def _errors_of(name: str) -> tuple[type[Exception], ...]:
@@ -115,4 +128,4 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         for name in new:
-            os.environ.pop(name, None)  # MLflow has taken its own
+            os.environ.pop(name, None)  # MLflow has removed its own

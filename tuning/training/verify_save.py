@@ -1,7 +1,6 @@
 """After the final save: is the model on the disk the one that was trained, and does it load?"""
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,10 +10,8 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tuning.config.options import ModelArguments
 from tuning.console import print0
@@ -31,6 +28,7 @@ from tuning.model.lora import load_answering
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
 from tuning.model.parts import count_numbers
+from tuning.model.saved_weights import SavedWeights
 from tuning.training.checkpoint_files import join_shards
 from tuning.training.evaluation import answering_mode
 from tuning.training.optimizer import HALF
@@ -79,31 +77,6 @@ class TrainedModel:
         return self.processes.accelerator.mixed_precision != "no" or not HALF.isdisjoint(self.dtypes.values())
 
 
-class SavedWeights(Mapping[str, torch.Tensor]):
-    """The tensors of a saved model or adapter by their names on the disk, each read when it is asked for."""
-
-    def __init__(self, folder: Path):
-        index = folder / SAFE_WEIGHTS_INDEX_NAME
-        found = [folder / name for name in (ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME)]
-        files = [file for file in found if file.is_file()][:1]
-        if not files:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        self._file_of: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                self._file_of |= dict.fromkeys(opened.keys(), file)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self._file_of[name], framework="pt") as opened:
-            return opened.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-
 def verify_saved_model(
     trained: TrainedModel, folder: Path, source: Path | None, settings: ModelArguments, *, force: bool
 ) -> None:
@@ -119,7 +92,7 @@ def verify_saved_model(
     if as_second_adapter:  # PEFT loads no second adapter that trains biases
         as_second_adapter = trained.model.peft_config[trained.model.active_adapter].bias == "none"
     reason = "" if as_second_adapter or not main else why_not_loaded(trained, settings, force=force)
-    loads = bool(trained.processes.share([main and not reason]).any())
+    loads = bool(trained.processes.all_gather_ints([main and not reason]).any())
     weights: Mapping[str, torch.Tensor] = {}
     logits = None
     if source is None and not trained.is_deepspeed and (main or trained.needs_all_processes):

@@ -295,10 +295,10 @@ def test_evaluation_strategy_is_eval_strategy(required):
     assert build_config({**required, **options}).training.eval_strategy == "steps"
 
 
-def test_logging_dir_is_where_tensorboard_looks(required, monkeypatch):
+def test_logging_dir_stays_an_option_and_changes_no_environment(required, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "before")
-    build_config({**required, "logging_dir": "/tmp/boards"})
-    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "/tmp/boards"
+    assert build_config({**required, "logging_dir": "/tmp/boards"}).run.logging_dir == "/tmp/boards"
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "before"
 
 
 def test_old_and_new_name_with_different_values_contradict_each_other(required):

@@ -1,4 +1,4 @@
-"""Processor, attention and device: what is chosen, and what is said about it."""
+"""How processor, attention and device are chosen, and what is printed about it."""
 
 from types import SimpleNamespace
 
@@ -8,14 +8,13 @@ from tiny_models import LAYOUTS, build_model, build_processor, save_layout
 from transformers import LlavaForConditionalGeneration
 
 from tuning.config.options import ModelArguments
-from tuning.config.parse import build_config
+from tuning.config.parse import build_config, resolve
 from tuning.distributed.fsdp import choose_wrap_classes
-from tuning.distributed.launch import configure_libraries
 from tuning.errors import UserError
 from tuning.model import attention, load
 from tuning.model.build import wanted_wrap_classes
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, VISION_TOWER, find_parts
-from tuning.training.trainer import options_of_trainer
+from tuning.training.trainer import make_arguments
 
 WRAPPED = {
     "granite_vision": ["SiglipEncoderLayer", "GraniteDecoderLayer"],
@@ -98,25 +97,36 @@ def test_attention_is_chosen_and_explained(case):
     assert words in chosen.reason
 
 
-def test_without_a_launcher_one_of_several_gpus_is_used_and_named(capsys, tmp_path):
-    options = {"model_name_or_path": "some/model", "training_data_path": str(tmp_path / "rows.json")}
+def test_without_a_launcher_one_of_several_gpus_is_used_and_said(tmp_path):
     (tmp_path / "rows.json").write_text("[]")
-    config = build_config({**options, "output_dir": str(tmp_path / "out")})
-    config.training._n_gpu = 4
-    assert configure_libraries(config).training.n_gpu == 1
-    assert config.training.n_gpu == 4
-    assert "--num_processes=4" in capsys.readouterr().out
+    options = {"model_name_or_path": "some/model", "training_data_path": str(tmp_path / "rows.json")}
+    given = build_config({**options, "output_dir": str(tmp_path / "out")})
+    given.training._n_gpu = 4
+    config = resolve(given)
+    assert (config.training.n_gpu, given.training.n_gpu) == (1, 4)
+    assert config.training.train_batch_size == given.training.per_device_train_batch_size
+    assert "--num_processes=4" in config.notes[-1]
 
 
 def test_under_fsdp_gradients_are_sharded_after_every_micro_batch(monkeypatch, tmp_path):
     (tmp_path / "rows.json").write_text("[]")
     options = {"model_name_or_path": "some/model", "training_data_path": str(tmp_path / "rows.json")}
     config = build_config({**options, "output_dir": str(tmp_path / "out"), "gradient_accumulation_steps": 4})
-    assert not options_of_trainer(config)["args"].accelerator_config.gradient_accumulation_kwargs
+    assert not make_arguments(config, idle_is_known=True).accelerator_config.gradient_accumulation_kwargs
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    kept = options_of_trainer(config)["args"].accelerator_config.gradient_accumulation_kwargs
+    kept = make_arguments(config, idle_is_known=True).accelerator_config.gradient_accumulation_kwargs
     assert kept == {"sync_each_batch": True}
     assert not config.training.accelerator_config.gradient_accumulation_kwargs
+
+
+def test_ddp_looks_for_parameters_without_gradient_where_they_are_unknown(tmp_path, capsys):
+    (tmp_path / "rows.json").write_text("[]")
+    options = {"model_name_or_path": "some/model", "training_data_path": str(tmp_path / "rows.json")}
+    config = build_config({**options, "output_dir": str(tmp_path / "out")})
+    assert make_arguments(config, idle_is_known=True).ddp_find_unused_parameters is False
+    assert make_arguments(config, idle_is_known=False).ddp_find_unused_parameters is True
+    assert "ddp_find_unused_parameters is true" in capsys.readouterr().out
+    assert config.training.ddp_find_unused_parameters is False
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
