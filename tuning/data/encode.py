@@ -121,8 +121,10 @@ class Encoder:
     def encode(self, row: Row) -> Sample:
         """Render, tokenize and label one row. Raises `UserError` naming file, row and field of what is wrong."""
         prepared = self.prepare(row)
-        with error_field(row.format.image_field or row.format.text_fields[0]):
-            images = self.open_images(prepared)
+        return self.encode_prepared(prepared, self.open_images(prepared))
+
+    def encode_prepared(self, prepared: Prepared, images: Sequence[Image.Image]) -> Sample:
+        """Tokenize and label a prepared row with its opened images. See `encode`."""
         inputs = self.process(prepared.chat.text, images)
         excess = inputs["input_ids"].shape[1] - self.max_seq_length
         if excess <= 0:
@@ -141,10 +143,12 @@ class Encoder:
 
     def open_images(self, prepared: Prepared) -> list[Image.Image]:
         """The images of a row. Raises `UserError` for one that cannot be used."""
-        return [
-            load_image(image, prepared.row.folder, place, self.image_rules)
-            for image, place in zip(prepared.images, prepared.image_places, strict=True)
-        ]
+        row = prepared.row
+        with error_field(row.format.image_field or row.format.text_fields[0]):
+            return [
+                load_image(image, row.folder, place, self.image_rules)
+                for image, place in zip(prepared.images, prepared.image_places, strict=True)
+            ]
 
     def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
         """The processor's output for one rendered conversation, with both offset maps of its tokens."""
