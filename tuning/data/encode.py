@@ -100,7 +100,11 @@ class Encoder:
     def encode(self, row: Row) -> Sample:
         """Render, process and label one row. Raises `UserError` with file, row and field."""
         prepared = self.prepare(row)
-        inputs = self.process(prepared.chat.text, self.open_images(prepared))
+        return self.encode_prepared(prepared, self.open_images(prepared))
+
+    def encode_prepared(self, prepared: Prepared, images: Sequence[Image.Image]) -> Sample:
+        """Process and label a prepared row with its opened images; see `encode`."""
+        inputs = self.process(prepared.chat.text, images)
         length = inputs["input_ids"].shape[1]
         if length <= self.max_seq_length:
             return self._label(inputs, prepared)
