@@ -164,7 +164,7 @@ def test_a_skeleton_takes_the_bytes_of_the_loaded_model(kind, make_options):
     config = build_config(make_options("granite_vision", **LORA, quantization=kind, dtype="bfloat16"))
     model_config = load.load_config(config.model)
     skeleton = load.build_skeleton(model_config).to(torch.bfloat16)
-    plan = build.find_quantization(config, model_config, skeleton)
+    plan = build.find_quantization(config, model_config, skeleton, find_parts(skeleton))
     quantize.quantise_skeleton(skeleton, plan)
     model = load.load_model(config.model, model_config, dtype=torch.bfloat16, attention="sdpa", quantization=plan)
     taken = memory.bytes_of(memory.tensors_of(model))
@@ -251,8 +251,9 @@ def test_8bit_weights_cannot_be_divided(make_options, monkeypatch):
     config = build_config(make_options("llava15", **LORA, quantization="8bit"))
     model_config = load.load_config(config.model)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    skeleton = load.build_skeleton(model_config)
     with pytest.raises(UserError, match=r"FSDP and ZeRO-3 cannot shard 8-bit weights.* Use quantization 4bit"):
-        build.find_quantization(config, model_config, load.build_skeleton(model_config))
+        build.find_quantization(config, model_config, skeleton, find_parts(skeleton))
 
 
 def test_dora_trains_on_4bit_weights_and_is_refused_on_8bit_ones_here(make_options):
