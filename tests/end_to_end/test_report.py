@@ -1,4 +1,4 @@
-"""The page of real runs: while they train, when they end, when they go on, and when it cannot be written."""
+"""The page of real runs: while they train, when they end, when they resume, and when it cannot be written."""
 
 import json
 import re
@@ -73,7 +73,7 @@ def test_the_page_of_a_real_run_grows_and_opens_in_a_browser(make_options, rows,
         assert untouched not in changed
 
 
-def test_a_run_that_goes_on_continues_its_page(make_options, pages, tmp_path):
+def test_a_resumed_run_continues_its_page(make_options, pages, tmp_path):
     options = make_options("llava15", save_strategy="steps", save_steps=1)
     train({**options, "max_steps": 2})
     begun = read_record(tmp_path / "out").info["begun"]
@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_continues_its_page(make_options, pages, tmp_path):
     assert record.info["begun"] == begun
 
 
-def test_a_run_that_fails_says_so_on_its_page(make_options, rows, pages, monkeypatch, tmp_path):
+def test_the_page_of_a_failed_run_shows_the_error(make_options, rows, pages, monkeypatch, tmp_path):
     fail = UserError(where="row 3", problem="the loss became nan.", fix="Look at it.")
 
     def meet_error(self, *rest):

@@ -152,7 +152,7 @@ def build_page(models: Sequence[ChatModel]) -> Any:
                         buttons=[],
                         render_markdown=False,  # show the exact words
                         latex_delimiters=[],
-                        placeholder=f"Ask {name} a question. Add images if you like.",
+                        placeholder=f"Ask {name} about an image, or just chat.",
                         elem_classes="talk",
                     )
                 columns.append(column)

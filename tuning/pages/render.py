@@ -5,14 +5,13 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 UNITS = {"gb": "GB", "gib": "GiB", "mb": "MB", "mib": "MiB"}
 VISIBLE_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of a file in `templates`, filled with `values`. Every value is escaped."""
+    """The text of a file in `templates`, filled with `values`. They are escaped as HTML, except in Markdown files."""
     return ENVIRONMENT.get_template(template).render(values) + "\n"
 
 
@@ -23,7 +22,7 @@ def read_asset(name: str) -> str:
 
 def make_visible(value: Any) -> Any:
     """Show control characters of a text as symbols, and half a surrogate pair, which no file can hold, as its code."""
-    if not isinstance(value, str) or isinstance(value, Markup):
+    if not isinstance(value, str) or hasattr(value, "__html__"):  # drawn already
         return value
     return value.translate(VISIBLE_CONTROLS).encode("utf-8", "backslashreplace").decode("utf-8")
 

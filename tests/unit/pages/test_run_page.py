@@ -1,4 +1,4 @@
-"""The page of a training run, made from files as they are found, and looked at by a real browser."""
+"""The page of a training run, made from its files and opened in a real browser."""
 
 import html
 import json
@@ -21,7 +21,7 @@ PARTS = [
     {"part": "vision_tower", "parameters": 3_000_000, "trained": 0},
     {"part": "language_model", "parameters": 8_000_000, "trained": 2_000_000},
 ]
-# Runs in the page: tells the window around it what does not fit, and what the scripts did.
+# Runs in the page: reports to the window around it what does not fit, and what the scripts did.
 PROBE = """<script>
 const errors = [];
 addEventListener("error", (event) => errors.push(event.message));
@@ -38,7 +38,7 @@ addEventListener("load", () => {
     reload: document.querySelector("#reload")?.checked }, "*");
 });
 </script>"""
-# Runs in the page: reads on, and after the page was loaded again tells where it is.
+# Runs in the page: scrolls and opens a fold. After the reload it reports where the page is.
 READER = """<script>
 addEventListener("load", () => setTimeout(() => {
   if (!sessionStorage.getItem("loaded")) {
@@ -94,9 +94,9 @@ def out(tmp_path):
     write_lines(tmp_path / "skipped_rows.jsonl", [{"row": 7, "field": "images", "reason": NASTY}])
     options = json.loads(json.dumps(default_options(), default=str)) | {"learning_rate": 0.123, "output_dir": NASTY}
     (tmp_path / "resolved_config.json").write_text(json.dumps(options))
-    facts = {"model": f"org/{NASTY}", "training_data": NASTY, "parts": PARTS, "adapter": {"r": 8}, "dtype": "float32"}
-    facts |= {"begun": "2026-01-02T03:04:05+01:00", "data": {"form": NASTY, "training_rows": 400}, "machine": {}}
-    (tmp_path / "run_facts.json").write_text(json.dumps(facts))
+    info = {"model": f"org/{NASTY}", "training_data": NASTY, "parts": PARTS, "adapter": {"r": 8}, "dtype": "float32"}
+    info |= {"begun": "2026-01-02T03:04:05+01:00", "data": {"form": NASTY, "training_rows": 400}, "machine": {}}
+    (tmp_path / "run_facts.json").write_text(json.dumps(info))
     progress = {"state": "running", "step": 100, "max_steps": 900, "seconds_left": 720, "batches": "padding-free"}
     (tmp_path / "run_progress.json").write_text(json.dumps(progress | {"updated": "2026-01-02T03:09:05+01:00"}))
     return tmp_path
@@ -111,7 +111,7 @@ def read_page(folder) -> str:
     return write_report(folder).read_text(encoding="utf-8")
 
 
-def test_a_running_page_shows_everything_and_runs_nothing_of_it(open_page, out):
+def test_page_of_a_running_run_shows_everything_and_injects_nothing(open_page, out):
     write_report(out)
     dom, console = open_page(out / "report.html")
     assert console == []
@@ -160,7 +160,7 @@ def test_it_fits_a_phone_and_a_screen_reader(open_page, out):
     assert all("alt=" in image for image in re.findall(r"<img[^>]*>", page))
 
 
-def test_a_page_that_loads_again_stays_where_its_reader_was(open_page, out):
+def test_reload_keeps_the_place_of_the_reader(open_page, out):
     page = read_page(out).replace('data-reload="30"', 'data-reload="1"')
     (out / "framed.html").write_text(page.replace("<title>", READER + "<title>", 1), encoding="utf-8")
     (out / "frame.html").write_text(FRAME)
@@ -169,7 +169,7 @@ def test_a_page_that_loads_again_stays_where_its_reader_was(open_page, out):
     assert seen == {"top": 700, "open": ["The same values as a table"], "focus": "reload"}
 
 
-def test_only_a_running_page_loads_itself_again(out):
+def test_only_the_page_of_a_running_run_reloads(out):
     assert '<meta http-equiv="refresh"' in read_page(out)
     endings = {"finished": "Finished after 100 of 900 steps", "ended": "Ended early: step 100 of 900"}
     for state, verdict in endings.items():
