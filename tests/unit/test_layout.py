@@ -41,6 +41,7 @@ LAYERS = [
     ("commands",),
     ("demo",),
     ("cli",),
+    ("predict",),  # the command by path
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 LARGEST_FILE, LONGEST_FUNCTION = 400, 60

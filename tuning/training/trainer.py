@@ -206,10 +206,10 @@ class SupervisedTrainer(ResumableTrainer):
         """Add the throughput of all processes to the lines of training steps."""
         if "loss" in logs:
             figures = self.meter.report()
-            summed = torch.tensor([figures["tokens_per_second"], figures["supervised_tokens"]], device=self.args.device)
             if self.args.world_size > 1:
-                summed = self.accelerator.reduce(summed, "sum")
-                figures["tokens_per_second"], figures["supervised_tokens"] = summed[0].item(), int(summed[1].item())
+                mine = torch.tensor([figures["tokens_per_second"], figures["supervised_tokens"]])
+                speed, tokens = self.accelerator.reduce(mine.to(self.args.device), "sum").tolist()
+                figures["tokens_per_second"], figures["supervised_tokens"] = speed, int(tokens)
             logs |= figures
         super().log(logs, start_time)
 
