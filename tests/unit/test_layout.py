@@ -19,6 +19,8 @@ USED_PACKAGES = {
     "numpy",
     "peft",
     "PIL",
+    "psutil",
+    "safetensors",
     "tokenizers",
     "torch",
     "transformers",
