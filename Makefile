@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-slow lint docs clean
+.PHONY: install demo test test-slow test-all lint docs clean
 
 install: .venv/installed
 
@@ -27,6 +27,8 @@ test: install
 # Minutes more: twenty random kills, processes that hang. It ends at the first failure, which is printed then.
 test-slow: install
 	$(BIN)/python -m pytest -m slow --exitfirst
+
+test-all: test test-slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -36,8 +36,7 @@ def make_batch(layout: str) -> list:
 
 
 def as_inputs(layout: str, samples: list) -> dict:
-    batch = probe_collator(build_processor(layout))(samples)
-    batch.pop("facts")
+    batch = probe_collator(build_processor(layout)).join(samples)
     return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
 
 

@@ -3,14 +3,14 @@
 import logging
 from typing import Any
 
-# PEFT imports bitsandbytes where it is installed, which then misses an optional package of its own, aloud.
+# PEFT imports bitsandbytes where it is installed. Without an optional package that prints a warning at every start.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def train(config: Any):
     """Run one fine-tuning. `config`: options by name, the path of a JSON file, or a `RunConfig`.
 
-    Returns a `tuning.sft_trainer.TrainingResult`; raises `tuning.errors.UserError` where the input is at fault.
+    Returns a `tuning.sft_trainer.TrainingResult`. Raises `tuning.errors.UserError` where the input is at fault.
     """
     from tuning.sft_trainer import train
 

@@ -86,7 +86,7 @@ PARTS = {
     "a role in capitals": (in_parts(ASKED, ("Assistant", "Red.")), "message 1: unknown role 'Assistant'"),
     "no role": (in_parts((None, "Which?"), ("assistant", "Red.")), "message 0: unknown role None"),
     "no content": (in_parts(("user", None), ("assistant", "Red.")), "message 0: content must be text or a list"),
-    "empty content": (in_parts(("user", []), ("assistant", "Red.")), "message 0: content is empty"),
+    "empty content": (in_parts(("user", []), ("assistant", "Red.")), "message 0: the content is empty"),
     "a part is null": (in_parts(("user", [None]), ("assistant", "Red.")), "message 0, part 0: expected an object"),
     "an unknown type of part": (
         in_parts(("user", [text("What?"), {"type": "video"}]), ("assistant", "Red.")),
@@ -108,7 +108,7 @@ PARTS = {
         "message 3: the assistant's answer is empty",
     ),
     "no assistant": (in_parts(ASKED), "has no assistant turn, so there is nothing to train"),
-    "odd characters": (in_parts(ASKED, ("assistant", "Red\U000f0000.")), "holds private-use characters"),
+    "odd characters": (in_parts(ASKED, ("assistant", "Red\U000f0000.")), "the text has private-use characters"),
 }
 PARTS_OF_TWO_FIELDS = {
     "more images than parts": (
@@ -165,10 +165,10 @@ LLAVA_OF_TWO_FIELDS = {
     "more marks than images": (in_llava(("human", "<image><image>q"), ("gpt", "a")), "have 2 image placeholders"),
 }
 PAIR = {
-    "no prompt": (in_pair(None, "Red.", images=[]), "prompt", "field 'prompt': is empty"),
-    "an empty prompt": (in_pair("", "Red.", images=[]), "prompt", "field 'prompt': is empty"),
-    "no completion": (in_pair("q", None, images=[]), "completion", "field 'completion': is empty"),
-    "an empty completion": (in_pair("q", "", images=[]), "completion", "field 'completion': is empty"),
+    "no prompt": (in_pair(None, "Red.", images=[]), "prompt", "field 'prompt': the field is empty"),
+    "an empty prompt": (in_pair("", "Red.", images=[]), "prompt", "field 'prompt': the field is empty"),
+    "no completion": (in_pair("q", None, images=[]), "completion", "field 'completion': the field is empty"),
+    "an empty completion": (in_pair("q", "", images=[]), "completion", "field 'completion': the field is empty"),
     "a completion of blanks": (
         in_pair("q", "  ", images=[]),
         "completion",
@@ -383,7 +383,7 @@ def test_what_allows_an_image_elsewhere_is_said_and_works(name, folder, make_opt
     options = make_options("llava15", training_data_path=data, max_steps=1)
     assert sft_trainer.main(flags_of(options)) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "Set image_folder to a folder that holds all images, or allow_outside_paths true." in message
+    assert "Set image_folder to a folder that contains all images, or set allow_outside_paths true." in message
     assert sft_trainer.main(flags_of({**options, "allow_outside_paths": True})) == 0
     above = {**options, "image_folder": tmp_path, "output_dir": tmp_path / "two"}
     if name.endswith("absolute path"):

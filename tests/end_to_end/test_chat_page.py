@@ -55,7 +55,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def command(shared_folder):
-    """The real command on an adapter, with its base beside it: the process, its address and its folder."""
+    """The real command on an adapter, compared with its base: the process, its address and its folder."""
     words = " It is a red square."
     folder = shared_folder / "models"
     save_scripted(folder / "base", " A cat sits there.", adapter_words=words, adapter_folder=folder / "adapter")
@@ -72,7 +72,7 @@ def command(shared_folder):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    watch = threading.Timer(120, process.kill)
+    watch = threading.Timer(600, process.kill)  # only where it hangs
     watch.start()
     printed = []
     for line in process.stdout:
@@ -87,15 +87,15 @@ def command(shared_folder):
 
 @pytest.fixture
 def open_page(chromium):
-    """Open an address; the tab notes every request that goes elsewhere than to this machine, and every error."""
+    """Open an address; the tab notes every request to another machine, and every error."""
     tabs = []
 
     def opened(address, **options):
         context = chromium.new_context(**options)
         tab = context.new_page()
-        tab.strange = []
+        tab.unexpected = []
         tab.on("request", lambda request: note(tab, request.url))
-        tab.on("pageerror", lambda error: tab.strange.append(str(error)))
+        tab.on("pageerror", lambda error: tab.unexpected.append(str(error)))
         tab.set_default_timeout(60_000)
         tab.goto(address)
         tab.wait_for_selector("textarea")
@@ -104,7 +104,7 @@ def open_page(chromium):
 
     def note(tab, url):
         if not re.match(r"(http://127\.0\.0\.1[:/]|data:|blob:)", url):
-            tab.strange.append(url)
+            tab.unexpected.append(url)
 
     yield opened
     for context in tabs:
@@ -131,7 +131,7 @@ def wait_for(condition, seconds=60):
 def test_two_models_answer_about_a_dropped_picture_and_nothing_leaves_the_machine(command, open_page, tmp_path):
     _, address, _ = command
     tab = open_page(address)
-    assert tab.locator(".speaker strong, .speaker small").all_inner_texts() == [
+    assert tab.locator(".model strong, .model small").all_inner_texts() == [
         *("adapter", "cpu · float32 · LoRA adapter on base"),
         *("base", "cpu · float32 · without the adapter"),
     ]
@@ -153,12 +153,12 @@ def test_two_models_answer_about_a_dropped_picture_and_nothing_leaves_the_machin
     wait_for(lambda: said(tab, 1)[3:] == ["A cat sits there."])
     tab.get_by_text("Clear", exact=True).click()
     wait_for(lambda: said(tab, 0) == said(tab, 1) == [])
-    tab.get_by_text("Ask adapter about a picture, or just talk.").wait_for()
-    assert tab.strange == []
+    tab.get_by_text("Ask adapter about an image, or just chat.").wait_for()
+    assert tab.unexpected == []
     assert not tab.locator("footer").is_visible()
 
 
-def test_a_picture_that_cannot_be_read_is_said_and_the_question_stays(command, open_page, tmp_path):
+def test_an_unreadable_image_is_reported_and_the_question_stays(command, open_page, tmp_path):
     _, address, _ = command
     tab = open_page(address)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
@@ -182,7 +182,7 @@ def test_interrupted_it_leaves_nothing_behind(command, open_page):
 
 
 class Gated:
-    """A speaker whose pieces are put into a queue by the test."""
+    """A model whose answer the test puts into a queue, piece by piece."""
 
     name, about = "gated", "by the test"
 
@@ -200,26 +200,26 @@ def test_answers_stream_and_stop_and_a_crash_leaves_the_page_usable(open_page, t
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY", "no_proxy"):
         monkeypatch.setenv(name, "")  # set again while it serves, and taken away afterwards
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    speaker, port = Gated(), free_port()
-    threading.Thread(target=serve, args=([speaker], port, str(tmp_path)), daemon=True).start()
+    model, port = Gated(), free_port()
+    threading.Thread(target=serve, args=([model], port, str(tmp_path)), daemon=True).start()
     wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 30)
     tab = open_page(f"http://127.0.0.1:{port}")
     ask(tab, "Talk.")
-    speaker.pieces.put("First ")
+    model.pieces.put("First ")
     wait_for(lambda: said(tab, 0) == ["First "])
-    speaker.pieces.put("second ")
+    model.pieces.put("second ")
     wait_for(lambda: said(tab, 0) == ["First second "])
     tab.locator("button.stop-button").click()
     time.sleep(0.3)
-    speaker.pieces.put("third ")  # the one that was on its way
+    model.pieces.put("third ")  # the one that was on its way
     wait_for(lambda: tab.locator("button.submit-button").count() == 1)
     assert said(tab, 0) == ["First second third"]
     ask(tab, "Fail.")
-    speaker.pieces.put(RuntimeError("the device is on fire"))
+    model.pieces.put(RuntimeError("the device is on fire"))
     tab.get_by_text("the device is on fire").wait_for()
     wait_for(lambda: tab.locator("button.submit-button").count() == 1)
     ask(tab, "Again.")
-    speaker.pieces.put("Well.")
-    speaker.pieces.put("")
+    model.pieces.put("Well.")
+    model.pieces.put("")
     wait_for(lambda: said(tab, 0)[-1] == "Well.")
-    assert tab.strange == []
+    assert tab.unexpected == []

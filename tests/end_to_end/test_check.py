@@ -70,7 +70,7 @@ def test_rows_are_counted_as_training_encodes_them(layout, make_options, write_r
     model_config = load.load_config(config.model)
     encoder = make_encoder(config.data, load.load_processor(config.model, model_config), model_config, "01 Jan 2026")
     source = open_rows(config)
-    for measured in RowMeter(encoder).measure([(0, source[index]) for index in range(len(source))]):
+    for measured in RowMeter(encoder).measure(list(source)):
         sample = encoder.encode(source[measured.number])
         ids, labels = sample.sequence["input_ids"], sample.sequence["labels"]
         assert measured.error is None

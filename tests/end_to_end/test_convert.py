@@ -20,7 +20,8 @@ from tuning.commands import convert
 from tuning.data.chat_template import ChatFormat
 from tuning.data.encode import Encoder
 from tuning.data.images import ImageRules
-from tuning.data.sources import Source, open_source
+from tuning.data.open_source import open_source
+from tuning.data.sources import Source
 
 IMAGE = {"type": "image"}
 SUFFIXES = (".jsonl", ".parquet")
@@ -389,7 +390,7 @@ def test_a_prompt_with_answers_is_refused(folder, capsys):
         (["rows.jsonl", "out.jsonl", "--max_image_megabytes", "many"], "expected a number, got 'many'"),
         (["rows.jsonl", "out.jsonl", "--model_name_or_path", "x"], "model_name_or_path: unknown option"),
         (["rows.jsonl", "out.jsonl", "more.jsonl"], "'more.jsonl' is neither a flag nor the value of one"),
-        (["--dataset_image_field", "photo", "rows.jsonl", "out.jsonl"], "has no column 'photo'"),
+        (["--dataset_image_field", "photo", "rows.jsonl", "out.jsonl"], "there is no column 'photo'"),
     ],
 )
 def test_wrong_words_are_the_users_to_mend(folder, monkeypatch, capsys, words, message):

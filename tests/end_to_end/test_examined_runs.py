@@ -168,7 +168,7 @@ def test_a_best_model_that_was_not_saved_is_told(learn, give_scores, capsys):
     give_scores([0.9, 0.5, 0.4])
     changes = {"load_best_model_at_end": True, "metric_for_best_model": "exact_match", "eval_strategy": "steps"}
     options, _ = learn(**changes, eval_steps=4, save_strategy="steps", save_steps=8, max_steps=12)
-    assert "Warning: the best step, 4, was not saved" in capsys.readouterr().out
+    assert "Warning: the model of the best step, 4, was not saved" in capsys.readouterr().out
     assert "| `eval_exact_match` | 0.9" not in Path(options["output_dir"], "README.md").read_text()
 
 

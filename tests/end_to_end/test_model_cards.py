@@ -1,4 +1,4 @@
-"""The model card of a run: what it says, that its code runs, and whose card may be replaced."""
+"""The model card of a run: its content, that its code runs, and which card may be replaced."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from PIL import Image
 
 import tuning
 from tuning.model.parts import PartSize
-from tuning.pages.model_card import merge_card, write_card
+from tuning.pages.model_card import MARK, OLD_MARK, merge_card, write_card
 from tuning.pages.run_summary import RunSummary
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 16}
@@ -31,7 +31,7 @@ def code_of(card: str) -> str:
 
 
 def run_code(card: str, folder, capsys, monkeypatch) -> str:
-    """Run a card's code beside the folder that it names. Returns what it prints."""
+    """Run a card's code in the folder of the model that it names. Returns what it prints."""
     Image.new("RGB", (40, 40), (220, 20, 20)).save(folder / "image.png")
     monkeypatch.chdir(folder)
     capsys.readouterr()
@@ -57,7 +57,7 @@ def test_a_card_describes_its_run_and_its_code_runs(lora, base, rows, make_optio
     assert "`base`" in text
     assert f"16 rows of `{rows.name}`" in text
     assert re.search(r"\| steps \| 3 \|", text)
-    assert re.search(r"\| batch of a step \| 4 rows \|", text)
+    assert re.search(r"\| rows per step \| 4 \|", text)
     assert f"| eval_loss | {result.metrics['eval_loss']:.4g} |" in text
     assert ("| LoRA | r 4, alpha 16, dropout 0.05 |" in text) == lora
     assert re.search(r"\| vision tower \| [\d,]+ \| (0) \|", text) or not lora
@@ -67,20 +67,23 @@ def test_a_card_describes_its_run_and_its_code_runs(lora, base, rows, make_optio
     assert run_code(text, tmp_path, capsys, monkeypatch) != ""
 
 
-def test_a_card_of_the_users_own_stays_and_one_of_ours_is_written_anew(make_options, tmp_path):
-    """With LoRA, whose library writes a card of its own with every adapter."""
+def test_a_run_replaces_its_own_card_but_not_a_users(make_options, tmp_path):
+    """With LoRA, as PEFT writes its own card with every adapter."""
     card, ours = tmp_path / "out" / "README.md", {"overwrite_output_dir": True, **LORA}
     tuning.train(make_options("llava15", max_steps=1, **ours))
     assert "| steps | 1 |" in card.read_text()
     tuning.train(make_options("llava15", max_steps=2, **ours))
     assert "| steps | 2 |" in card.read_text()
+    card.write_text(card.read_text().replace(MARK, OLD_MARK).replace("| steps | 2 |", "| steps | old |"))
+    tuning.train(make_options("llava15", max_steps=1, **ours))
+    assert "| steps | 1 |" in card.read_text()
     card.write_text("# Mine\n")
     tuning.train(make_options("llava15", max_steps=1, **ours))
     assert card.read_text() == "# Mine\n"
     assert not list(card.parent.glob("*.tmp"))
 
 
-def test_a_card_tells_the_scores_of_the_model_that_is_saved(rows, make_options, trainers):
+def test_a_card_has_the_scores_of_the_saved_model(rows, make_options, trainers):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2}
     changes = {"validation_data_path": str(rows), **steps}
@@ -90,14 +93,14 @@ def test_a_card_tells_the_scores_of_the_model_that_is_saved(rows, make_options, 
     assert f"| eval_loss | {losses[1]:.4g} |" in (result.model_dir / "README.md").read_text()
 
 
-def make_facts(**changes) -> RunSummary:
+def make_summary(**changes) -> RunSummary:
     options = {
         **{"peft_method": None, "assistant_only_loss": True, "gradient_accumulation_steps": 2, "seed": 1, "r": 8},
         **{"per_device_train_batch_size": 4, "learning_rate": 1e-4, "lr_scheduler_type": "cosine"},
         **{"warmup_steps": 0.1, "optim": "adamw_torch", "weight_decay": 0.0, "max_seq_length": None},
         **{"lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["q_proj"]},
     } | changes.pop("options", {})
-    facts = {
+    fields = {
         **{"name": "me/colours", "options": options, "model": "some/base", "on_hub": {"some/base", "some/rows"}},
         **{"training_data": ["some/rows", "more.jsonl"], "validation_data": "some/rows"},
         **{"parts": [PartSize("projector", 2000, 10)], "dtypes": ["bfloat16"], "processes": 3, "rows": None},
@@ -108,25 +111,25 @@ def make_facts(**changes) -> RunSummary:
         ),
         **dict.fromkeys(["typical_image", "rows_per_step", "device", "precision"]),
     }
-    return RunSummary(**(facts | changes))
+    return RunSummary(**(fields | changes))
 
 
 def test_names_of_the_hub_are_metadata():
-    data = ModelCard(write_card(make_facts())).data
+    data = ModelCard(write_card(make_summary())).data
     assert (data.base_model, data.datasets) == ("some/base", ["some/rows"])
     (score,) = data.eval_results
     assert (score.dataset_type, score.metric_type, score.metric_value) == ("some/rows", "loss", 1.5)
 
 
-def test_a_batch_is_of_all_processes():
-    assert "| batch of a step | 24 rows |" in write_card(make_facts())
+def test_a_step_counts_all_processes():
+    assert "| rows per step | 24 |" in write_card(make_summary())
     budget = {"max_tokens_per_batch": 1000, "per_device_train_batch_size": 8}
-    assert "| batch of a step | 6 × 1,000 tokens at most |" in write_card(make_facts(options=budget))
-    assert "| warmup | 10% of the steps |" in write_card(make_facts())
+    assert "| tokens per step | at most 6 × 1,000 |" in write_card(make_summary(options=budget))
+    assert "| warmup | 10% of the steps |" in write_card(make_summary())
 
 
 def test_the_card_of_a_merged_adapter_loads_a_whole_model():
-    adapter = write_card(make_facts(options={"peft_method": "lora"}))
+    adapter = write_card(make_summary(options={"peft_method": "lora"}))
     merged = merge_card(adapter, "merged")
     assert "PeftModel" in code_of(adapter)
     assert "PeftModel" not in code_of(merged)

@@ -204,7 +204,7 @@ def test_rows_may_have_no_answer_or_several(predict, trained, rows):
     assert "Scores of 1 rows" in printed.out
     code, _, printed = predict(trained / "full", data_path=path, references_field="answer")
     assert code == 1
-    assert "has no column 'answer'" in printed.err
+    assert "there is no column 'answer'" in printed.err
 
 
 def test_wrong_options_are_said_before_anything_is_loaded(predict, trained, tmp_path):

@@ -1,4 +1,4 @@
-"""The page of real runs: while they train, when they end, when they go on, and when it cannot be written."""
+"""The page of real runs: while they train, when they end, when they resume, and when it cannot be written."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tuning.errors import UserError
-from tuning.pages.charts import show_number
+from tuning.pages.render import format_number
 from tuning.pages.run_record import read_record
 from tuning.sft_trainer import train
 from tuning.training.callbacks import RunReport
@@ -47,8 +47,8 @@ def test_the_page_of_a_real_run_grows_and_opens_in_a_browser(make_options, rows,
     losses = [line["loss"] for line in logged if "loss" in line]
     assert (len(validation), len(losses)) == (2, 4)
     for shown in (
-        f"; validation loss first {show_number(validation[0])}, latest {show_number(validation[1])}",
-        f"loss first {show_number(losses[0])}, latest {show_number(losses[3])}",
+        f"; validation loss first {format_number(validation[0])}, latest {format_number(validation[1])}",
+        f"loss first {format_number(losses[0])}, latest {format_number(losses[3])}",
         "weight_decay 0.01",
         "training rows 16",
         "validation rows 16",
@@ -56,7 +56,7 @@ def test_the_page_of_a_real_run_grows_and_opens_in_a_browser(make_options, rows,
         "LlavaNextForConditionalGeneration",
         '"r": 8',
         "best anls 0",
-        "0 of 2 latest answers say exactly what the reference says.",
+        "0 of 2 latest answers exactly equal the reference.",
         "Before training",
         "Question Which colour is it?",
         "Reference It is green. Very much so.",
@@ -64,29 +64,29 @@ def test_the_page_of_a_real_run_grows_and_opens_in_a_browser(make_options, rows,
     ):
         assert shown in text, shown
     assert dom.count('<img src="data:image/') == 2
-    facts = read_record(tmp_path / "out").facts
-    assert sum(part["trained"] for part in facts["parts"]) < sum(part["parameters"] for part in facts["parts"])
-    assert facts["machine"]["processes"] == 1
-    changed = re.search(r"Not the defaults(.*?)The other \d+ options", text)[1]
+    info = read_record(tmp_path / "out").info
+    assert sum(part["trained"] for part in info["parts"]) < sum(part["parameters"] for part in info["parts"])
+    assert info["machine"]["processes"] == 1
+    changed = re.search(r"Different from the defaults(.*?)The other \d+ options", text)[1]
     assert "max_steps 4" in changed
     for untouched in ("lora_alpha", "accelerator_config", "seed", "gradient_checkpointing", "bias"):
         assert untouched not in changed
 
 
-def test_a_run_that_goes_on_continues_its_page(make_options, pages, tmp_path):
+def test_a_resumed_run_continues_its_page(make_options, pages, tmp_path):
     options = make_options("llava15", save_strategy="steps", save_steps=1)
     train({**options, "max_steps": 2})
-    begun = read_record(tmp_path / "out").facts["begun"]
+    begun = read_record(tmp_path / "out").info["begun"]
     del pages[:]
     train({**options, "max_steps": 4})
     assert pages[0] == "Running: step 2 of 4"
     assert pages[-1] == "Finished after 4 steps"
     record = read_record(tmp_path / "out")
     assert record.training["loss"].steps.tolist() == [1, 2, 3, 4]
-    assert record.facts["begun"] == begun
+    assert record.info["begun"] == begun
 
 
-def test_a_run_that_fails_says_so_on_its_page(make_options, rows, pages, monkeypatch, tmp_path):
+def test_the_page_of_a_failed_run_shows_the_error(make_options, rows, pages, monkeypatch, tmp_path):
     fail = UserError(where="row 3", problem="the loss became nan.", fix="Look at it.")
 
     def meet_error(self, *rest):

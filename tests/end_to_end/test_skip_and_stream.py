@@ -366,7 +366,7 @@ def test_a_stream_that_breaks_off_is_named(make_options, tmp_path, capsys):
     options = make_options("llava15", training_data_path=str(broken), streaming="true", max_steps=2)
     assert sft_trainer.main([f"--{name}={value}" for name, value in options.items()]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith(f"Error: {broken}: cannot be read")
+    assert message.startswith(f"Error: {broken}: the file cannot be read")
 
 
 def test_a_run_whose_rows_are_all_left_out_saves_nothing(make_options, tmp_path):

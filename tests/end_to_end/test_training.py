@@ -1,8 +1,10 @@
 """Every documented layout, full and LoRA: the sample config as it stands, a falling loss, logs and evaluation."""
 
+import gc
 import json
 import math
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from tuning import sft_trainer
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder
-from tuning.data.sources import open_source
+from tuning.data.open_source import open_source
+from tuning.training.trainer import SupervisedTrainer
 
 SAMPLE = {
     "dataset_text_field": "messages",
@@ -129,11 +132,9 @@ def encode_rows(options: dict, path: Path) -> list:
     """Every row alone, as `(inputs, labels)`."""
     processor = AutoProcessor.from_pretrained(options["model_name_or_path"])
     encoder = Encoder(processor, ChatFormat(processor), 2048)
-    collate = probe_collator(processor)
-    batches = [
-        collate([encoder.encode(row)]) for row in open_source(str(path), text_field="messages", image_field="images")
-    ]
-    return [({k: v for k, v in batch.items() if k not in ("facts", "labels")}, batch["labels"]) for batch in batches]
+    rows = open_source(str(path), text_field="messages", image_field="images")
+    batches = [probe_collator(processor).join([encoder.encode(row)]) for row in rows]
+    return [({k: v for k, v in batch.items() if k != "labels"}, batch["labels"]) for batch in batches]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -155,3 +156,20 @@ def test_the_evaluation_loss_is_the_mean_over_all_supervised_tokens(layout, make
     assert line["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     assert line["eval_tokens"] == count
     assert sum(means) / len(means) != pytest.approx(total / count, rel=1e-3)  # the mean of means is another number
+
+
+def test_nothing_holds_the_trainer_after_a_run(make_options, monkeypatch):
+    """In a reference cycle, its data loaders would be collected after their queues, and wait for their processes."""
+    trainers, make = [], SupervisedTrainer.__init__
+
+    def remember(trainer, *args, **kwargs):
+        trainers.append(weakref.ref(trainer))
+        make(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(SupervisedTrainer, "__init__", remember)
+    gc.disable()
+    try:
+        tuning.train(make_options("llava15", max_steps=2, dataloader_num_workers=1, report_samples=1))
+        assert trainers[0]() is None
+    finally:
+        gc.enable()

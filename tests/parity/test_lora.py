@@ -24,7 +24,8 @@ LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 
 def find_targets(options: dict) -> list[str]:
     config = build_config(options)
-    return build.find_lora_targets(config, load.build_skeleton(load.load_config(config.model)))
+    skeleton = load.build_skeleton(load.load_config(config.model))
+    return build.find_lora_targets(config, skeleton, find_parts(skeleton))
 
 
 def part_of(name: str) -> str:

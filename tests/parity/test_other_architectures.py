@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
+from tuning.data.dummy_samples import dummy_samples
 from tuning.data.encode import Encoder
 from tuning.demo.tokenizer import train_tokenizer
 from tuning.model.attention import choose_attention, set_decoder_attention
@@ -156,7 +157,7 @@ def try_model(config, processor, dtype: torch.dtype) -> str:
     return why_padding_is_needed(
         model,
         forward,
-        lambda: make_trial_batches(encoder.dummy_samples(), collator),
+        lambda: make_trial_batches(dummy_samples(encoder), collator),
         attention,
         nested_images=collator.nested_images,
         half=dtype == torch.bfloat16,

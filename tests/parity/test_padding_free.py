@@ -9,6 +9,7 @@ from tiny_models import LAYOUTS, build_model, build_processor
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
+from tuning.data.dummy_samples import dummy_samples
 from tuning.data.encode import Encoder
 from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.loss import patch_supervised_loss, supervised_loss
@@ -25,8 +26,7 @@ def batches(layout: str) -> list[dict]:
     samples, collator = make_batch(layout), probe_collator(build_processor(layout))
     made = []
     for collator.padding_free in (False, True):
-        batch = collator(samples)
-        del batch["facts"]
+        batch = collator.join(samples)
         made.append({k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()})
     return made
 
@@ -76,7 +76,7 @@ def try_rows(model, forward, encoder, *, half: bool = False) -> str:
     return why_padding_is_needed(
         model,
         forward,
-        lambda: make_trial_batches(encoder.dummy_samples(), collator),
+        lambda: make_trial_batches(dummy_samples(encoder), collator),
         ATTENTION,
         nested_images=collator.nested_images,
         half=half,
@@ -87,7 +87,7 @@ def try_rows(model, forward, encoder, *, half: bool = False) -> str:
 def test_the_trial_passes_a_model_that_keeps_rows_apart(layout):
     model, encoder = build_model(layout), encoder_of(layout)
     patch_supervised_loss(model)
-    batches = make_trial_batches(encoder.dummy_samples(), probe_collator(encoder.processor))
+    batches = make_trial_batches(dummy_samples(encoder), probe_collator(encoder.processor))
     trial = run_trial(model, model, batches, ATTENTION)
     assert trial.distance < 1e-5
     assert (trial.has_own_positions, trial.masks.is_needed, trial.leaks) == (True, False, False)

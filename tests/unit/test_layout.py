@@ -14,10 +14,13 @@ USED_PACKAGES = {
     "accelerate",
     "datasets",
     "evaluate",
+    "httpx",
     "jinja2",
     "numpy",
     "peft",
     "PIL",
+    "psutil",
+    "safetensors",
     "tokenizers",
     "torch",
     "transformers",
@@ -40,6 +43,7 @@ LAYERS = [
     ("commands",),
     ("demo",),
     ("cli",),
+    ("predict",),  # the command by path
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 LARGEST_FILE, LONGEST_FUNCTION = 400, 60

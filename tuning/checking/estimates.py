@@ -16,9 +16,9 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Lengths:
-    """The tokens of every good row, as arrays of equal length. `part` and `number` are its place in the data."""
+    """The tokens of every good row, as arrays of equal length. `file` and `number` are its place in the data."""
 
-    part: np.ndarray
+    file: np.ndarray
     number: np.ndarray
     tokens: np.ndarray
     image_tokens: np.ndarray
@@ -136,7 +136,7 @@ def _row_weights(source: Any, lengths: Lengths) -> np.ndarray:
     if isinstance(source, Mixture):
         first = 0
         for dataset, draws in zip(source.sources, source.draws, strict=True):
-            inside = (lengths.part >= first) & (lengths.part < first + len(dataset.parts))
+            inside = (lengths.file >= first) & (lengths.file < first + len(dataset.files))
             weights[inside] = draws / len(dataset)
-            first += len(dataset.parts)
+            first += len(dataset.files)
     return weights

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tuning.checking.estimates import Lengths
 from tuning.checking.report import Problem
 from tuning.data.row_lengths import CHUNK, Measured, RowMeter, measure_rows
-from tuning.data.sources import Part, Row, Stream, read_part
+from tuning.data.sources import DataFile, Row, Stream, read_file
 from tuning.errors import UserError
 from tuning.machine import count_cores
 
@@ -23,7 +23,7 @@ MAX_WORKERS = 16
 class Findings:
     """What was found in the rows so far. It keeps plain numbers for good rows, to stay small."""
 
-    parts: list[Part]
+    files: list[DataFile]
     problems: list[Problem] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
     image_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -36,7 +36,7 @@ class Findings:
         for row in chunk:
             self.counts["rows"] += 1
             if row.error is not None:
-                self.add_problem(row.error, self.parts[row.part].name, row.number)
+                self.add_problem(row.error, self.files[row.file].name, row.number)
                 continue
             self.image_sizes.update(row.image_sizes)
             self.counts.update(
@@ -44,12 +44,12 @@ class Findings:
                 dropped_images=row.dropped_images,
                 rows_left_out=row.left_out,
                 rows_cut=row.cut,
-                rows_with_control_tokens=row.has_controls,
+                rows_with_control_tokens=row.has_special_tokens,
             )
             if row.left_out:
-                self.left_out.append({"row": row.number, "file": self.parts[row.part].name, "tokens": row.tokens})
+                self.left_out.append({"row": row.number, "file": self.files[row.file].name, "tokens": row.tokens})
             else:
-                good.append((row.part, row.number, row.tokens, row.image_tokens, row.supervised_tokens))
+                good.append((row.file, row.number, row.tokens, row.image_tokens, row.supervised_tokens))
         self.good_rows.append(np.array(good, dtype=np.int32).reshape(-1, 5))
 
     def add_problem(self, error: UserError, file: str, number: int) -> None:
@@ -74,15 +74,15 @@ class Findings:
 
 def measure_all(source: Any, meter: RowMeter, limit: int | None = None) -> Findings:
     """Measure every row, or the first `limit` rows, and show a progress bar."""
-    findings = Findings(source.parts)
-    size = sum(part.size for part in source.parts)  # 0 for a stream
+    findings = Findings(source.files)
+    size = sum(file.size for file in source.files)  # 0 for a stream
     total = min(size, limit or size) if size else limit
     if isinstance(source, Stream):
         chunks = _measure_stream(source, meter, limit)
     else:
         few = total is not None and total <= 4 * CHUNK  # starting processes would take longer
         workers = 0 if few else min(count_cores(), MAX_WORKERS)
-        chunks = measure_rows(source.parts, meter, limit=limit, workers=workers)
+        chunks = measure_rows(source.files, meter, limit=limit, workers=workers)
     with tqdm(total=total, desc="checking rows", unit="row") as progress:
         for chunk in chunks:
             findings.add(chunk)
@@ -91,20 +91,20 @@ def measure_all(source: Any, meter: RowMeter, limit: int | None = None) -> Findi
 
 
 def _measure_stream(source: Stream, meter: RowMeter, limit: int | None) -> Iterable[list[Measured]]:
-    numbered = ((number, row) for number, part in enumerate(source.parts) for row in read_part(part))
+    numbered = ((number, row) for number, file in enumerate(source.files) for row in read_file(file))
     for number, row in itertools.islice(numbered, limit):
         if isinstance(row, UserError):
             raise row
-        yield meter.measure([(number, row)])
+        yield meter.measure([row], number)
 
 
 def row_finder(source: Any, lengths: Lengths) -> Callable[[int], Row]:
     """A function from a position in `lengths` to its row."""
 
     def find(index: int) -> Row:
-        part, number = source.parts[lengths.part[index]], int(lengths.number[index])
+        file, number = source.files[lengths.file[index]], int(lengths.number[index])
         if isinstance(source, Stream):
-            return part.row(number, next(iter(part.rows.skip(number))))
-        return part.row(number, part.rows[number])
+            return file.row(number, next(iter(file.rows.skip(number))))
+        return file.row(number, file.rows[number])
 
     return find

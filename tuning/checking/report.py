@@ -125,14 +125,15 @@ def summarize(values: np.ndarray) -> dict[str, float]:
 def show_row(row: Row, encoder: Encoder) -> SampleRow:
     """Encode a row as training does, and keep what a page can show of it. Raises `UserError` for a bad row."""
     prepared = encoder.prepare(row)
-    sample = encoder.encode(row)
-    pictures = [thumbnail(image) for image in encoder.open_images(prepared)]
+    images = encoder.open_images(prepared)
+    sample = encoder.encode_prepared(prepared, images)
     ids, labels = sample.sequence["input_ids"].tolist(), sample.sequence["labels"].tolist()
     tokens = [
         Token(number, text, IMAGE if number == encoder.image_token_id else SUPERVISED if label != IGNORED else TEXT)
         for number, text, label in zip(ids, token_texts(encoder.processor.tokenizer, ids), labels, strict=True)
     ]
-    rendered = encoder.chat.controls.show(prepared.chat.text)
+    rendered = encoder.chat.escaper.unescape_text(prepared.chat.text)
+    pictures = [thumbnail(image) for image in images]
     return SampleRow(row.number, row.file, rendered, supervised_texts(tokens), tokens, pictures)
 
 

@@ -1,5 +1,6 @@
 """`vlm-tuning check`: read every row as training would, estimate the run, and report problems. Trains nothing."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from tuning.errors import UserError, writing
 from tuning.files import write_json, write_text
 from tuning.model import load
 from tuning.model.attention import Attention, set_decoder_attention
-from tuning.model.build import ModelPlan, pick_attention, plan_model, prepare_model
+from tuning.model.build import ModelPlan, plan_model, prepare_model
 from tuning.model.packed_attention import PACKED
 from tuning.model.padding_free import why_padding_is_needed_by_structure
-from tuning.model.parts import find_parts, freeze_parameters, parameter_table
+from tuning.model.parts import freeze_parameters, parameter_table
 from tuning.model.quantize import quantise_skeleton
 from tuning.pages.check_page import render_page
 from tuning.training.optimizer import patch_master_weights
@@ -56,20 +57,20 @@ def check(config: RunConfig) -> Report:
     )
     heaviest_batch = findings.map_good(encoder.encode, map(find_row, heaviest_rows(config, lengths)))
 
-    attention = pick_attention(config, model_config)
-    collator = probe_collator(encoder.processor)
-    collator.padding_free = not why_padding_is_needed_by_structure(
-        attention, model_config, nested_images=collator.nested_images, padding_free=config.data.padding_free
-    )
-    batches = count_batches(config, source, lengths, encoder, padded=not collator.padding_free)
     plan = plan_model(config, model_config, partial(dummy_batch, encoder))
-    model = build_trained_skeleton(config, model_config, plan, attention)
-    settings = describe_settings(config, encoder, plan, model, attention)
-    memory = estimate_batch_memory(config, model, attention, collator, heaviest_batch) if heaviest_batch else None
+    collator = probe_collator(encoder.processor)
+    reason = why_padding_is_needed_by_structure(
+        plan.attention, model_config, nested_images=collator.nested_images, padding_free=config.data.padding_free
+    )
+    collator = replace(collator, padding_free=not reason)
+    batches = count_batches(config, source, lengths, encoder, padded=not collator.padding_free)
+    model = build_trained_skeleton(config, model_config, plan)
+    settings = describe_settings(config, encoder, plan, model)
+    memory = estimate_batch_memory(config, model, plan.attention, collator, heaviest_batch) if heaviest_batch else None
 
     report = Report(
         model=config.model.model_name_or_path,
-        data=", ".join(dict.fromkeys(part.name for part in findings.parts)),
+        data=", ".join(dict.fromkeys(file.name for file in findings.files)),
         totals=count_totals(findings, lengths, validation),
         problems=[*findings.problems, *(validation.problems if validation else [])],
         lengths=lengths.by_role(),
@@ -104,15 +105,14 @@ def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Enc
         return None
     measured = RowLengths(source, encoder, exact=True)
     measured.known[:] = NOT_TRAINED
-    measured.known[np.take(measured.ends, lengths.part) + lengths.number] = lengths.tokens
+    measured.known[np.take(measured.ends, lengths.file) + lengths.number] = lengths.tokens
     return make_token_batches(config.training, len(source), measured, budget, padded=padded).count_items()
 
 
-def build_trained_skeleton(
-    config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, attention: Attention
-) -> nn.Module:
+def build_trained_skeleton(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan) -> nn.Module:
     """The model without weights, prepared as for training."""
-    model_config._attn_implementation = attention.loaded if attention.loaded in ("sdpa", "eager") else "sdpa"
+    is_stock = plan.attention.loaded in ("sdpa", "eager")
+    model_config._attn_implementation = plan.attention.loaded if is_stock else "sdpa"
     skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
     if plan.quantization:
         quantise_skeleton(skeleton, plan.quantization)
@@ -121,13 +121,11 @@ def build_trained_skeleton(
     return model
 
 
-def describe_settings(
-    config: RunConfig, encoder: Encoder, plan: ModelPlan, model: Any, attention: Attention
-) -> dict[str, str]:
+def describe_settings(config: RunConfig, encoder: Encoder, plan: ModelPlan, model: Any) -> dict[str, str]:
     """What trains and how, as texts by name."""
     return {
-        "parts": parameter_table(model, find_parts(model)),
-        "attention": attention.reason.removeprefix("Attention: "),
+        "parts": parameter_table(model, plan.parts),
+        "attention": plan.attention.reason.removeprefix("Attention: "),
         "FSDP would wrap": ", ".join(plan.wrap_classes) or "nothing, because no class of layers was found",
         "end of an answer": repr(encoder.chat.end_of_turn),
         "overlong rows": f"max_seq_length {encoder.max_seq_length}, overlong_rows {config.data.overlong_rows}",
@@ -138,8 +136,7 @@ def estimate_batch_memory(
     config: RunConfig, model: Any, attention: Attention, collator: Collator, samples: list[Sample]
 ) -> MemoryEstimate:
     """The peak memory of a step on a batch of these samples. `model` is a skeleton, and is used up."""
-    batch = collator(samples)
-    del batch["facts"]
+    batch = collator.join(samples)
     if collator.padding_free:
         set_decoder_attention(model, PACKED)
     elif "flash" in attention.loaded:
@@ -169,7 +166,7 @@ def count_totals(findings: Findings, lengths: Lengths, validation: Findings | No
 def find_warnings(findings: Findings, encoder: Encoder) -> list[str]:
     """What is not an error, but worth a look."""
     counts, warnings = findings.counts, []
-    if split := encoder.find_split_prompt():
+    if split := encoder.chat.find_split_prompt():
         warnings.append(
             f"The chat template's generation prompt ends in {split!r}. In training, this end and the first word of the"
             " answer become one token, so you would ask the model in another way than it was trained."

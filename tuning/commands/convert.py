@@ -82,7 +82,7 @@ def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedIm
         )
     if count_images(messages) != len(stored):
         raise wrong_number_of_images(row, count_images(messages), len(stored))
-    field = row.format.image_field or row.format.text_fields[0]
+    field = row.format.field_of_images
     with error_field(field):
         images = [
             find_image(image, row.folder, f"{row.where}, field '{field}', image {index}", rules)
@@ -93,14 +93,14 @@ def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedIm
 
 def _read_rows(source: Source) -> Iterator[Row]:
     """All rows in order. `datasets` iterates several times as fast as it reads by index."""
-    for part in source.parts:
-        for number, columns in enumerate(part.rows):
-            yield part.row(number, columns)
+    for file in source.files:
+        for number, columns in enumerate(file.rows):
+            yield file.row(number, columns)
 
 
 def _describe_formats(source: Source, data: SourceArguments) -> Iterator[str]:
-    for part in source.parts:
-        sentence = describe_format(part.format, data.dataset_text_field, data.dataset_image_field)
+    for file in source.files:
+        sentence = describe_format(file.format, data.dataset_text_field, data.dataset_image_field)
         yield sentence or "in the documented format already."
 
 

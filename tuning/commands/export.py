@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from tuning.config.options import ModelSource, RowArguments, option
+from tuning.config.options import DTYPES, ModelSource, RowArguments, option
 from tuning.console import print0
 from tuning.data.collator import probe_collator
+from tuning.data.dummy_samples import dummy_samples
 from tuning.data.from_config import make_encoder, open_path
 from tuning.errors import RunEnded, UserError, writing
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
@@ -38,11 +39,7 @@ class ExportArguments:
     adapter: str = option("", "The adapter: the folder that training wrote, or a hub id.", required=True)
     output: str | None = option(None, "Folder to write; it must not exist yet.")
     base: str | None = option(None, "The base model, a folder or hub id (default: the one that the adapter names).")
-    dtype: str = option(
-        "auto",
-        "Precision of the written weights; auto: as the base stores them.",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    dtype: str = option("auto", "Precision of the written weights; auto: as the base stores them.", choices=DTYPES)
     target: str | None = option(
         None, "Do not merge; check whether this engine loads the adapter itself.", choices=("vllm", "transformers")
     )
@@ -184,12 +181,12 @@ def report_logits(result: Comparison, rows: int) -> None:
 def sample_batches(options: ExportOptions, base: BaseModel) -> list[dict[str, Any]]:
     """The user's first rows, or built-in ones with and without an image, one row per batch."""
     encoder = make_encoder(options, base.processor, base.config, options.run_date)
-    samples = encoder.dummy_samples()
+    samples = dummy_samples(encoder)
     if options.data_path:
         source = open_path(options, options.data_path, options.dataset_split)
         samples = [encoder.encode(row) for row in itertools.islice(source, ROWS)]
-    batches = [probe_collator(encoder.processor)([sample]) for sample in samples]
-    return [{name: value for name, value in batch.items() if name not in ("facts", "labels")} for batch in batches]
+    batches = [probe_collator(encoder.processor).join([sample]) for sample in samples]
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 
 
 def serve(options: ExportOptions, base: BaseModel, adapted: AdaptedSkeleton) -> None:

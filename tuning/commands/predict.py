@@ -68,7 +68,7 @@ class PredictArguments(RowArguments, ModelSource):
     compare: str | None = option(None, "A second model to compare with, such as the base.")
     max_new_tokens: int = option(256, "Longest answer in tokens.", minimum=1)
     batch_size: int = option(8, "Rows that each process answers at once.", minimum=1)
-    max_rows: int | None = option(None, "Answer at most so many rows (default: all).", minimum=1)
+    max_rows: int | None = option(None, "Answer at most N rows (default: all).", minimum=1)
     overwrite: bool = option(False, "Answer all rows again, although an earlier run has answered them.")
     accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch`, such as num_processes.")
 
@@ -99,7 +99,7 @@ def predict(options: PredictArguments) -> None:
     check_processes(state.num_processes)
     more_fields = [options.references_field] if options.references_field else []
     data = open_path(options, options.data_path, options.dataset_split, more_fields=more_fields)
-    print_formats(data.parts, options)
+    print_formats(data.files, options)
     indices = range(min(len(data), options.max_rows or len(data)))
     check_references(options.metric_names, right_answers(map(data.__getitem__, indices), options.references_field))
 

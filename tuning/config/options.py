@@ -35,27 +35,20 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """Which model, and how it is loaded."""
 
     model_name_or_path: str = option("", "Base model: a local folder or a hub id.", required=True)
-    dtype: str = option(
-        "auto",
-        "Precision of the weights; auto: as the checkpoint stores them.",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    use_flash_attn: bool = option(
-        True, "Use the fastest attention that this machine and the model support; false: SDPA."
-    )
+    dtype: str = option("auto", "Precision of the weights; auto: as the checkpoint stores them.", choices=DTYPES)
+    use_flash_attn: bool = option(True, "Use the fastest attention of this machine and model; false: SDPA.")
     attn_implementation: str | None = option(
         None, "Use this attention of transformers instead, such as sdpa, eager or flash_attention_2."
     )
-    quantization: str | None = option(
-        None,
-        "Quantize the frozen weights of the language model with bitsandbytes (QLoRA).",
-        choices=("4bit", "8bit"),
-    )
+    quantization: str | None = option(None, "Quantize the frozen language model (QLoRA).", choices=("4bit", "8bit"))
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
     chat_template: str | None = option(None, "Chat template instead of the model's: a Jinja file or its text.")
     processor_kwargs: dict[str, Any] = option(
@@ -66,13 +59,10 @@ class ModelSource:
 @dataclass(frozen=True)
 class ModelArguments(ModelSource):
     keep_master_weights: bool = option(
-        True,
-        "Keep a float32 copy of trained 16-bit weights; false: half the memory, but small updates are lost.",
+        True, "Keep a float32 copy of trained 16-bit weights; false: half the memory, but small updates are lost."
     )
-    freeze_vision_tower: bool | None = option(None, "Do not train the vision tower (default: true with LoRA only).")
-    freeze_multi_modal_projector: bool | None = option(
-        None, "Do not train the projector (default: true with LoRA only)."
-    )
+    freeze_vision_tower: bool | None = option(None, "Do not train the vision tower (default: only with LoRA).")
+    freeze_multi_modal_projector: bool | None = option(None, "Do not train the projector (default: only with LoRA).")
     freeze_language_model: bool | None = option(None, "Do not train the language model, nor adapters in it.")
     cache_vision_features: str | None = option(
         None, "Folder for the features of a frozen vision tower: it then runs once per image, over all runs."
@@ -85,9 +75,7 @@ class LoraArguments:
     r: int = option(8, "Rank of the LoRA matrices.", minimum=1)
     lora_alpha: int = option(32, "Scale LoRA updates by lora_alpha / r.", minimum=1)
     lora_dropout: float = option(0.05, "Dropout on the input of the LoRA matrices.", minimum=0, below=1)
-    target_modules: list[str] | str | None = option(
-        None, "Modules to adapt: names, all-linear, or a regular expression."
-    )
+    target_modules: list[str] | str | None = option(None, "Modules to adapt: names, all-linear, or a regex.")
     bias: str = option("none", "Biases to train.", choices=("none", "all", "lora_only"))
     modules_to_save: list[str] | None = option(None, "Modules to train in full and save with the adapter.")
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(r) instead (rank-stabilized LoRA).")
@@ -114,11 +102,11 @@ class RowArguments(SourceArguments):
     """How rows are read and encoded."""
 
     max_seq_length: int | None = option(
-        None, "Longest row in tokens, image tokens included (default: the model's).", minimum=1
+        None, "Most tokens in a row, images included (default: the model's).", minimum=1
     )
     on_bad_row: str = option("error", "What to do with a row that cannot be used.", choices=("error", "skip"))
     max_images_per_sample: int | None = option(
-        None, "Use at most so many images per row (default: what the model takes).", minimum=1
+        None, "Use at most N images per row (default: what the model takes).", minimum=1
     )
     max_messages_per_row: int = option(1000, "Most messages in a row.", minimum=1)
     date_string: str | None = option(None, "Today's date in chat templates (default: the day the run began).")
@@ -144,9 +132,7 @@ class DataArguments(RowArguments):
         choices=("auto", True, False),
     )
     max_tokens_per_batch: int | None = option(
-        None,
-        "Fill each process's batch up to so many tokens, padding included; replaces per_device_train_batch_size.",
-        minimum=1,
+        None, "Fill a batch to N tokens, padding included; replaces per_device_train_batch_size.", minimum=1
     )
     overlong_rows: str = option(
         "error",
@@ -157,9 +143,7 @@ class DataArguments(RowArguments):
         0.05, "With on_bad_row skip: stop if more than this share of the rows is bad.", minimum=0, maximum=1
     )
     streaming: bool = option(False, "Read rows one after another instead of converting files first; needs max_steps.")
-    assistant_only_loss: bool = option(
-        True, "Train on the assistant's answers and end tokens only; false: on all text."
-    )
+    assistant_only_loss: bool = option(True, "Train on answers and their end tokens only; false: on all text.")
 
 
 @dataclass(frozen=True)
@@ -167,17 +151,13 @@ class AnswerArguments:
     """How the model answers rows during training."""
 
     eval_generate_rows: int = option(
-        0, "At each evaluation, answer so many validation rows and log their scores (eval_metrics).", minimum=0
+        0, "At each evaluation, answer N validation rows and log their scores (eval_metrics).", minimum=0
     )
     eval_metrics: list[str] | str = option("exact_match", "Scores of these answers, such as exact_match or anls.")
-    eval_max_new_tokens: int = option(
-        64, "Longest answer in tokens, for validation rows and for those in report.html.", minimum=1
-    )
-    report_samples: int = option(
-        4, "Rows to answer before, during and after training, shown in report.html.", minimum=0
-    )
+    eval_max_new_tokens: int = option(64, "Most tokens in these answers, and in those of report.html.", minimum=1)
+    report_samples: int = option(4, "Rows to answer before and after training, for report.html.", minimum=0)
     early_stopping_patience: int | None = option(
-        None, "Stop after so many evaluations without a better metric_for_best_model.", minimum=1
+        None, "Stop after N evaluations without a better metric_for_best_model.", minimum=1
     )
 
     @property
@@ -189,7 +169,7 @@ class AnswerArguments:
 class CheckArguments:
     """Options that only `vlm-tuning check` uses."""
 
-    max_rows: int | None = option(None, "Check only so many rows (default: all).", minimum=1)
+    max_rows: int | None = option(None, "Check at most N rows (default: all).", minimum=1)
     decode_images: bool = option(False, "Decode each image in full instead of reading its header.")
     sample_rows: int = option(8, "Rows to show in full in check.html.", minimum=0)
 
@@ -205,14 +185,11 @@ class RunArguments:
         None, "Learning rate of the projector (default: learning_rate).", minimum=0
     )
     save_before_walltime: float | None = option(
-        None,
-        "Minutes that the queue allows; the run saves and ends with exit code 143 before they are over.",
-        above=0,
+        None, "Minutes that the queue allows; the run saves and ends with exit code 143 before they are over.", above=0
     )
     verify_save: bool | None = option(
         None,
-        "Read the saved model back and compare weights and logits (default: logits only if a second model fits into"
-        " memory).",
+        "Read the saved model back and compare weights and logits (default: logits if a second model fits).",
     )
     logging_dir: str | None = option(None, "Folder for TensorBoard's files (default: output_dir/runs).")
     accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch`, as a JSON object.")

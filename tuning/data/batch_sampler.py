@@ -287,11 +287,7 @@ def make_token_batches(
 
 
 def _share_of_process(training: TrainingArguments) -> dict[str, Any]:
-    return {
-        "rank": training.process_index,
-        "world": training.world_size,
-        "drop_last": training.dataloader_drop_last,
-    }
+    return {"rank": training.process_index, "world": training.world_size, "drop_last": training.dataloader_drop_last}
 
 
 def data_seed(training: TrainingArguments) -> int:
@@ -300,12 +296,7 @@ def data_seed(training: TrainingArguments) -> int:
 
 
 def begin_epoch(
-    batches: SharedBatches,
-    training: TrainingArguments,
-    state: TrainerState,
-    *,
-    padding: bool,
-    padded: bool,
+    batches: SharedBatches, training: TrainingArguments, state: TrainerState, *, padding: bool, padded: bool
 ) -> None:
     """Choose the epoch to read and pass over its finished steps, before its first batch.
 

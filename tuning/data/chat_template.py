@@ -1,4 +1,4 @@
-"""Messages → the text a model's chat template makes of them, and where in it the assistant's words stand."""
+"""Messages → text by the model's chat template, and where the assistant's answers are in it."""
 
 import re
 from collections.abc import Iterable
@@ -11,36 +11,36 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from tuning.data.messages import ROLES, Message
 from tuning.data.special_tokens import SpecialTokenEscaper
+from tuning.data.token_spans import Span
 from tuning.errors import UserError
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Span = tuple[int, int]
-PROBE = "\ue000probe{}\ue001"  # private-use characters: no template looks for them and no data holds them
+PROBE = "\ue000probe{}\ue001"  # private-use characters: no template looks for them and no data has them
 MARK = re.compile(PROBE.format(r"(\d+)"))
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """`text` as the template renders it, and the supervised character spans `[(start, end), …]`, one an answer.
+    """`text` as the template renders it, and the supervised spans, one for each answer.
 
-    `contents` are the spans of the answers' own words, without the end of turn. Control tokens in a row's words are
-    hidden behind stand-ins (`SpecialTokenEscaper`).
+    `contents` are the spans of the answers' own words, without the end of turn. Special tokens in a row's words are
+    escaped: see `SpecialTokenEscaper`.
     """
 
     text: str
-    spans: list[tuple[int, int]]
-    contents: list[tuple[int, int]]
+    spans: list[Span]
+    contents: list[Span]
 
 
 class ChatFormat:
-    """What one chat template expects and does, found by rendering probe conversations once.
+    """A chat template and how it renders messages, found by rendering probe conversations once.
 
-    - `string_roles`: roles whose content it takes as a plain string only.
-    - `joined_roles`: roles of whose text parts it renders only some; they are joined before rendering.
-    - `lead`: what it writes between the generation prompt and an answer: the model has to produce it.
-    - `end_of_turn`: what it writes after an answer, without blanks. A template that writes nothing would train a model
-      that never stops: there the tokenizer's end token is put after every answer (`adds_end_token`).
-    - `writes_placeholders`: whether an image part is rendered as the processor's image token.
+    - `string_roles`: the template takes the content of these roles only as a plain string.
+    - `joined_roles`: the template renders only some text parts of these roles, so they are joined before rendering.
+    - `lead`: the text between the generation prompt and an answer. The model has to write it.
+    - `end_of_turn`: the text after an answer, without blanks. Where the template writes none, the model would never
+      learn to stop. There the tokenizer's end token is added after every answer (`adds_end_token`).
+    - `writes_placeholders`: whether the template renders an image part as the processor's image token.
     """
 
     def __init__(self, processor: Any, *, date_string: str | None = None):
@@ -48,12 +48,13 @@ class ChatFormat:
         self.template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
         if not isinstance(self.template, str):
             raise UserError(
-                problem="the model has no chat template.", fix="Give one with chat_template: a Jinja file or its text."
+                problem="the model has no chat template.", fix="Set chat_template to a Jinja file or to its text."
             )
         self.image_token: str = getattr(processor, "image_token", None) or ""
         self.end_of_turn = ""
         self.has_markers = bool(GENERATION_MARKER.search(self.template))
-        self.controls = SpecialTokenEscaper(tokenizer, self.template, self.image_token)
+        self.tokenizer = tokenizer
+        self.escaper = SpecialTokenEscaper(tokenizer, self.template, self.image_token)
         self._variables = dict(tokenizer.special_tokens_map)
         self._variables["date_string"] = date_string or date.today().strftime("%d %b %Y")
         self.string_roles: frozenset[str] = frozenset()
@@ -63,27 +64,27 @@ class ChatFormat:
         self.adds_end_token = not self.end_of_turn
         if self.adds_end_token:
             self.end_of_turn = tokenizer.eos_token or ""
-            self.joined_roles |= {"assistant"}  # one end token an answer, not one a part
+            self.joined_roles |= {"assistant"}  # one end token for each answer, not for each part
         self.writes_placeholders = bool(self.image_token) and self.image_token in self._try_render(
             [{"role": "user", "content": [{"type": "image"}, _text(PROBE.format(0))]}, _message("assistant", "a")]
         )
 
     def render(self, messages: list[Message], where: str = "") -> RenderedChat:
-        """Render a conversation and locate what the assistant says, end of turn included, blanks after it not.
+        """Render a conversation and locate the answers, with their end of turn, without blanks after it.
 
-        Raises `UserError` when the template refuses the conversation or leaves out some of its words.
+        Raises `UserError` where the template refuses the conversation or leaves out some of its words.
         """
-        messages = [self._join_parts(message) for message in self.controls.hide(messages, where)]
+        messages = [self._join_parts(message) for message in self.escaper.escape(messages, where)]
         try:
             text, marked = self._render(messages)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(
                 where=where,
                 problem=f"the chat template refuses this conversation: {error}",
-                fix="Change the row or give a chat_template.",
+                fix="Change the row or set another chat_template.",
                 kind="refused by the chat template",
             ) from error
-        answers = None if self.has_markers else self._locate(messages, text, ROLES)  # every word is in its place
+        answers = None if self.has_markers else self._locate(messages, text, ROLES)  # proves that no word is missing
         if answers is None:
             self._check_words(messages, text, where)
             answers = self._marked_answers(text, marked) if self.has_markers else self._locate(messages, text)
@@ -91,7 +92,7 @@ class ChatFormat:
             raise UserError(
                 where=where,
                 problem="the chat template rewrites the assistant's words, so they cannot be located.",
-                fix="Give a chat_template with {% generation %} markers.",
+                fix="Set a chat_template with {% generation %} markers.",
                 kind="refused by the chat template",
             )
         return self._finish(text, answers)
@@ -103,15 +104,30 @@ class ChatFormat:
             return self._render(joined, add_generation_prompt=True)[0]
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(
-                problem=f"the chat template refuses to ask for an answer: {error}", fix="Give another chat_template."
+                problem=f"the chat template fails to write a generation prompt: {error}",
+                fix="Set another chat_template.",
             ) from error
 
     def count_placeholders(self, text: str) -> int | None:
-        """Image placeholders in a rendered text, or None where the template writes something else."""
+        """The number of image placeholders in a rendered text, or None where the template writes something else."""
         return text.count(self.image_token) if self.writes_placeholders else None
 
-    def _finish(self, text: str, answers: Iterable[tuple[int, int]]) -> RenderedChat:
-        """Begin each answer where the generation prompt ends, and end it after its end of turn."""
+    def find_split_prompt(self) -> str:
+        """The end of the generation prompt, where the tokenizer joins it with an answer's first word, or ""."""
+        question = _message("user", "Why?")
+        prompt = self.generation_prompt([question])
+        asked = self._encode(prompt)
+        for words in ("It is.", "The", "Yes.", "1"):
+            whole = self.render([question, _message("assistant", words)]).text
+            if whole.startswith(prompt) and self._encode(whole)[: len(asked)] != asked:
+                return prompt[-1:]
+        return ""
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _finish(self, text: str, answers: Iterable[Span]) -> RenderedChat:
+        """Extend each answer from the end of the generation prompt to the end of its turn."""
         pieces, spans, contents, copied, added = [], list[Span](), list[Span](), 0, 0
         for start, end in answers:
             contents.append((start + added, end + added))
@@ -129,19 +145,19 @@ class ChatFormat:
             spans.append((start, end))
         return RenderedChat("".join([*pieces, text[copied:]]), spans, contents)
 
-    def _marked_answers(self, text: str, marked: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The template's own `{% generation %}` spans, without what it writes after an answer."""
+    def _marked_answers(self, text: str, marked: Iterable[Span]) -> list[Span]:
+        """The template's own `{% generation %}` spans, without the text that it writes after an answer."""
         return [
             (start, end - len(self._marked_tail) if text.endswith(self._marked_tail, start, end) else end)
             for start, end in marked
         ]
 
     def _locate(self, messages: list[Message], text: str, roles: Iterable[str] = ("assistant",)) -> list[Span] | None:
-        """Find the answers by rendering once more with every text of `roles` replaced by a unique mark.
+        """Find the answers by rendering again with every text of `roles` replaced by a unique mark.
 
-        What stands between the marks is the frame around the texts; `text` must be that frame with the texts in it,
-        else the result is None. Unlike rendering prefixes, this needs two renderings for any number of turns, and
-        holds for templates that write a turn differently when others follow.
+        The text between the marks is what the template adds. With the texts put back in the place of the marks it must
+        equal `text`, otherwise the result is None. Unlike rendering prefixes, this needs two renderings for any number
+        of turns, and works for templates that write a turn differently where others follow.
         """
         marked, texts = [], list[tuple[int, str]]()
         for index, message in enumerate(messages):
@@ -178,7 +194,7 @@ class ChatFormat:
                     problem=(
                         f"the chat template leaves out words of this {message['role']} message: {words.strip()[:60]!r}."
                     ),
-                    fix="Change the row or give a chat_template.",
+                    fix="Change the row or set another chat_template.",
                     kind="words left out by the chat template",
                 )
 
@@ -190,7 +206,7 @@ class ChatFormat:
         images = [part for part in message["content"] if part["type"] != "text"]
         return {**message, "content": [*images, joined]}
 
-    def _render(self, messages: list[Message], **options) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, messages: list[Message], **options) -> tuple[str, list[Span]]:
         shaped = [
             {**message, "content": message["content"][0]["text"]}
             if message["role"] in self.string_roles and message["content"][0]["type"] == "text"
@@ -204,12 +220,12 @@ class ChatFormat:
         return rendered[0], marked[0] if self.has_markers else []
 
     def _try_render(self, messages: list[Message]) -> str:
-        """The rendering, or "" when the template does not take the messages."""
+        """The rendered text, or "" where the template does not take the messages."""
         try:
             text = self._render(messages)[0]
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError):
             return ""
-        return "" if re.search(r"""['"]type['"]\s*:""", text) else text  # a list that was printed instead of read
+        return "" if re.search(r"""['"]type['"]\s*:""", text) else text  # the list of parts, printed as it is
 
     def _probe_content(self) -> None:
         for role in ("user", "assistant", "system"):
@@ -225,7 +241,7 @@ class ChatFormat:
         question, mark = _message("user", "q"), PROBE.format(0)
         if mark not in self._try_render([question, _message("assistant", mark)]):
             raise UserError(
-                problem="the chat template does not render an assistant's answer.", fix="Give another chat_template."
+                problem="the chat template does not render an assistant's answer.", fix="Set another chat_template."
             )
         text, marked = self._render([question, _message("assistant", mark)])
         before, after = text.split(mark)
@@ -244,9 +260,6 @@ def _message(role: str, text: str) -> Message:
 
 
 def _conversation_around(role: str, parts: list[dict]) -> list[Message]:
-    """The shortest ordinary conversation in which `role` says `parts`."""
-    system, question, answer = _message("system", "s"), _message("user", "q"), _message("assistant", "a")
-    spoken = {"role": role, "content": parts}
-    return {"system": [spoken, question, answer], "user": [spoken, answer], "assistant": [question, spoken]}[role] or [
-        system
-    ]
+    """The shortest ordinary conversation with a message of `role` that has `parts`."""
+    question, answer, message = _message("user", "q"), _message("assistant", "a"), {"role": role, "content": parts}
+    return {"system": [message, question, answer], "user": [message, answer], "assistant": [question, message]}[role]

@@ -6,17 +6,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from tuning.data.encode import IGNORED, Sample, Skipped
 from tuning.errors import UserError
 
+INFO = "info"  # the key of a batch under which its `BatchInfo` lies
+
 
 @dataclass(frozen=True)
 class BatchInfo:
-    """What the trainer tells of a batch; travels beside its tensors and never reaches the model.
+    """Counts and messages about a batch, for the trainer. The model never gets them.
 
-    `tokens` counts real tokens, padding excluded. `rows_with_images`: of those that train. `cut`: rows whose answers
-    were cut. `skipped`: rows left out, by where they stand.
+    `tokens` counts real tokens, without padding. `rows_with_images` counts rows with a supervised token only. `cut`:
+    rows whose answers were cut. `skipped`: rows left out, by their place in the data. `error`: a bad row that must end
+    the run; such a batch has no tensors.
     """
 
     rows: list[str] = field(default_factory=list)
@@ -33,14 +37,14 @@ class BatchInfo:
 class Collator:
     """Joins samples and their images.
 
-    `padding_free`: samples lie end to end in one row `[1, T]` with positions that begin anew at each, and
-    `cu_seq_lens_q` `[samples + 1]` says where (Hugging Face's names: `FlashAttentionKwargs`); there is no attention
-    mask. Else they are padded on the right to the longest, `[samples, T]`. May be changed until the first batch.
+    `padding_free`: samples lie end to end in one row `[1, T]`, with positions that restart at 0 in each sample and
+    without an attention mask. `cu_seq_lens_q` `[samples + 1]` has the bounds of the samples (Hugging Face's name:
+    `FlashAttentionKwargs`). Otherwise samples are padded on the right to the longest, `[samples, T]`.
 
-    `nested_images`: the processor gives image tensors a dimension of rows first (`[rows, images, …]`, Mllama,
-    Idefics) instead of joining the images of all rows (`[images, …]`, LLaVA). `blank_image` holds such a processor's
-    tensors for one blank image: they fill the place of a row without images. `filler`: joins a batch that has no
-    image, where there are several processes; see `Encoder.filler`.
+    `nested_images`: the first dimension of the processor's image tensors is the rows (`[rows, images, …]`: Mllama,
+    Idefics). Otherwise it is the images of all rows (`[images, …]`: LLaVA). `blank_image` has such a processor's
+    tensors for one blank image: they fill the place of a row without images. `dummy_image_sample` is added to a batch
+    without an image, where there are several processes: see `dummy_samples.py`.
     """
 
     pad_token_id: int
@@ -52,12 +56,16 @@ class Collator:
     def __call__(self, samples: Sequence[Sample | UserError]) -> dict[str, Any]:
         for sample in samples:
             if isinstance(sample, UserError):
-                return {"facts": BatchInfo(error=sample)}
+                return {INFO: BatchInfo(error=sample)}
         good = [sample for sample in samples if isinstance(sample, Sample)]
-        facts = gather_facts(good)
-        if self.dummy_image_sample and not any(sample.images for sample in good):
-            good.append(self.dummy_image_sample)
-        return {**self._sequences(good), **self._images(good), "facts": facts}
+        return {**self.join(good), INFO: describe_batch(good)}
+
+    def join(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The batch as the model takes it, with labels and without its info."""
+        joined = list(samples)
+        if self.dummy_image_sample and not any(sample.images for sample in joined):
+            joined.append(self.dummy_image_sample)
+        return {**self._sequences(joined), **self._images(joined)}
 
     def _sequences(self, samples: list[Sample]) -> dict[str, Any]:
         rows = _columns([sample.sequence for sample in samples])
@@ -78,7 +86,13 @@ class Collator:
         }
 
 
-def gather_facts(samples: Sequence[Sample]) -> BatchInfo:
+def take_info(batch: dict[str, Any]) -> BatchInfo:
+    """Take the info off a batch. What is left is for the model."""
+    return batch.pop(INFO)
+
+
+def describe_batch(samples: Sequence[Sample]) -> BatchInfo:
+    """The info of a batch of these samples."""
     supervised = [int((sample.sequence["labels"] != IGNORED).sum()) for sample in samples]
     return BatchInfo(
         rows=[sample.where for sample in samples],
@@ -94,7 +108,7 @@ def gather_facts(samples: Sequence[Sample]) -> BatchInfo:
 
 
 def _columns(sequences: list[dict[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-    """Name → the tensor of each row, `[T, …]`; zeros where a row has none."""
+    """By name, the tensor of each row, `[T, …]`. A row that lacks one gets zeros."""
     columns = {}
     for name in dict.fromkeys(name for sequence in sequences for name in sequence):
         like = next(sequence[name] for sequence in sequences if name in sequence)
@@ -106,7 +120,7 @@ def _columns(sequences: list[dict[str, torch.Tensor]]) -> dict[str, list[torch.T
 
 
 def join_end_to_end(rows: dict[str, list[torch.Tensor]]) -> dict[str, Any]:
-    """One row of all samples, `[1, T, …]`, with what tells them apart; see `Collator`."""
+    """One row of all samples, `[1, T, …]`, with the bounds of the samples; see `Collator`."""
     lengths = torch.tensor([len(ids) for ids in rows["input_ids"]])
     bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     batch = {name: torch.cat(values)[None] for name, values in rows.items() if name != "attention_mask"}
@@ -116,11 +130,11 @@ def join_end_to_end(rows: dict[str, list[torch.Tensor]]) -> dict[str, Any]:
 
 
 def pad_to_largest(tensors: list[torch.Tensor], value: float, *, keep_first: bool = False) -> list[torch.Tensor]:
-    """Pad every dimension (all but the first with `keep_first`) at its end to the largest among `tensors`."""
+    """Pad every dimension at its end to the largest among `tensors`. `keep_first` leaves out the first dimension."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:
-        missing = [wanted - size for wanted, size in zip(largest, tensor.shape, strict=True)]
+        missing = [most - size for most, size in zip(largest, tensor.shape, strict=True)]
         if keep_first:
             missing[0] = 0
         # F.pad counts dimensions from the last: (before, after) of each.
@@ -130,9 +144,7 @@ def pad_to_largest(tensors: list[torch.Tensor], value: float, *, keep_first: boo
 
 
 def probe_collator(processor: Any) -> Collator:
-    """The collator that fits `processor`, found by giving it one row of two blank images."""
-    from PIL import Image
-
+    """The collator for `processor`. Processes one row of two blank images to see the shape of its tensors."""
     blank = Image.new("RGB", (32, 32))
     process = processor.image_processor
     nested = process([[blank, blank]], return_tensors="pt")["pixel_values"].shape[0] == 1

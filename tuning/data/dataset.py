@@ -1,4 +1,4 @@
-"""A source seen through an encoder: what the DataLoader's workers index, or read one after the other."""
+"""Encoded rows for a DataLoader, by number or as a stream."""
 
 import itertools
 import random
@@ -12,16 +12,16 @@ from tuning.data.encode import Encoder, Sample, Skipped
 from tuning.data.sources import Mixture, Row, Source, Stream
 from tuning.errors import UserError
 
-SHUFFLED_ROWS = 1000  # how many streamed rows are held to choose the next from
+SHUFFLED_ROWS = 1000  # streamed rows in memory from which the next is drawn
 
 
 def encode_row(row: Row | UserError, encoder: Encoder, skip_bad_rows: bool) -> Sample | UserError:
-    """Encode a row. A bad one is returned as its `UserError`, or as a `Sample` without labels that takes its place.
+    """Encode a row. Returns the `UserError` of a bad row, or with `skip_bad_rows` a placeholder `Sample`.
 
-    Raised inside a worker process, the error's message would reach the user buried in the worker's traceback.
+    Raised in a worker process, the error would reach the user inside the worker's traceback.
     """
     if isinstance(row, UserError):
-        return row  # the data ends here: there is nothing to skip to
+        return row  # no row can be read after this one, so it cannot be skipped
     try:
         return encoder.encode(row)
     except UserError as error:
@@ -31,7 +31,7 @@ def encode_row(row: Row | UserError, encoder: Encoder, skip_bad_rows: bool) -> S
 
 
 class EncodedRows(Dataset):
-    """Rows encoded when asked for."""
+    """Rows that are encoded when they are read."""
 
     def __init__(self, source: Source | Mixture, encoder: Encoder, *, skip_bad_rows: bool = False):
         self.source, self.encoder, self.skip_bad_rows = source, encoder, skip_bad_rows
@@ -46,9 +46,9 @@ class EncodedRows(Dataset):
 class StreamedRows(IterableDataset):
     """Streamed rows of process `rank` of `world`, epoch after epoch without end, in an order that only `seed` decides.
 
-    Rows come in blocks of `batch_size` for each process. With W workers, worker w reads all rows and passes on its
-    process's share of block w, W + w, …, so that the order of batches depends neither on W nor on `world`. `start`:
-    the block to begin with, for a run that goes on; the blocks before it are read, but no image in them is decoded.
+    A block has `batch_size` rows for each process. Each of W workers reads all rows, and worker w gives its process's
+    share of blocks w, W + w, …, so the order of batches depends neither on W nor on `world`. `start`: the first block,
+    for a resumed run. The blocks before it are read, but their images are not decoded.
     """
 
     def __init__(self, stream: Stream, *, batch_size: int, seed: int, rank: int = 0, world: int = 1, start: int = 0):
@@ -59,19 +59,19 @@ class StreamedRows(IterableDataset):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         first = self.start * self.batch_size * self.world
-        for index, row in enumerate(itertools.islice(self._endless(), first, None)):
+        for index, row in enumerate(itertools.islice(self._read_epochs(), first, None)):
             block, place = divmod(index // self.batch_size, self.world)
             if place == self.rank and block % workers == number:
                 yield row
 
-    def _endless(self) -> Iterator[Row | UserError]:
+    def _read_epochs(self) -> Iterator[Row | UserError]:
         for epoch in itertools.count():
             choose = random.Random(f"{self.seed} {epoch}")
             yield from shuffle_nearby(self.stream.one_epoch(choose), choose)
 
 
 def shuffle_nearby(rows: Iterator[Row | UserError], choose: random.Random) -> Iterator[Row | UserError]:
-    """Every row once, each drawn at random from the next `SHUFFLED_ROWS`."""
+    """Each row once, drawn at random from the next `SHUFFLED_ROWS`."""
     held = list(itertools.islice(rows, SHUFFLED_ROWS))
     for row in rows:
         place = choose.randrange(len(held))
@@ -82,7 +82,7 @@ def shuffle_nearby(rows: Iterator[Row | UserError], choose: random.Random) -> It
 
 
 class EncodingCollator:
-    """Encodes streamed rows as it batches them: the workers' share of the work is what it is with `EncodedRows`."""
+    """Encodes streamed rows when it makes a batch of them, so that workers encode as they do with `EncodedRows`."""
 
     def __init__(self, encoder: Encoder, collator: Collator, skip_bad_rows: bool):
         self.encoder, self.collator, self.skip_bad_rows = encoder, collator, skip_bad_rows

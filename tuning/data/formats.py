@@ -1,11 +1,11 @@
-"""Which of the forms people keep chat data in a dataset has, and how its rows are read."""
+"""The format of a dataset (LLaVA, ShareGPT, prompt and completion, …), and how its rows are read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.data.images import list_images
-from tuning.data.messages import IMAGE_STRING, Conversation, Message, find_source, read_messages, take_images
+from tuning.data.messages import IMAGE_STRING, Conversation, Message, find_own_image, read_messages, take_images
 from tuning.errors import UserError, error_field
 
 DEFAULT_TEXT_FIELD, DEFAULT_IMAGE_FIELD = "messages", "images"
@@ -13,10 +13,10 @@ DEFAULT_TEXT_FIELD, DEFAULT_IMAGE_FIELD = "messages", "images"
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows hold their conversation.
+    """The columns of a conversation, and how to read them.
 
-    `text_fields`: one column of messages, or a prompt's and its completion's. `image_field`: the column of images, or
-    None where messages bring their own. `image_strings`: `<image>` within text stands for an image.
+    `text_fields`: one column of messages, or the columns of a prompt and its completion. `image_field`: the column of
+    images, or None where the messages contain them. `image_strings`: `<image>` in a text stands for an image.
     """
 
     text_fields: tuple[str, ...] = (DEFAULT_TEXT_FIELD,)
@@ -28,10 +28,15 @@ class RowFormat:
     def columns(self) -> list[str]:
         return [*self.text_fields, *([self.image_field] if self.image_field else [])]
 
-    def read(self, columns: Mapping[str, Any], where: str, *, needs_answer: bool = True) -> Conversation:
-        """The conversation of a row; with `needs_answer`, one without an answer cannot be used.
+    @property
+    def field_of_images(self) -> str:
+        """The column that images come from."""
+        return self.image_field or self.text_fields[0]
 
-        Raises `UserError` naming field, message and part of what is wrong.
+    def read(self, columns: Mapping[str, Any], where: str, *, needs_answer: bool = True) -> Conversation:
+        """The conversation of a row. `needs_answer` refuses one without an answer.
+
+        Raises `UserError` with field, message and part.
         """
         stored = list_images(columns[self.image_field]) if self.image_field else []
         if len(self.text_fields) == 2:
@@ -39,62 +44,70 @@ class RowFormat:
         field = self.text_fields[0]
         with error_field(field):
             messages = read_messages(
-                columns[field],
-                f"{where}, field '{field}'",
-                image_strings=self.image_strings,
-                needs_answer=needs_answer,
+                columns[field], f"{where}, field '{field}'", image_strings=self.image_strings, needs_answer=needs_answer
             )
         return Conversation(*take_images(messages, stored))
 
     def _read_pair(self, columns: Mapping[str, Any], stored: list[Any], where: str) -> Conversation:
-        """A prompt and its completion, as text or as messages; only the completion is trained."""
-        values = []
-        for field, role in zip(self.text_fields, ("user", "assistant"), strict=True):
-            value = columns[field]
-            place = f"{where}, field '{field}'"
-            with error_field(field):
-                if value and not isinstance(value, (str, list, tuple)):
-                    found = f"{type(value).__name__} {str(value)[:60]}"
-                    raise UserError(
-                        where=place, problem=f"expected text or messages, found {found}.", kind="malformed content"
-                    )
-                if not value:
-                    raise UserError(
-                        where=place, problem="is empty.", fix="Fill it in or drop the row.", kind="empty content"
-                    )
-            values.append([{"role": role, "content": value}] if isinstance(value, str) else list(value))
-        prompt, completion = values
-        with error_field(self.text_fields[1]):
-            place = f"{where}, fields '{self.text_fields[0]}' and '{self.text_fields[1]}'"
+        """A prompt and its completion, as text or as messages. Only the completion is trained."""
+        prompt_field, completion_field = self.text_fields
+        prompt = _read_turns(columns[prompt_field], "user", where, prompt_field)
+        completion = _read_turns(columns[completion_field], "assistant", where, completion_field)
+        with error_field(completion_field):
+            place = f"{where}, fields '{prompt_field}' and '{completion_field}'"
             messages = read_messages([*prompt, *completion], place, image_strings=self.image_strings)
-            if not any(message["role"] == "assistant" for message in messages[len(prompt) :]):
-                place = f"{where}, field '{self.text_fields[1]}'"
-                raise UserError(
-                    where=place,
-                    problem="has no assistant turn.",
-                    fix="Add an answer or drop the row.",
-                    kind="no answer",
-                )
+        if not any(message["role"] == "assistant" for message in messages[len(prompt) :]):
+            raise UserError(
+                where=f"{where}, field '{completion_field}'",
+                problem="the completion has no assistant turn.",
+                fix="Add an answer or drop the row.",
+                field=completion_field,
+                kind="no answer",
+            )
         if stored and not any(part["type"] == "image" for message in messages for part in message["content"]):
             first = next((i for i, message in enumerate(messages[: len(prompt)]) if message["role"] != "system"), None)
             if first is None:
-                with error_field(self.text_fields[0]):
-                    place = f"{where}, field '{self.text_fields[0]}'"
-                    raise UserError(
-                        where=place, problem="has no user message for the images to be in.", kind="no question"
-                    )
-            images = [{"type": "image"} for _ in stored]  # a prompt that does not place its images has them first
+                raise UserError(
+                    where=f"{where}, field '{prompt_field}'",
+                    problem="the prompt has no user message, so there is no place for the images.",
+                    fix="Add a user message or drop the row.",
+                    field=prompt_field,
+                    kind="no question",
+                )
+            images = [{"type": "image"} for _ in stored]  # where a prompt does not place its images, they come first
             messages[first] = {**messages[first], "content": [*images, *messages[first]["content"]]}
         return Conversation(*take_images(messages, stored), trained_from=len(prompt))
+
+
+def _read_turns(value: Any, role: str, where: str, field: str) -> list[Any]:
+    """The messages of a prompt or a completion. Text is one message of `role`."""
+    where = f"{where}, field '{field}'"
+    if not value:
+        raise UserError(
+            where=where,
+            problem="the field is empty.",
+            fix="Fill it in or drop the row.",
+            field=field,
+            kind="empty content",
+        )
+    if not isinstance(value, (str, list, tuple)):
+        raise UserError(
+            where=where,
+            problem=f"expected text or messages, found {type(value).__name__} {str(value)[:60]}.",
+            fix="Use text or a list of messages.",
+            field=field,
+            kind="malformed content",
+        )
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
 
 
 def detect_format(
     names: Sequence[str], first_rows: Sequence[Mapping[str, Any]], *, text_field: str, image_field: str, where: str
 ) -> RowFormat:
-    """The form of a dataset, from its columns `names` and its first rows.
+    """Find the format of a dataset from its columns `names` and its first rows.
 
-    `text_field` and `image_field` are taken where they exist; else, unless the user named others, the columns that
-    LLaVA, ShareGPT and prompt/completion files have. Raises `UserError` listing the columns where none fits.
+    Uses `text_field` and `image_field` where they exist. Where they do not and have their default, uses the columns of
+    LLaVA, ShareGPT and prompt/completion files. Raises `UserError` with the list of columns where none fits.
     """
     text_fields, name = _find_text_fields(names, text_field, where)
     values = [row[field] for row in first_rows for field in text_fields]
@@ -105,7 +118,7 @@ def detect_format(
         format = replace(format, image_field=image_field)
     elif image_field == DEFAULT_IMAGE_FIELD and "image" in names:
         format = replace(format, image_field="image")
-    elif not any(_brings_image(part) for value in values for part in _parts_of(value)):
+    elif not any(_has_own_image(part) for value in values for part in _parts_of(value)):
         raise _missing("dataset_image_field", image_field, names, where)
     return replace(format, image_strings=_uses_image_strings(format, first_rows))
 
@@ -121,11 +134,12 @@ def _find_text_fields(names: Sequence[str], text_field: str, where: str) -> tupl
 
 
 def _missing(option: str, field: str, names: Sequence[str], where: str) -> UserError:
-    return UserError(where=where, problem=f"has no column '{field}'; it has: {', '.join(names)}.", fix=f"Set {option}.")
+    found = ", ".join(names)
+    return UserError(where=where, problem=f"there is no column '{field}', only: {found}.", fix=f"Set {option}.")
 
 
 def describe_format(format: RowFormat, text_field: str, image_field: str) -> str | None:
-    """One sentence on a form that was detected; None for the documented one under the names that were given."""
+    """One sentence about a detected format. None for messages and images in the columns that the options name."""
     if format == RowFormat((text_field,), image_field):
         return None
     images = f"images in '{format.image_field}'" if format.image_field else "images inside the messages"
@@ -144,12 +158,15 @@ def _parts_of(value: Any) -> Iterable[dict]:
         yield from (part for part in content if isinstance(part, dict)) if isinstance(content, (list, tuple)) else ()
 
 
-def _brings_image(part: dict) -> bool:
-    return part.get("type") in ("image", "image_url") and find_source(part) is not None
+def _has_own_image(part: dict) -> bool:
+    return part.get("type") in ("image", "image_url") and find_own_image(part) is not None
 
 
 def _uses_image_strings(format: RowFormat, first_rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether `<image>` marks images: LLaVA's form, or most rows have as many as images, and none an image part."""
+    """Whether `<image>` marks images.
+
+    It does in LLaVA's format, and where no row has an image part and most rows have as many marks as images.
+    """
     if format.name.startswith("conversations with"):
         return True
     fitting = 0

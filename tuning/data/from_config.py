@@ -16,10 +16,12 @@ from tuning.data.batch_sampler import data_seed
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import Collator, probe_collator
 from tuning.data.dataset import EncodedRows, StreamedRows, encode_row
+from tuning.data.dummy_samples import dummy_image_sample
 from tuning.data.encode import Encoder
 from tuning.data.formats import describe_format
 from tuning.data.images import ImageRules
-from tuning.data.sources import Mixture, Part, Source, Stream, open_source
+from tuning.data.open_source import open_source
+from tuning.data.sources import DataFile, Mixture, Source, Stream
 from tuning.errors import UserError
 
 TYPICAL_IMAGE = (1024, 768)
@@ -36,9 +38,9 @@ class TrainingData:
     collator: Collator
 
     @property
-    def parts(self) -> list[Part]:
-        """The files and splits of the training rows."""
-        return source_of(self.train).parts
+    def files(self) -> list[DataFile]:
+        """The files, or splits on the Hub, of the training rows."""
+        return source_of(self.train).files
 
 
 def source_of(rows: EncodedRows | StreamedRows) -> Source | Mixture | Stream:
@@ -62,8 +64,8 @@ def open_data(
     """
     encoder, skip = make_encoder(config.data, processor, model_config, date_string), config.data.on_bad_row == "skip"
     collator = probe_collator(processor)
-    if config.training.world_size > 1:  # every batch then has an image: see `Encoder.dummy_image_sample`
-        collator = replace(collator, dummy_image_sample=encoder.dummy_image_sample())
+    if config.training.world_size > 1:  # every batch then has an image: see `dummy_image_sample`
+        collator = replace(collator, dummy_image_sample=dummy_image_sample(encoder))
     check_first_rows(rows, encoder, skip)
     train = (
         _stream_rows(rows, config, steps_done)
@@ -106,15 +108,15 @@ def open_rows(config: RunConfig) -> Source | Mixture | Stream:
         open_path(data, entry["path"], entry.get("split") or data.dataset_split, streaming=data.streaming)
         for entry in entries
     ]
-    print_formats([part for source in sources for part in source.parts], data)
+    print_formats([file for source in sources for file in source.files], data)
     weights = [entry["weight"] for entry in entries] if entries[0].get("weight") else None
     if data.streaming:  # the sizes of files are unknown: those of one dataset share its weight equally
         pairs = zip(sources, weights or [], strict=False)
-        shared = [weight / len(source.parts) for source, weight in pairs for _ in source.parts]
-        return Stream([part for source in sources for part in source.parts], shared or None)
+        shared = [weight / len(source.files) for source, weight in pairs for _ in source.files]
+        return Stream([file for source in sources for file in source.files], shared or None)
     if weights:
         return Mixture(sources, weights)
-    return Source([part for source in sources for part in source.parts])
+    return Source([file for source in sources for file in source.files])
 
 
 def open_validation_rows(config: RunConfig) -> Source:
@@ -138,9 +140,9 @@ def open_path(
     )
 
 
-def print_formats(parts: Iterable[Part], data: SourceArguments) -> None:
+def print_formats(files: Iterable[DataFile], data: SourceArguments) -> None:
     """Print which formats were recognized, other than the documented one."""
-    sentences = (describe_format(part.format, data.dataset_text_field, data.dataset_image_field) for part in parts)
+    sentences = (describe_format(file.format, data.dataset_text_field, data.dataset_image_field) for file in files)
     for sentence in dict.fromkeys(filter(None, sentences)):
         print0(f"Rows: {sentence}")
 
@@ -185,6 +187,4 @@ def make_encoder(
 
 def dummy_batch(encoder: Encoder, rows: int) -> dict[str, torch.Tensor]:
     """A batch of `rows` rows for the model, with one dummy image each and no supervised token."""
-    batch = probe_collator(encoder.processor)([encoder.dummy_image_sample()] * rows)
-    del batch["facts"]
-    return batch
+    return probe_collator(encoder.processor).join([dummy_image_sample(encoder)] * rows)

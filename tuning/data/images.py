@@ -1,4 +1,4 @@
-"""Stored images of a row → pictures in RGB, or only their size."""
+"""The stored images of a row → decoded images in RGB, or only their size."""
 
 import base64
 import binascii
@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tuning.data.image_download import fetch_image
-from tuning.errors import UserError
+from tuning.errors import UserError, first_line
 
 THUMBNAIL = (320, 320)
-ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 turn the picture by a quarter (CIPA DC-008)
+ORIENTATION = 0x0112  # the EXIF tag; with 5 to 8, width and height change places (CIPA DC-008)
 PNG_EXIF = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-# What Pillow raises on damaged files: its decoders check little.
+# What Pillow was seen to raise for damaged files. Its decoders read them with little checking of their own.
 UNREADABLE = (
     *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error),
     *(NotImplementedError, RuntimeError, TypeError, LookupError, ArithmeticError),
@@ -30,10 +31,11 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class ImageRules:
-    """What an image may be and where it may lie.
+    """Which images may be read.
 
-    `folder`: where relative paths start and which they may not leave; None for the data file's. `max_pixels` and
-    `max_bytes` are of one image, before it is decoded.
+    `folder`: relative paths start here and may not lead out of it. None stands for the data file's folder.
+    `allow_outside` allows paths that lead out of it, `allow_remote` addresses in the network. `max_pixels` and
+    `max_bytes` limit one image, before it is decoded.
     """
 
     folder: str | None = None
@@ -45,17 +47,18 @@ class ImageRules:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image as it is stored: the file it lies in, or its bytes. `format`: what its header says, as in `png`."""
+    """An image as it is stored: its file, or its bytes. `format`: by its header, such as `png`."""
 
     content: Path | bytes
     format: str
 
     def read(self) -> bytes:
+        """The bytes of the image."""
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
 
 def list_images(value: Any) -> list[Any]:
-    """The stored images of a row as a list: nothing, one image, or several."""
+    """The stored images of a row as a list. `value` is None, one image, or several."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -64,49 +67,59 @@ def list_images(value: Any) -> list[Any]:
 def load_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> Image.Image:
     """Decode one stored image to RGB: PIL, `{"bytes", "path"}`, a path, a URL, a data URI or base64 text.
 
-    Relative paths start from `folder`, the data file's. The camera's orientation (EXIF) is applied, transparent
-    pictures are laid on white, and of an animation the first frame is taken. Raises `UserError` when there is no such
-    file, it is not a readable image, or it breaks one of `rules`.
+    Relative paths start from `folder`, the data file's. Applies the camera's orientation (EXIF), puts transparent
+    images on white, and takes the first frame of an animation. Raises `UserError` where there is no such file, it is
+    not a readable image, or it breaks one of `rules`.
     """
-    try:
+    with _unreadable_is_user_error(where):
         image = _open_checked(stored, folder, where, rules)
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
-    except UNREADABLE as error:
-        raise _unreadable(error, where) from error
 
 
 def measure_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> tuple[int, int]:
-    """Width and height as `load_image` would give them, from the image's header alone, under the same rules."""
-    try:
+    """Width and height of the image that `load_image` would give, from its header, under the same rules."""
+    with _unreadable_is_user_error(where):
         image = _open_checked(stored, folder, where, rules)
         turned = _reads_exif(image) and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    except UNREADABLE as error:
-        raise _unreadable(error, where) from error
-    return (image.height, image.width) if turned else image.size
+        return (image.height, image.width) if turned else image.size
 
 
 def _reads_exif(image: Image.Image) -> bool:
-    """Pillow would decode a PNG whose header has no EXIF to look for it behind the pixels, where it is not in use.
+    """Whether the orientation must be read from EXIF.
 
-    The size that it tells of a TIFF is the turned one.
+    Where a PNG's header has no EXIF, Pillow would decode the image to look for it behind the pixels, where nobody puts
+    it. For a TIFF, Pillow gives the turned size.
     """
     return image.format != "TIFF" and (image.format != "PNG" or any(key in image.info for key in PNG_EXIF))
 
 
 def find_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> EncodedImage:
-    """The encoded image that `load_image` would decode, under the same rules; only its header is read."""
-    try:
+    """The encoded image that `load_image` would decode, under the same rules. Reads only its header."""
+    with _unreadable_is_user_error(where):
         content = _find_encoded(stored, folder, where, rules)
         with _open(content, where, rules) as image:
             return EncodedImage(content, str(image.format).lower())
+
+
+@contextmanager
+def _unreadable_is_user_error(where: str) -> Iterator[None]:
+    try:
+        yield
     except UNREADABLE as error:
-        raise _unreadable(error, where) from error
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is not in a known image format" if is_unknown else first_line(error)
+        raise UserError(
+            where=where,
+            problem=f"the image cannot be read: {reason}.",
+            fix="Replace it or drop the row.",
+            kind="unreadable image",
+        ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB, 8 bits a channel; transparency shows white."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits of grey: Pillow would cut them off at 255
+    """Convert any mode to RGB with 8 bits per channel. Transparent pixels become white."""
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits of grey: Pillow would clip them at 255
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
         top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 255.0 if image.mode == "F" else 65535.0
         image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
@@ -125,9 +138,9 @@ def _open(content: Image.Image | Path | bytes, where: str, rules: ImageRules) ->
     if isinstance(content, Image.Image):
         image = content
     else:
-        with _without_pillows_limit():
+        with _without_pillow_limit():
             image = Image.open(content if isinstance(content, Path) else io.BytesIO(content))
-    if image.format == "EPS":  # a program in PostScript: Pillow would have Ghostscript run it
+    if image.format == "EPS":  # a PostScript program: Pillow would let Ghostscript run it
         raise UnidentifiedImageError
     if image.width * image.height > rules.max_pixels:
         raise UserError(
@@ -142,8 +155,8 @@ def _open(content: Image.Image | Path | bytes, where: str, rules: ImageRules) ->
 
 
 @contextmanager
-def _without_pillows_limit():
-    """Pillow warns of large images and odd EXIF, and refuses what is twice its own limit: ours takes its place."""
+def _without_pillow_limit() -> Iterator[None]:
+    """Turn off Pillow's limit of pixels, which `max_pixels` replaces, and its warnings about large images and EXIF."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
@@ -154,37 +167,45 @@ def _without_pillows_limit():
 
 
 def _find_encoded(stored: Any, folder: Path | None, where: str, rules: ImageRules) -> Path | bytes:
-    """The file or the bytes that `stored` stands for."""
+    """The file or the bytes of a stored image."""
     if isinstance(stored, dict):
         stored = stored.get("bytes") or stored.get("path") or stored
     if isinstance(stored, bytes):
         return _check_bytes(stored, where, rules)
     if not isinstance(stored, str) or not stored:
-        found = f"{type(stored).__name__} {str(stored)[:60]!r}"
-        raise UserError(where=where, problem=f"expected an image, found {found}.", kind="not an image")
+        raise UserError(
+            where=where,
+            problem=f"expected an image, found {type(stored).__name__} {str(stored)[:60]!r}.",
+            fix="Give a path, an address, bytes or base64 text.",
+            kind="not an image",
+        )
     if stored.startswith("data:"):
         return _check_bytes(_decode_base64(stored.partition(",")[2]), where, rules)
     if stored.startswith(("http://", "https://")):
         if not rules.allow_remote:
-            advice = "Download the images, or set allow_remote_images true."
             raise UserError(
-                where=where, problem=f"the image is on the network: {stored[:200]}.", fix=advice, kind="remote image"
+                where=where,
+                problem=f"the image is on the network: {stored[:200]}.",
+                fix="Download the images, or set allow_remote_images true.",
+                kind="remote image",
             )
         return fetch_image(stored, where, max_bytes=rules.max_bytes)
     start = Path(rules.folder).expanduser() if rules.folder else folder or Path(".")
     name = unquote(stored.removeprefix("file://")) if stored.startswith("file://") else stored
     path = start / os.path.expanduser(name)
     if rules.folder and folder and len(stored) < 1024 and not os.path.isfile(path) and _is_inside(folder / name, start):
-        path = folder / name  # image_folder may also be the fence around paths that start from the data file
-    if len(stored) < 1024 and os.path.isfile(path):  # Path's own methods raise on base64 text: it is no file name
+        path = folder / name  # paths may also start from the data file and stay inside image_folder
+    if len(stored) < 1024 and os.path.isfile(path):  # Path's own methods raise on base64 text: it is not a file name
         _check_place(path, start, where, rules)
         _check_size(path.stat().st_size, where, rules)
         return path
     decoded = _decode_base64(stored) if len(stored) >= 64 else b""
     if not decoded:
-        advice = "Relative paths start from the data file's folder, or from image_folder."
         raise UserError(
-            where=where, problem=f"there is no image file {str(path)[:500]}.", fix=advice, kind="missing image file"
+            where=where,
+            problem=f"there is no image file {str(path)[:500]}.",
+            fix="Set image_folder, or give the path from the data file's folder.",
+            kind="missing image file",
         )
     return _check_bytes(decoded, where, rules)
 
@@ -205,14 +226,13 @@ def _check_size(size: int, where: str, rules: ImageRules) -> None:
 
 
 def _check_place(path: Path, start: Path, where: str, rules: ImageRules) -> None:
-    """A data file must not make a run read, and a model learn, what lies elsewhere on the machine."""
+    """Refuse a path outside the folder: a data file must not make a model learn other files of the machine."""
     if not rules.allow_outside and not _is_inside(path, start):
+        limit = "image_folder" if rules.folder else "the folder"
         raise UserError(
             where=where,
-            problem=(
-                f"the image {str(path)[:500]} lies outside {'image_folder' if rules.folder else 'the folder'} {start}."
-            ),
-            fix="Set image_folder to a folder that holds all images, or allow_outside_paths true.",
+            problem=f"the image {str(path)[:500]} lies outside {limit} {start}.",
+            fix="Set image_folder to a folder that contains all images, or set allow_outside_paths true.",
             kind="image outside image_folder",
         )
 
@@ -229,21 +249,8 @@ def _decode_base64(text: str) -> bytes:
         return b""
 
 
-def _unreadable(error: BaseException, where: str) -> UserError:
-    if isinstance(error, UnidentifiedImageError):
-        reason = "it is not in a known image format"
-    else:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-    return UserError(
-        where=where,
-        problem=f"the image cannot be read: {reason}.",
-        fix="Replace it or drop the row.",
-        kind="unreadable image",
-    )
-
-
 def thumbnail(image: Image.Image) -> str:
-    """A small version of `image` as a data URI, to be shown."""
+    """A small version of `image` as a data URI, for a page."""
     small = image.convert("RGB")
     small.thumbnail(THUMBNAIL)
     data = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The text of a row → checked messages in one canonical shape, and the images that go with them."""
+"""The text of a row → checked messages in one shape, and their images."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from tuning.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 ROLES_OF_FROM = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
-IMAGE_STRING = "<image>"  # how LLaVA's files mark an image within text, whatever the model's own token is
+IMAGE_STRING = "<image>"  # LLaVA's files mark an image in a text like this, whatever the model's own token is
 IMAGE_KEYS = ("image", "path", "url", "base64", "image_url")
 
 Message = dict[str, Any]
@@ -18,9 +18,9 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Canonical `messages` and the stored images of their image parts, in order.
+    """Messages in one shape, and the stored images of their image parts, in order.
 
-    `trained_from`: the first message whose answer is trained; what an assistant says before it is context.
+    `trained_from`: the number of the first message that may be trained. Answers before it are context.
     """
 
     messages: list[Message]
@@ -31,20 +31,25 @@ class Conversation:
 def read_messages(value: Any, where: str, *, image_strings: bool = False, needs_answer: bool = True) -> list[Message]:
     """Check the messages of a row and give each a list of parts as its content.
 
-    Takes `role` and `content`, or `from` and `value` (LLaVA, ShareGPT). Empty values that Arrow adds and unknown keys
-    of a part are dropped. An image part that brings its image keeps it as `source`. With `image_strings`, `<image>` in
-    text becomes an image part. Raises `UserError` naming message and part for an unknown role or part type, missing
-    text, an empty answer, or, with `needs_answer`, a conversation without an assistant turn.
+    Takes `role` and `content`, or `from` and `value` (LLaVA, ShareGPT). Drops the empty values that Arrow adds, and
+    unknown keys of a part. An image part that contains its image keeps it under `stored`. With `image_strings`,
+    `<image>` in a text becomes an image part. Raises `UserError` with message and part for an unknown role or part
+    type, missing text, an empty answer, or, with `needs_answer`, a conversation without an assistant turn.
     """
     if not isinstance(value, (list, tuple)) or not value:
-        raise UserError(where=where, problem=f"expected a list of messages, found {_brief(value)}.", kind="no messages")
+        raise UserError(
+            where=where,
+            problem=f"expected a list of messages, found {_brief(value)}.",
+            fix="Give a list of messages or drop the row.",
+            kind="no messages",
+        )
     messages = [
         _read_message(message, f"{where}, message {index}", image_strings) for index, message in enumerate(value)
     ]
     if needs_answer and not any(message["role"] == "assistant" for message in messages):
         raise UserError(
             where=where,
-            problem="has no assistant turn, so there is nothing to train.",
+            problem="the conversation has no assistant turn, so there is nothing to train.",
             fix="Add an answer or drop the row.",
             kind="no answer",
         )
@@ -56,6 +61,7 @@ def _read_message(message: Any, where: str, image_strings: bool) -> Message:
         raise UserError(
             where=where,
             problem=f"expected an object with role and content, found {_brief(message)}.",
+            fix="Give every message a role and content.",
             kind="malformed message",
         )
     role, content = message.get("role"), message.get("content")
@@ -72,6 +78,7 @@ def _read_message(message: Any, where: str, image_strings: bool) -> Message:
         raise UserError(
             where=where,
             problem=f"content must be text or a list of parts, found {_brief(content)}.",
+            fix="Use text or a list of parts.",
             kind="malformed content",
         )
     parts = [_read_part(part, f"{where}, part {index}") for index, part in enumerate(content)]
@@ -86,7 +93,7 @@ def _read_message(message: Any, where: str, image_strings: bool) -> Message:
         )
     if not parts:
         raise UserError(
-            where=where, problem="content is empty.", fix="Fill it in or drop the row.", kind="empty content"
+            where=where, problem="the content is empty.", fix="Fill it in or drop the row.", kind="empty content"
         )
     return {"role": role, "content": parts}
 
@@ -94,18 +101,22 @@ def _read_message(message: Any, where: str, image_strings: bool) -> Message:
 def _read_part(part: Any, where: str) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise UserError(
-            where=where, problem=f"expected an object with a type, found {_brief(part)}.", kind="malformed part"
+            where=where,
+            problem=f"expected an object with a type, found {_brief(part)}.",
+            fix="Give every part a type.",
+            kind="malformed part",
         )
     kind = part.get("type")
     if kind in ("image", "image_url"):
-        source = find_source(part)
-        if kind == "image_url" and source is None:
+        stored = find_own_image(part)
+        if kind == "image_url" and stored is None:
             raise UserError(
                 where=where,
                 problem=f"an image_url part needs image_url, found {_brief(part.get('image_url'))}.",
+                fix="Give it an address, or use a part of type image.",
                 kind="malformed part",
             )
-        return {"type": "image"} if source is None else {"type": "image", "source": source}
+        return {"type": "image"} if stored is None else {"type": "image", "stored": stored}
     if kind != "text":
         raise UserError(
             where=where,
@@ -115,26 +126,29 @@ def _read_part(part: Any, where: str) -> dict[str, Any]:
         )
     if not isinstance(part.get("text"), str):
         raise UserError(
-            where=where, problem=f"a text part needs text, found {_brief(part.get('text'))}.", kind="malformed part"
+            where=where,
+            problem=f"a text part needs text, found {_brief(part.get('text'))}.",
+            fix="Give it text.",
+            kind="malformed part",
         )
     return {"type": "text", "text": part["text"]}
 
 
-def find_source(part: dict) -> Any:
-    """The image that an image part brings itself, in a form that `load_image` reads; None where it brings none."""
+def find_own_image(part: dict) -> Any:
+    """The image that an image part contains, as `load_image` takes it. None where it contains none."""
     for key in IMAGE_KEYS:
-        source = part.get(key)
-        if key == "image_url" and isinstance(source, dict):
-            source = source.get("url")
-        if source in (None, "", b"") or (isinstance(source, dict) and not any(source.values())):
+        stored = part.get(key)
+        if key == "image_url" and isinstance(stored, dict):
+            stored = stored.get("url")
+        if stored in (None, "", b"") or (isinstance(stored, dict) and not any(stored.values())):
             continue
-        is_bare = key == "base64" and isinstance(source, str) and not source.startswith("data:")
-        return f"data:;base64,{source}" if is_bare else source
+        is_bare = key == "base64" and isinstance(stored, str) and not stored.startswith("data:")
+        return f"data:;base64,{stored}" if is_bare else stored
     return None
 
 
 def split_image_strings(part: dict[str, Any]) -> list[dict[str, Any]]:
-    """A text part as text and image parts, divided at `<image>`; one line break beside each mark goes with it."""
+    """Split a text part at each `<image>` into text and image parts. One line break next to each mark is removed."""
     if part["type"] != "text" or IMAGE_STRING not in part["text"]:
         return [part]
     first, *others = part["text"].split(IMAGE_STRING)
@@ -147,18 +161,18 @@ def split_image_strings(part: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def take_images(messages: list[Message], stored: Sequence[Any]) -> tuple[list[Message], list[Any]]:
-    """Match image parts with images: a part's own, else the next of `stored`, the row's image column.
+    """Match image parts with images: the part's own, or the next of `stored`, the row's image column.
 
-    Returns canonical messages and the images in the order of their parts. Images of the column that no part asks for
-    stand at the end, so that parts and images differ in number.
+    Returns the messages without images, and the images in the order of their parts. Images of the column that are left
+    over come last, so that there are more images than parts.
     """
     column, images = iter(stored), list[Any]()
     bare = []
     for message in messages:
         for part in message["content"]:
             if part["type"] == "image":
-                images += [part["source"]] if "source" in part else itertools.islice(column, 1)
-        bare.append({**message, "content": [{k: v for k, v in p.items() if k != "source"} for p in message["content"]]})
+                images += [part["stored"]] if "stored" in part else itertools.islice(column, 1)
+        bare.append({**message, "content": [{k: v for k, v in p.items() if k != "stored"} for p in message["content"]]})
     return bare, [*images, *column]
 
 

@@ -1,4 +1,4 @@
-"""Control tokens that a row's text happens to contain: they stay the text they are."""
+"""Special tokens typed in the text of a row: the model reads them as text."""
 
 import copy
 import functools
@@ -12,17 +12,17 @@ from transformers import AddedToken
 from tuning.data.messages import Message
 from tuning.errors import UserError
 
-FIRST_STAND_IN = 0xF0000  # Supplementary Private Use Area-A: no text that people write holds these
+FIRST_STAND_IN = 0xF0000  # Supplementary Private Use Area-A: no written text uses these
 
 
 class SpecialTokenEscaper:
-    """Strings that the tokenizer would read as control tokens: special ones, and others that the template writes.
+    """Escapes strings that the tokenizer would read as special tokens, and other added tokens that the template writes.
 
-    In answers only the special ones: others (`<think>`, `<tool_call>`) are what a model learns to write.
+    Without it, a user who types `<image>` or `</s>` would shift images or end a turn. `escape` puts one stand-in
+    character in the place of each string before the template is rendered. `escaped_tokenizer` has a token for each
+    stand-in, and `unescape` replaces that token by the ids of the string as plain text.
 
-    A user who types `<image>` or `</s>` would shift images or end a turn. Each is hidden behind a stand-in character
-    before the template is rendered; a copy of the tokenizer knows the stand-ins as tokens of their own, which are then
-    replaced by the ids that the string has as plain text.
+    In answers only special tokens are escaped: others (`<think>`, `<tool_call>`) are for the model to learn.
     """
 
     def __init__(self, tokenizer: Any, template: str, image_token: str):
@@ -35,70 +35,70 @@ class SpecialTokenEscaper:
         self._strings = {stand_in: text for text, stand_in in self.stand_ins.items()}
         self._typed = _any_of(strings)
         self._typed_in_answers = _any_of([text for text in strings if text in special])
-        self._hidden = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(FIRST_STAND_IN + max(len(strings) - 1, 0))}]")
+        self._escaped = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(FIRST_STAND_IN + max(len(strings) - 1, 0))}]")
 
-    def hide(self, messages: list[Message], where: str = "") -> list[Message]:
-        """The messages with stand-ins. Raises `UserError` where a text already holds a stand-in's character."""
+    def escape(self, messages: list[Message], where: str = "") -> list[Message]:
+        """The messages with stand-ins. Raises `UserError` where a text already has a stand-in's character."""
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-        if any(self._hidden.search(text) for text in texts):
+        if any(self._escaped.search(text) for text in texts):
             raise UserError(
                 where=where,
-                problem=f"holds private-use characters from U+{FIRST_STAND_IN:X} on.",
+                problem=f"the text has private-use characters from U+{FIRST_STAND_IN:X} on.",
                 fix="Remove them.",
                 kind="odd characters",
             )
         if not self._typed.search("".join(texts)):
             return messages
-        return [self._hide_in_message(message, f"{where}, message {index}") for index, message in enumerate(messages)]
+        return [self._escape_message(message, f"{where}, message {index}") for index, message in enumerate(messages)]
 
-    def _hide_in_message(self, message: Message, where: str) -> Message:
+    def _escape_message(self, message: Message, where: str) -> Message:
         typed = self._typed_in_answers if message["role"] == "assistant" else self._typed
         parts, joined = [], ""
         for part in message["content"]:
             if part["type"] == "text":
                 part = {**part, "text": typed.sub(lambda found: self.stand_ins[found[0]], part["text"])}
             joined = joined + part["text"] if part["type"] == "text" else ""
-            if found := typed.search(joined):  # only where parts meet is one left
-                advice = "Make one text of the parts."
+            if found := typed.search(joined):  # what is left can only span two parts
                 raise UserError(
                     where=where,
                     problem=f"{found[0]} is spread over two text parts.",
-                    fix=advice,
+                    fix="Make one text of the parts.",
                     kind="control token across parts",
                 )
             parts.append(part)
         return {**message, "content": parts}
 
-    def show(self, text: str) -> str:
-        """The text with the strings in place of their stand-ins."""
-        return self._hidden.sub(lambda found: self._strings[found[0]], text)
+    def unescape_text(self, text: str) -> str:
+        """The text with the original strings in place of their stand-ins."""
+        return self._escaped.sub(lambda found: self._strings[found[0]], text)
 
-    def is_hidden_in(self, text: str) -> bool:
-        return self._hidden.search(text) is not None
+    def is_escaped(self, text: str) -> bool:
+        """Whether the text has a stand-in."""
+        return self._escaped.search(text) is not None
 
     @functools.cached_property
     def escaped_tokenizer(self) -> Any:
-        """A copy of the tokenizer with a token for each stand-in. The one that is saved stays as it is."""
+        """A copy of the tokenizer with a token for each stand-in. The original, which is saved, does not change."""
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.add_tokens([AddedToken(stand_in, normalized=False, special=True) for stand_in in self._strings])
         return tokenizer
 
     def unescape(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A processor's output for one row with each stand-in's token replaced by those of its text.
+        """Replace each stand-in's token in a processor's output for one row by the tokens of its text.
 
-        Every tensor with a position per token, `[1, T, …]`, repeats its value there, the character offsets too.
+        Every other tensor with a position per token, `[1, T, …]`, repeats its value for them. So do character offsets.
         """
         ids = inputs["input_ids"][0].tolist()
         plain = [self._plain_ids.get(token, [token]) for token in ids]
         repeats = torch.tensor([len(tokens) for tokens in plain])
-        revealed = {
+        unescaped = {
             name: value.repeat_interleave(repeats, dim=1)
             if torch.is_tensor(value) and value.shape[:2] == (1, len(ids))
             else value
             for name, value in inputs.items()
         }
-        revealed["input_ids"] = torch.tensor([[token for tokens in plain for token in tokens]])
-        return revealed
+        unescaped["input_ids"] = torch.tensor([[token for tokens in plain for token in tokens]])
+        return unescaped
 
     @functools.cached_property
     def _plain_ids(self) -> dict[int, list[int]]:
@@ -108,13 +108,16 @@ class SpecialTokenEscaper:
         }
 
     def _encode_plainly(self, text: str) -> list[int]:
-        """The ids of `text` with no control token in it; divided where the tokenizer insists on one."""
-        control = self.tokenizer.convert_tokens_to_ids(text)
+        """The ids of `text` without a special token. Splits the text where the tokenizer insists on one."""
+        special = self.tokenizer.convert_tokens_to_ids(text)
         ids = self._encode_after_line_break([text])
-        return ids if control not in ids else self._encode_after_line_break([text[:1], text[1:]])
+        return ids if special not in ids else self._encode_after_line_break([text[:1], text[1:]])
 
     def _encode_after_line_break(self, pieces: Sequence[str]) -> list[int]:
-        """Some tokenizers put a blank before the first word of a text: here it is before a line break instead."""
+        """The ids of `pieces`, each encoded after a line break and without it.
+
+        Some tokenizers add a blank before the first word of a text: here it goes before the line break.
+        """
         ids = []
         for piece in pieces:
             encode = functools.partial(self.tokenizer.encode, add_special_tokens=False, split_special_tokens=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tuning.config.options import option
-from tuning.demo.page import Answered, write_page
 from tuning.errors import UserError
 from tuning.files import read_lines
+from tuning.pages.demo_page import Answered, write_demo_page
 
 HELD_OUT_SHARE = 0.2
 
@@ -66,13 +66,13 @@ def run_demo(output_dir: Path) -> dict[str, float]:
     }
     pictures = [image for image, _ in held_out]
     links = {
-        "How full fine-tuning went": "full/report.html",
-        "How LoRA went": "lora/report.html",
-        "What both models answer to the first question": f"{WHICH_DIGIT.name}/predictions.html",
-        "What both answer to the second": f"{ODD_OR_EVEN.name}/predictions.html",
+        "Report of full fine-tuning": "full/report.html",
+        "Report of LoRA": "lora/report.html",
+        "Answers of both models to the first question": f"{WHICH_DIGIT.name}/predictions.html",
+        "Answers of both models to the second question": f"{ODD_OR_EVEN.name}/predictions.html",
     }
-    write_page(output_dir / "index.html", {title: task.show(pictures) for title, task in sections.items()}, links)
-    print(f"Look at {output_dir / 'index.html'}: held-out images with the model's answers.")
+    write_demo_page(output_dir / "index.html", {title: task.show(pictures) for title, task in sections.items()}, links)
+    print(f"Held-out images with the model's answers: {output_dir / 'index.html'}")
     return {
         "before": digits.before,
         "after": digits.after,

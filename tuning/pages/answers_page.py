@@ -1,137 +1,87 @@
-"""Rows with the model's answers before, during and after training."""
+"""Rows with the answers of models: cards on a run's page, and the page of `vlm-tuning predict`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuning.pages.render import escape, read_asset, render_document, show_count, show_name
-from tuning.pages.run_record import Prediction
+from tuning.pages.render import plural, render
+from tuning.pages.run_record import AnsweredRow
 
-MAX_SHOWN = 40
-
-
-def render_predictions(predictions: Sequence[Prediction]) -> str:
-    """A card a row: pictures, question, reference, and the first and latest answer beside it."""
-    if not predictions:
-        return ""
-    cards = "\n".join(_render_card(number, prediction) for number, prediction in enumerate(predictions[:MAX_SHOWN]))
-    more = len(predictions) - MAX_SHOWN
-    rest = f'<p class="small">and {show_count(more, "more row")} in the file</p>' if more > 0 else ""
-    return f"{_state_right(predictions)}{cards}{rest}"
+MAX_CARDS = 40  # on a run's page
+MAX_PREDICTIONS = 48
 
 
-def _state_right(predictions: Sequence[Prediction]) -> str:
-    """How many answers are the reference, word by word."""
-    answered = [row for row in predictions if row.answers and row.reference]
-    if not answered:
-        return ""
-    right = sum(is_right(row, row.answers[max(row.answers)]) for row in answered)
-    return f"<p>{right:,} of {show_count(len(answered), 'latest answer')} say exactly what the reference says.</p>"
+@dataclass(frozen=True)
+class Answer:
+    """`source` is the model, or the time, that the answer is from. `is_right`: it equals the reference."""
+
+    source: str
+    text: str
+    is_right: bool
 
 
-def is_right(row: Prediction, answer: str) -> bool:
+@dataclass(frozen=True)
+class Card:
+    """A row with its answers. The `folded` ones open below."""
+
+    row: AnsweredRow
+    answers: list[Answer]
+    folded: list[Answer] = field(default_factory=list)
+
+
+def make_cards(rows: Sequence[AnsweredRow]) -> list[Card]:
+    """One for each row, with its first and latest answer. The ones in between are folded."""
+    cards = []
+    for row in rows:
+        answers = [
+            Answer(f"Step {step:,}" if step else "Before training", text, is_right(row, text))
+            for step, text in sorted(row.answers.items())
+        ]
+        cards.append(Card(row, [*answers[:1], *answers[1:][-1:]], folded=answers[1:-1]))
+    return cards
+
+
+def is_right(row: AnsweredRow, answer: str) -> bool:
     return row.reference != "" and answer.strip() == row.reference.strip()
 
 
-def _render_card(number: int, row: Prediction) -> str:
-    steps = sorted(row.answers)
-    named = {step: f"Step {step:,}" if step else "Before training" for step in steps}
-    ends = [steps[0], steps[-1]] if len(steps) > 1 else steps
-    between = steps[1:-1]
-    return render_card(
-        number,
-        row,
-        [(named[step], row.answers[step]) for step in ends],
-        folded=[(named[step], row.answers[step]) for step in between],
-    )
-
-
-def render_card(
-    number: int, row: Prediction, answers: Sequence[tuple[str, str]], folded: Sequence[tuple[str, str]] = ()
-) -> str:
-    """A row with its pictures and `answers`, each with who or when it is from; those that are `folded` open below."""
-    name = f"answer-{number}"
-    pictures = "".join(
-        f'<img src="{escape(uri)}" alt="picture {n} of {len(row.images)} of row {escape(row.row)}" loading="lazy">'
-        for n, uri in enumerate(row.images, 1)
-        if uri.startswith("data:image/")
-    )
-    shown = "".join(_render_answer(row, *answer) for answer in answers)
-    more = (
-        f"<details><summary>{show_count(len(folded), 'answer')} in between</summary>"
-        f'<dl class="answers">{"".join(_render_answer(row, *answer) for answer in folded)}</dl></details>'
-        if folded
-        else ""
-    )
-    return (
-        f'<article id="{name}" aria-labelledby="{name}-title"><h3 id="{name}-title">Row {escape(row.row)} '
-        f"<span class=small>{escape(row.file)}</span></h3>"
-        f'<div class="row">{f"<div class=pictures>{pictures}</div>" if pictures else ""}<div>'
-        f'<dl class="answers"><div class="asked"><dt>Question</dt><dd>{escape(row.question)}</dd></div>'
-        f'<div class="asked"><dt>Reference</dt><dd>{escape(row.reference)}</dd></div>{shown}</dl>{more}</div></div>'
-        "</article>"
-    )
-
-
-def _render_answer(row: Prediction, source: str, answer: str) -> str:
-    right = is_right(row, answer)
-    mark = ' <span class="right">= reference</span>' if right else ""
-    shown = escape(answer) if answer else "<i>(nothing)</i>"
-    return f"<div{' class=same' if right else ''}><dt>{escape(source)}{mark}</dt><dd>{shown}</dd></div>"
-
-
-MOST_SHOWN = 48
+def describe_right(rows: Sequence[AnsweredRow]) -> str:
+    """A sentence on how many latest answers equal their reference. Empty if no row has both."""
+    answered = [row for row in rows if row.answers and row.reference]
+    if not answered:
+        return ""
+    right = sum(is_right(row, row.answers[max(row.answers)]) for row in answered)
+    return f"{right:,} of {plural(len(answered), 'latest answer')} exactly equal the reference."
 
 
 def render_answers(
     lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], show_pictures: Callable[[int], list[str]]
 ) -> str:
-    """The page as HTML. `lines` and `summary` as `vlm-tuning predict` writes them; `show_pictures`: the pictures of the
-    row with an index, as data URIs. With scores, the rows with the lowest come first.
+    """The page as HTML, from what `vlm-tuning predict` writes. Rows with the lowest scores come first.
+
+    `show_pictures` returns the pictures of the row with an index, as data URIs.
     """
-    models = {field: Path(name).name or name for field, name in summary["models"].items()}
+    models = {column: Path(name).name or name for column, name in summary["models"].items()}
     answered = [line for line in lines if "error" not in line]
-    scored = sorted(answered, key=_mean_score)[:MOST_SHOWN]
-    cards = "\n".join(
-        render_card(
-            number, _to_row(line, show_pictures), [(models[field], line[field] or "") for field in reversed(models)]
-        )
-        for number, line in enumerate(scored)
-    )
-    order = ", those with the lowest scores first" if summary["scores"] else ""
-    left = f"; {show_count(summary['rows_left_out'], 'row')} could not be used" if summary["rows_left_out"] else ""
-    told = f"<p>{len(scored):,} of {show_count(len(answered), 'answered row')}{order}{left}.</p>"
-    sections = [("scores", "Scores", _render_scores(summary, models)), ("answers", "Answers", told + cards)]
-    title = f"Answers of {' and '.join(models.values())}"
-    places = zip(("Model", "Beside"), summary["models"].values(), strict=False)
-    names = "".join(f"<div><dt>{label}</dt><dd>{escape(place)}</dd></div>" for label, place in places)
-    return render_document(
-        title=escape(title),
-        header=f'<header class="clean">\n<h1>{escape(title)}</h1>\n<dl class="names">{names}</dl>\n</header>',
-        sections=[section for section in sections if section[2]],
-        style=read_asset("tuning.pages", "run.css"),
-        script="",
+    cards = []
+    for line in sorted(answered, key=_mean_score)[:MAX_PREDICTIONS]:
+        reference = " / ".join(dict.fromkeys(line["references"]))
+        row = AnsweredRow(line["file"], str(line["row"]), line["question"], reference, show_pictures(line["index"]))
+        texts = [(name, line[column] or "") for column, name in reversed(models.items())]
+        cards.append(Card(row, [Answer(name, text, is_right(row, text)) for name, text in texts]))
+    return render(
+        "answers.html.j2",
+        title=f"Answers of {' and '.join(models.values())}",
+        names=dict(zip(("Model", "Compared with"), summary["models"].values(), strict=False)),
+        scores=[(name, summary["scores"][column]) for column, name in reversed(models.items()) if summary["scores"]],
+        num_scored=summary["rows_scored"],
+        num_left_out=summary["rows_left_out"],
+        num_answered=len(answered),
+        cards=cards,
     )
 
 
 def _mean_score(line: Mapping[str, Any]) -> float:
     scores = line.get("scores", {}).get("prediction", {})
     return sum(scores.values()) / len(scores) if scores else 0.0
-
-
-def _to_row(line: Mapping[str, Any], show_pictures: Callable[[int], list[str]]) -> Prediction:
-    reference = " / ".join(dict.fromkeys(line["references"]))
-    return Prediction(line["file"], str(line["row"]), line["question"], reference, show_pictures(line["index"]))
-
-
-def _render_scores(summary: Mapping[str, Any], models: dict[str, str]) -> str:
-    if not summary["scores"]:
-        return ""
-    head = "".join(f"<th>{show_name(metric)}</th>" for metric in summary["scores"]["prediction"])
-    rows = ""
-    for field in reversed(models):
-        cells = "".join(f"<td>{score:.2%}</td>" for score in summary["scores"][field].values())
-        rows += f"<tr><th>{escape(models[field])}</th>{cells}</tr>"
-    table = f"<table><thead><tr><th>model</th>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    note = f"<p class=small>Means of {show_count(summary['rows_scored'], 'row')} with a right answer.</p>"
-    return f'<div class="scroll">{table}</div>{note}'

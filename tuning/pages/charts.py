@@ -1,4 +1,4 @@
-"""Figures by step as curves: SVG that needs no JavaScript, whose points tell their values when pointed at."""
+"""SVG charts that need no JavaScript: curves by step, and histograms. Pointing at a place shows its values."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,23 +6,39 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from markupsafe import Markup
 
-from tuning.pages.render import escape, round_up, shorten, show_count
+from tuning.pages.render import format_number, format_value, make_visible, plural, shorten
 from tuning.pages.run_record import Series
 
-SMALL, WIDE = (360, 190), (760, 290)
-RIGHT, TOP, BOTTOM = 12, 24, 32
+SMALL, WIDE = (360, 190), (760, 290)  # width, height
+RIGHT, TOP, BOTTOM = 12, 24, 32  # margins
 BUCKETS = 160  # a curve shows the lowest and the highest value of each
-BANDS = 48  # parts of a chart that tell their values
-VERY_FEW, FEW = 24, 64  # so many values are also shown as points; more than FEW also as means
+BANDS = 48  # parts of a chart that show their values
+VERY_FEW, FEW = 24, 64  # a curve of so many values also shows points. One of more than FEW also shows means.
 MEANS = 32
 LOG_RANGE = 20  # largest ÷ smallest value from which on a logarithmic axis shows more
 MAX_TICKS = 7
+MAX_BARS, MIN_BARS = 48, 7
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing and the words above it. `lines`: the names of its curves. A wide chart has two drawings in `svg`, and
+    the style sheet shows the one that fits the screen.
+    """
+
+    title: str
+    summary: str
+    svg: Markup
+    lines: Sequence[str] = ()
+    is_log: bool = False
+    is_wide: bool = False
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Numbers from `low` to `high` on pixels from `start` to `end`, and the round ones to name."""
+    """Numbers from `low` to `high`, drawn from pixel `start` to pixel `end`, and the round ones to label."""
 
     low: float
     high: float
@@ -39,192 +55,238 @@ class Axis:
         return np.asarray(self.start + (numbers - low) / (high - low) * (self.end - self.start))
 
 
-def render_curves(
+def draw_curves(
     title: str,
     lines: Mapping[str, Series],
     *,
-    wide: bool = False,
-    may_be_log: bool = False,
+    is_wide: bool = False,
+    allow_log: bool = False,
     from_zero: bool = False,
-    tells_highest: bool = False,
-) -> str:
-    """A chart of one or two lines by name; the second is drawn as dots. `title` and names are plain text.
+    extreme: str = "lowest",
+) -> Chart | None:
+    """A chart of one or two lines by name. The second is drawn as dots. None if no value is finite.
 
-    Nothing where there is no number to show. `wide`: across the page, where that is wide enough. `may_be_log`: numbers
-    of very different sizes get a logarithmic axis. `from_zero`: another axis begins there. `tells_highest`: the words
-    above the curve name its highest value, else its lowest.
+    `allow_log`: values of very different sizes get a logarithmic axis. `from_zero`: any other axis includes zero.
+    `extreme`: whether the summary names the `lowest` or the `highest` value.
     """
     finite = {name: series.finite() for name, series in lines.items()}
     finite = {name: series for name, series in finite.items() if len(series)}
     if not finite:
-        return ""
-    facts = "; ".join(
-        _summarize(name if len(lines) > 1 else "", series, tells_highest) for name, series in finite.items()
+        return None
+    values = np.concatenate([series.values for series in finite.values()])
+    is_log = bool(allow_log and values.min() > 0 and values.max() / values.min() >= LOG_RANGE)
+    named = [_summarize(series, extreme, name if len(lines) > 1 else "") for name, series in finite.items()]
+    summary = "; ".join(named) + "."
+    label = f"{title} by step: {summary}"
+    if not_finite := sum(len(series) for series in lines.values()) - len(values):
+        summary += f" {plural(not_finite, 'NaN or infinite value')}, marked ×."
+    svg = Markup().join(
+        _element(
+            "svg",
+            *_draw_lines(lines, finite, size, is_log, from_zero),
+            class_=name,
+            viewBox=f"0 0 {size[0]} {size[1]}",
+            role="img",
+            aria_label=label,
+        )
+        for name, size in ({"wide": WIDE, "narrow": SMALL} if is_wide else {"": SMALL}).items()
     )
-    strange = sum(len(series) - len(series.finite()) for series in lines.values())
-    note = f" {show_count(strange, 'value')} of no finite size, marked ×." if strange else ""
-    is_log = may_be_log and _spreads(list(finite.values()))
-    sizes = {"wide": WIDE, "narrow": SMALL} if wide else {"": SMALL}
-    label = escape(f"{title} by step: {facts}")
-    drawn = "".join(
-        f'<svg class="{name}" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
-        f"{''.join(_draw(lines, finite, (width, height), is_log, from_zero))}</svg>"
-        for name, (width, height) in sizes.items()
-    )
-    scale = " <span class=small>logarithmic</span>" if is_log else ""
-    return (
-        f"<figure{' class=across' if wide else ''}><figcaption><h3>{escape(title)}{scale}</h3>{_render_legend(lines)}"
-        f"<p>{escape(facts)}.{note}</p></figcaption>{drawn}</figure>"
-    )
+    return Chart(title, summary, svg, list(lines), is_log, is_wide)
 
 
-def _summarize(name: str, series: Series, tells_highest: bool) -> str:
-    values, latest = series.values, show_number(series.values[-1])
+def draw_histogram(title: str, values: np.ndarray, value_noun: str, noun: str) -> Chart:
+    """A histogram of whole numbers, at least one. `value_noun` is what a value counts, `noun` what has it."""
+    median, largest = float(np.median(values)), int(values.max())
+    summary = f"median {format_value(median)} · mean {format_value(float(values.mean()))} · max {largest:,}"
+    label = f"Histogram of {title} of {plural(len(values), noun)}: {summary.replace(' ·', ',')}"
+    counts, edges = _bin(values)
+    width, height = SMALL
+    y = _make_value_axis(0, int(counts.max()), height - BOTTOM, TOP, min_step=1)
+    x_ticks = _whole_ticks(math.ceil(edges[0]), math.floor(edges[-1]))
+    x = Axis(float(edges[0]), float(edges[-1]), _left_of(y), width - RIGHT, x_ticks)
+    middle = float(x.place(median))
+    side, shift = ("start", 4) if middle < width / 2 else ("end", -4)
+    parts = [
+        _element("text", f"{noun}s", x=0, y=12),
+        *_draw_axes(x, y, f"{value_noun}s"),
+        *_draw_bars(x, y, counts, edges, (value_noun, noun)),
+        _element("line", class_="median", x1=middle, x2=middle, y1=2, y2=y.start),
+        _element("text", "median", x=middle + shift, y=12, text_anchor=side),
+    ]
+    return Chart(title, summary, _element("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=label))
+
+
+def _element(tag: str, *content: str, **attributes: str | float) -> Markup:
+    """An SVG element. Content and attributes are escaped, unless they are Markup. Floats get one decimal."""
+    opened = Markup(tag)
+    for name, value in attributes.items():  # class_ → class, text_anchor → text-anchor
+        text = f"{value:.1f}" if isinstance(value, float) else make_visible(value)
+        opened += Markup(' {}="{}"').format(name.rstrip("_").replace("_", "-"), text)
+    return Markup("<{}>{}</{}>").format(opened, Markup().join(map(make_visible, content)), tag)
+
+
+def _summarize(series: Series, extreme: str, name: str) -> str:
+    values, latest = series.values, format_number(series.values[-1])
     if len(values) == 1:
         return f"{name} {latest} at step {series.steps[0]:,}".strip()
-    at = int(values.argmax() if tells_highest else values.argmin())
-    extreme = f"{'highest' if tells_highest else 'lowest'} {show_number(values[at])} at step {series.steps[at]:,}"
-    return f"{name} first {show_number(values[0])}, latest {latest}, {extreme}".strip()
+    at = int(values.argmax() if extreme == "highest" else values.argmin())
+    found = f"{extreme} {format_number(values[at])} at step {series.steps[at]:,}"
+    return f"{name} first {format_number(values[0])}, latest {latest}, {found}".strip()
 
 
-def _render_legend(lines: Mapping[str, Series]) -> str:
-    if len(lines) < 2:
-        return ""
-    items = "".join(
-        f"<li><span class=key-{number} aria-hidden=true>{sign}</span> {escape(name)}</li>"
-        for number, (name, sign) in enumerate(zip(lines, "―●", strict=False))
-    )
-    return f"<ul class=keys>{items}</ul>"
-
-
-def _spreads(lines: Sequence[Series]) -> bool:
-    low, high = min(line.values.min() for line in lines), max(line.values.max() for line in lines)
-    return low > 0 and high / low >= LOG_RANGE
-
-
-def _draw(
+def _draw_lines(
     lines: Mapping[str, Series], finite: Mapping[str, Series], size: tuple[int, int], is_log: bool, from_zero: bool
-) -> Iterator[str]:
+) -> Iterator[Markup]:
     width, height = size
     values = np.concatenate([series.values for series in finite.values()])
-    low = min(0.0, float(values.min())) if from_zero and not is_log else float(values.min())
-    y = _make_axis(low, float(values.max()), height - BOTTOM, TOP, is_log)
-    left = 12 + 6.5 * max(len(shorten(tick)) for tick in y.ticks)
+    low, high = float(values.min()), float(values.max())
+    if is_log:
+        y = _make_log_axis(low, high, height - BOTTOM, TOP)
+    else:
+        y = _make_value_axis(min(0.0, low) if from_zero else low, high, height - BOTTOM, TOP)
     steps = np.concatenate([series.steps for series in lines.values()])
-    x = _make_step_axis(int(steps.min()), int(steps.max()), left, width - RIGHT)
-    yield from _draw_axes(x, y)
+    first = 0 if steps.min() <= steps.max() / 5 else int(steps.min())
+    last = max(int(steps.max()), first + 1)
+    x = Axis(first, last, _left_of(y), width - RIGHT, _whole_ticks(first, last))
+    yield from _draw_axes(x, y, "steps")
     yield from _draw_bands(x, y, finite)
     for number, name in enumerate(lines):
         if name in finite:
-            yield from _draw_line(x, y, finite[name]) if number == 0 else _draw_dots(x, y, finite[name])
-        yield from _mark_strange(x, lines[name])
+            yield from _draw_curve(x, y, finite[name], is_second=number > 0)
+        yield from _mark_not_finite(x, lines[name])
 
 
-def _make_axis(low: float, high: float, start: float, end: float, is_log: bool) -> Axis:
-    if is_log:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        marks = [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)]
-        low, high = max(mark for mark in marks if mark <= low), min(mark for mark in marks if mark >= high)
-        ticks = [mark for mark in marks if low <= mark <= high]
-        if len(ticks) > MAX_TICKS:
-            tens = [float(f"1e{power}") for power in powers if low <= float(f"1e{power}") <= high]
-            ticks = tens[:: -(-len(tens) // MAX_TICKS)]
-        return Axis(low, high, start, end, ticks, is_log=True)
+def _make_value_axis(low: float, high: float, start: float, end: float, min_step: float = 0.0) -> Axis:
     if 0 <= low <= high / 2 or low == high:
         low, high = min(low, 0.0), max(high, 0.0)
-    step = round_up((high - low) / 4 or 1)
+    step = max(round_up((high - low) / 4 or 1), min_step)
     first, last = math.floor(round(low / step, 6)), math.ceil(round(high / step, 6))
     last += first == last
     ticks = [float(f"{number * step:.12g}") for number in range(first, last + 1)]
     return Axis(ticks[0], ticks[-1], start, end, ticks)
 
 
-def _make_step_axis(first: int, last: int, start: float, end: float) -> Axis:
-    low = 0 if first <= last / 5 else first
-    last = max(last, low + 1)
-    step = max(int(round_up((last - low) / 5)), 1)
-    return Axis(low, last, start, end, list(range(-(-low // step) * step, last + 1, step)))
+def _make_log_axis(low: float, high: float, start: float, end: float) -> Axis:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)]
+    low, high = max(mark for mark in marks if mark <= low), min(mark for mark in marks if mark >= high)
+    ticks = [mark for mark in marks if low <= mark <= high]
+    if len(ticks) > MAX_TICKS:
+        tens = [float(f"1e{power}") for power in powers if low <= float(f"1e{power}") <= high]
+        ticks = tens[:: -(-len(tens) // MAX_TICKS)]
+    return Axis(low, high, start, end, ticks, is_log=True)
 
 
-def _draw_axes(x: Axis, y: Axis) -> Iterator[str]:
+def _whole_ticks(low: int, high: int) -> range:
+    step = max(int(round_up((high - low) / 5 or 1)), 1)
+    return range(-(-low // step) * step, high + 1, step)
+
+
+def _left_of(y: Axis) -> float:
+    """Where the area of a chart begins: to the right of the labels of `y`."""
+    return 12 + 6.5 * max(len(shorten(tick)) for tick in y.ticks)
+
+
+def _draw_axes(x: Axis, y: Axis, unit: str) -> Iterator[Markup]:
     for tick in y.ticks:
         at = float(y.place(tick))
-        yield f'<line class="grid" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        yield f'<text x="{x.start - 6:.1f}" y="{at + 3.5:.1f}" text-anchor="end">{shorten(tick)}</text>'
+        yield _element("line", class_="grid", x1=x.start, x2=x.end, y1=at, y2=at)
+        yield _element("text", shorten(tick), x=x.start - 6, y=at + 3.5, text_anchor="end")
     for tick in x.ticks:
-        text = f'<text x="{float(x.place(tick)):.1f}" y="{y.start + 15:.1f}" text-anchor="middle">'
-        yield f"{text}{shorten(tick)}</text>"
-    yield f'<text x="{x.end:.1f}" y="{y.start + 29:.1f}" text-anchor="end">steps</text>'
+        yield _element("text", shorten(tick), x=float(x.place(tick)), y=y.start + 15, text_anchor="middle")
+    yield _element("text", unit, x=x.end, y=y.start + 29, text_anchor="end")
 
 
-def _draw_line(x: Axis, y: Axis, series: Series) -> Iterator[str]:
-    """The values, and of many their means on top."""
-    if len(series) <= VERY_FEW:
-        yield from _draw_points(x, y, series, "point")
+def _draw_curve(x: Axis, y: Axis, series: Series, is_second: bool) -> Iterator[Markup]:
+    """A line, with its values as points where there are few. Of many values also the means. A second line has dots."""
+    thinned, style = thin_out(series), " second" if is_second else ""
+    if is_second or len(series) <= VERY_FEW:
+        for across, down in zip(x.place(thinned.steps).tolist(), y.place(thinned.values).tolist(), strict=True):
+            yield _element("circle", class_=f"point{style}", cx=across, cy=down, r=3)
     if len(series) == 1:
         return
-    faint = " faint" if len(series) > FEW else ""
-    yield f'<path class="curve{faint}" d="{_path(x, y, thin_out(series))}"/>'
-    if faint:
-        yield f'<path class="curve" d="{_path(x, y, average(series))}"/>'
+    shows_means = not is_second and len(series) > FEW
+    yield _draw_path(x, y, thinned, f"curve{style}{' faint' if shows_means else ''}")
+    if shows_means:
+        yield _draw_path(x, y, average(series), "curve")
 
 
-def _draw_dots(x: Axis, y: Axis, series: Series) -> Iterator[str]:
-    thinned = thin_out(series)
-    yield f'<path class="curve second" d="{_path(x, y, thinned)}"/>'
-    yield from _draw_points(x, y, thinned, "point second")
-
-
-def _draw_points(x: Axis, y: Axis, series: Series, style: str) -> Iterator[str]:
-    for across, down in zip(x.place(series.steps), y.place(series.values), strict=True):
-        yield f'<circle class="{style}" cx="{across:.1f}" cy="{down:.1f}" r="3"/>'
-
-
-def _path(x: Axis, y: Axis, series: Series) -> str:
+def _draw_path(x: Axis, y: Axis, series: Series, style: str) -> Markup:
     places = zip(x.place(series.steps), y.place(series.values), strict=True)
-    return "M" + "L".join(f"{across:.1f} {down:.1f}" for across, down in places)
+    return _element("path", class_=style, d="M" + "L".join(f"{across:.1f} {down:.1f}" for across, down in places))
 
 
-def _mark_strange(x: Axis, series: Series) -> Iterator[str]:
-    """A mark above each step whose value is no number; of many, one a band."""
-    strange = np.flatnonzero(~np.isfinite(series.values))
-    for index in strange[:: max(1, -(-len(strange) // BANDS))].tolist():
-        at = float(x.place(series.steps[index]))
-        yield (
-            f'<text class="strange" x="{at:.1f}" y="{TOP - 8}" text-anchor="middle">×'
-            f"<title>step {series.steps[index]:,}: {series.values[index]}</title></text>"
-        )
+def _mark_not_finite(x: Axis, series: Series) -> Iterator[Markup]:
+    """A mark above each step with a NaN or infinite value. Where there are many, one mark per band."""
+    found = np.flatnonzero(~np.isfinite(series.values))
+    for index in found[:: max(1, -(-len(found) // BANDS))].tolist():
+        step = series.steps[index]
+        title = _element("title", f"step {step:,}: {series.values[index]}")
+        yield _element("text", "×", title, class_="not-finite", x=float(x.place(step)), y=TOP - 8, text_anchor="middle")
 
 
-def _draw_bands(x: Axis, y: Axis, lines: Mapping[str, Series]) -> Iterator[str]:
-    """Areas that tell the values in them when they are pointed at."""
+def _draw_bands(x: Axis, y: Axis, lines: Mapping[str, Series]) -> Iterator[Markup]:
+    """Areas that show the values in them when you point at them."""
     steps = np.unique(np.concatenate([series.steps for series in lines.values()]))
     bands = np.array_split(steps, min(BANDS, len(steps)))
     between = [(before[-1] + after[0]) / 2 for before, after in pairwise(bands)]
     edges = [x.start, *x.place(np.array(between)).tolist(), x.end]
     for band, (start, end) in zip(bands, pairwise(edges), strict=True):
-        told = [
-            f"{name} {_tell(inside)}"
+        values = ", ".join(
+            f"{name} {_describe_values(inside)}"
             for name, series in lines.items()
             if len(inside := series.values[(series.steps >= band[0]) & (series.steps <= band[-1])])
-        ]
+        )
         when = f"step {band[0]:,}" if len(band) == 1 else f"steps {band[0]:,}–{band[-1]:,}"
-        area = f'x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{y.start - TOP:.1f}"'
-        yield f'<g><title>{escape(when)}: {escape(", ".join(told))}</title><rect class="hover" {area}/></g>'
+        area = _element("rect", class_="hover", x=start, y=TOP, width=end - start, height=float(y.start - TOP))
+        yield _element("g", _element("title", f"{when}: {values}"), area)
 
 
-def _tell(values: np.ndarray) -> str:
-    low, high, mean = map(show_number, (values.min(), values.max(), values.mean()))
+def _describe_values(values: np.ndarray) -> str:
+    low, high, mean = map(format_number, (values.min(), values.max(), values.mean()))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def show_number(value: float) -> str:
-    """Four digits of a number, or nan or inf."""
-    return shorten(float(f"{value:.4g}")) if math.isfinite(value) else str(float(value))
+def _bin(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts in bars of a round width, and their edges. There are at least MIN_BARS bars, some of them empty.
+
+    Edges lie half below a whole number, as the last bar of numpy's histogram includes its upper edge.
+    """
+    low, high = int(values.min()), int(values.max())
+    width = int(round_up(max((high - low + 1) / MAX_BARS, 1)))
+    first, last = low // width, high // width
+    missing = max(0, MIN_BARS - (last - first + 1))
+    first = max(0, first - missing // 2)
+    last = max(last, first + MIN_BARS - 1)
+    edges = np.arange(first, last + 2) * width - 0.5
+    return np.histogram(values, edges)[0], edges
+
+
+def _draw_bars(x: Axis, y: Axis, counts: np.ndarray, edges: np.ndarray, nouns: tuple[str, str]) -> Iterator[Markup]:
+    for number, start, end in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        if not number:
+            continue
+        low, high = int(start + 0.5), int(end - 0.5)
+        values = plural(low, nouns[0]) if low == high else f"{low:,}–{high:,} {nouns[0]}s"
+        left, right = float(x.place(start)), float(x.place(end))
+        height = max(1.5, y.start - float(y.place(number)))
+        yield _element(
+            "g",
+            _element("title", f"{values}: {plural(number, nouns[1])}"),
+            _element("rect", class_="hover", x=left, y=TOP, width=right - left, height=float(y.start - TOP)),
+            _element("rect", class_="bar", x=left + 0.5, y=y.start - height, width=right - left - 1, height=height),
+        )
+
+
+def round_up(number: float) -> float:
+    """The next of …, 0.1, 0.2, 0.5, 1, 2, 5, 10, … for a number above 0."""
+    exponent = math.floor(math.log10(number))
+    rounded = (float(f"{factor}e{exponent}") for factor in (1, 2, 5, 10, 20))
+    return next(value for value in rounded if value >= number)
 
 
 def thin_out(series: Series) -> Series:
-    """So few points that a page stays small; none of the peaks is lost."""
+    """Few enough points that a page stays small. Every peak is kept."""
     if len(series) <= 2 * BUCKETS:
         return series
     kept = [0, len(series) - 1]

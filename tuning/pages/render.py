@@ -1,70 +1,44 @@
-"""What the pages of this library share: one self-contained HTML file that needs no network and no JavaScript."""
+"""Pages from templates: each is one HTML file that needs no network and can be read without JavaScript."""
 
-import html
 import math
-from collections.abc import Iterable, Mapping
-from importlib.resources import files
+from datetime import datetime
+from typing import Any
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 UNITS = {"gb": "GB", "gib": "GiB", "mb": "MB", "mib": "MiB"}
 VISIBLE_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
-def render_document(
-    *, title: str, header: str, sections: Iterable[tuple[str, str, str]], style: str, script: str, head: str = ""
-) -> str:
-    """A page of `sections`, each an id, a heading and a body; all but `style` and `script` is HTML already.
-
-    `style` is added to `page.css`, `head` to the page's head.
-    """
-    sections = list(sections)
-    links = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in sections)
-    main = "\n".join(
-        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{heading}</h2>{body}</section>'
-        for name, heading, body in sections
-    )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-{head}<title>{title}</title>
-<style>
-{read_asset("tuning.pages", "page.css")}{style}</style>
-</head>
-<body>
-{header}
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-<main>
-{main}
-</main>
-<script>
-{script}</script>
-</body>
-</html>
-"""
+def render(template: str, **values: Any) -> str:
+    """The text of a file in `templates`, filled with `values`. They are escaped as HTML, except in Markdown files."""
+    return ENVIRONMENT.get_template(template).render(values) + "\n"
 
 
-def read_asset(package: str, name: str) -> str:
-    return files(package).joinpath(name).read_text(encoding="utf-8")
+def read_asset(name: str) -> str:
+    """The text of a style sheet or script in `templates`."""
+    return LOADER.get_source(ENVIRONMENT, name)[0]
 
 
-def escape(text: str) -> str:
-    """`text` as HTML. Control characters become visible, as does half a surrogate pair, which no file can hold."""
-    visible = text.translate(VISIBLE_CONTROLS).encode("utf-8", "backslashreplace").decode("utf-8")
-    return html.escape(visible)
+def make_visible(value: Any) -> Any:
+    """Show control characters of a text as symbols, and half a surrogate pair, which no file can hold, as its code."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):  # drawn already
+        return value
+    return value.translate(VISIBLE_CONTROLS).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def show_name(key: str) -> str:
-    return escape(" ".join(UNITS.get(word, word) for word in key.split("_")))
+def to_words(key: str) -> str:
+    """`peak_memory_gb` → `peak memory GB`."""
+    return " ".join(UNITS.get(word, word) for word in key.split("_"))
 
 
-def show_count(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
+    """A number with its noun: `1 row`, `1,234 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def format_value(value: float) -> str:
+    """Three digits of a fraction, all of a whole number or one from 1,000 on."""
     if not math.isfinite(value):
         return "unknown"
     if float(value).is_integer() or abs(value) >= 1000:
@@ -72,45 +46,8 @@ def format_value(value: float) -> str:
     return f"{value:.3g}"
 
 
-def render_figures(figures: Mapping[str, str]) -> str:
-    """Big figures by name, already formatted."""
-    shown = "".join(f"<div><dt>{show_name(key)}</dt><dd>{value}</dd></div>" for key, value in figures.items())
-    return f'<dl class="totals">{shown}</dl>' if shown else ""
-
-
-def render_warnings(warnings: Iterable[str]) -> str:
-    items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
-    return f'<div class="warnings"><h3>Worth a look</h3><ul>{items}</ul></div>' if items else ""
-
-
-def render_settings(settings: Mapping[str, str]) -> str:
-    return f'<dl class="settings">{"".join(_render_setting(key, value) for key, value in settings.items())}</dl>'
-
-
-def _render_setting(key: str, value: str) -> str:
-    style = ' class="lines" tabindex="0" role="group"' if "\n" in value else ""
-    label = f' aria-label="{show_name(key)}"' if style else ""
-    return f"<dt>{show_name(key)}</dt><dd{style}{label}>{escape(value)}</dd>"
-
-
-def render_share(name: str, share: float, shown: str = "") -> str:
-    """An item of a list of bars; `shown` stands at its end instead of the percentage."""
-    width = min(max(share, 0), 1) * 100
-    return (
-        f"<li><span>{show_name(name)}</span><span class=track aria-hidden=true>"
-        f'<span style="width:{width:.1f}%"></span></span><b>{shown or f"{share:.1%}"}</b></li>'
-    )
-
-
-def round_up(number: float) -> float:
-    """The next of …, 0.1, 0.2, 0.5, 1, 2, 5, 10, …; `number` is above 0."""
-    exponent = math.floor(math.log10(number))
-    rounded = (float(f"{factor}e{exponent}") for factor in (1, 2, 5, 10, 20))
-    return next(value for value in rounded if value >= number)
-
-
 def shorten(number: float) -> str:
-    """A number at an axis."""
+    """A number as the label of an axis: `0.25`, `1,200`, `20k`, `3M`, `2e-5`."""
     for size, letter in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
         if number >= size:
             return f"{number / (1000 if letter == 'k' else size):g}{letter}"
@@ -118,3 +55,52 @@ def shorten(number: float) -> str:
         digits, exponent = f"{number:.3e}".split("e")
         return f"{float(digits):g}e{int(exponent)}"
     return f"{number:,.6g}"
+
+
+def format_number(value: float) -> str:
+    """A number with four digits, or nan or inf."""
+    return shorten(float(f"{value:.4g}")) if math.isfinite(value) else str(float(value))
+
+
+def format_percent(share: float, digits: int = 1) -> str:
+    return f"{share:.{digits}%}"
+
+
+def quote_names(names: list[str]) -> str:
+    """Names as Markdown code, with commas."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def escape_cell(text: str) -> str:
+    """A text for a cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+def format_date(when: str) -> str:
+    """A time in ISO 8601 for people. Any other text stays as it is."""
+    try:
+        return datetime.fromisoformat(when).strftime("%d %b %Y, %H:%M")
+    except ValueError:
+        return when
+
+
+LOADER = PackageLoader("tuning.pages")
+ENVIRONMENT = Environment(
+    loader=LOADER,
+    autoescape=lambda name: not (name or "").endswith(".md.j2"),
+    finalize=make_visible,  # of every value, before it is escaped
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.filters |= {
+    "cell": escape_cell,
+    "commas": "{:,}".format,
+    "plural": plural,
+    "date": format_date,
+    "number": format_number,
+    "percent": format_percent,
+    "quoted": quote_names,
+    "to_words": to_words,
+    "value": format_value,
+}

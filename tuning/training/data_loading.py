@@ -22,6 +22,7 @@ from tuning.data.batch_sampler import (
 )
 from tuning.data.collator import Collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows
+from tuning.data.dummy_samples import dummy_samples
 from tuning.data.encode import Sample
 from tuning.data.from_config import TrainingData
 from tuning.data.row_lengths import RowLengths
@@ -102,9 +103,13 @@ class DataLoading(TrainerCallback):
         """Whether batches will be padded, as far as the model's structure tells: it has not run yet."""
         if self.padded_before is not None:
             return self.padded_before
-        nested = self.data.collator.nested_images
-        reason = why_padding_is_needed_by_structure(self.model.attention, self.model.model.config, nested_images=nested)
-        return self.config.data.padding_free is False or reason != ""
+        reason = why_padding_is_needed_by_structure(
+            self.model.attention,
+            self.model.model.config,
+            nested_images=self.data.collator.nested_images,
+            padding_free=self.config.data.padding_free,
+        )
+        return reason != ""
 
     def _sum_over_processes(self, numbers: np.ndarray) -> np.ndarray:
         accelerator = self.processes.accelerator
@@ -151,7 +156,7 @@ class DataLoading(TrainerCallback):
             reason = why_padding_is_needed(
                 model,
                 forward,
-                lambda: make_trial_batches(self.data.encoder.dummy_samples(), self.data.collator),
+                lambda: make_trial_batches(dummy_samples(self.data.encoder), self.data.collator),
                 attention,
                 nested_images=self.data.collator.nested_images,
                 half=mixed_precision or not HALF.isdisjoint(self.model.dtypes.values()),
@@ -181,14 +186,11 @@ class DataLoading(TrainerCallback):
 
 
 def make_trial_batches(samples: Sequence[Sample], collator: Collator) -> TrialBatches:
-    """The batches for trying out whether a model may get padding-free ones, from `Encoder.dummy_samples`."""
+    """The batches for trying out whether a model may get padding-free ones, from `dummy_samples`."""
     alone = replace(collator, padding_free=False, dummy_image_sample=None)
     packed = replace(alone, padding_free=True)
     changed = [_change(samples[0], samples[1].sequence["input_ids"]), *samples[1:]]
-    batches = [*(alone([sample]) for sample in samples), packed(samples), packed(changed)]
-    for batch in batches:
-        del batch["facts"]
-    return TrialBatches(batches[:-2], batches[-2], batches[-1])
+    return TrialBatches([alone.join([sample]) for sample in samples], packed.join(samples), packed.join(changed))
 
 
 def _change(sample: Sample, text_ids: torch.Tensor) -> Sample:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.data.collator import Collator
+from tuning.data.dummy_samples import dummy_image_sample
 from tuning.data.encode import TOO_LONG, Encoder, Sample
 from tuning.data.from_config import TrainingData, source_of
 from tuning.data.images import thumbnail
@@ -120,7 +121,7 @@ class GenerationEvaluator:
 
     def _answer_on_all_ranks(self, model: nn.Module, samples: list[Sample]) -> list[str]:
         if self.synced_gpus and not samples:  # the others need this process to generate, too
-            samples = [self.encoder.dummy_image_sample()]
+            samples = [dummy_image_sample(self.encoder)]
 
         def generate() -> list[str]:
             limit, synced = self.max_new_tokens, self.synced_gpus

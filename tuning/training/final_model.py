@@ -1,9 +1,11 @@
 """The final model of a run: where it comes from, saving it, reading it back, and marking the run as finished."""
 
+from functools import partial
 from pathlib import Path
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
+from tuning.data.dummy_samples import dummy_samples
 from tuning.files import COMPLETE_FILE, write_json
 from tuning.pages.model_card import put_card, write_card
 from tuning.pages.run_summary import RunSummary
@@ -51,7 +53,7 @@ def trained_model(trainer: SupervisedTrainer) -> TrainedModel:
         dtypes=trainer.dtypes,
         attention=trainer.trainable.attention.loaded,
         collator=trainer.data.collator,
-        dummy_samples=trainer.data.encoder.dummy_samples,
+        dummy_samples=partial(dummy_samples, trainer.data.encoder),
         processes=trainer.processes,
         is_main_process=trainer.args.should_save,
         is_fsdp=trainer.is_fsdp_enabled,

@@ -78,7 +78,7 @@ def describe_run(
 
 def _describe_formats(config: RunConfig, data: TrainingData) -> str:
     text, images = config.data.dataset_text_field, config.data.dataset_image_field
-    formats = {describe_format(part.format, text, images) for part in data.parts}
+    formats = {describe_format(file.format, text, images) for file in data.files}
     return " ".join(sorted(filter(None, formats))) or f"messages in '{text}'"
 
 

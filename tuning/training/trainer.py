@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
-from tuning.data.collator import BatchInfo
+from tuning.data.collator import BatchInfo, take_info
 from tuning.data.from_config import TrainingData
 from tuning.distributed.failures import name_killed_worker
 from tuning.distributed.fsdp import (
@@ -182,7 +182,7 @@ class SupervisedTrainer(ResumableTrainer):
         return batches, all_supervised
 
     def _take_info(self, batch: dict[str, Any], evaluating: bool = False) -> BatchInfo:
-        info = batch.pop("facts")
+        info = take_info(batch)
         if info.error is not None:
             raise info.error
         self.rows.take(info, evaluating=evaluating)
@@ -206,10 +206,10 @@ class SupervisedTrainer(ResumableTrainer):
         """Add the throughput of all processes to the lines of training steps."""
         if "loss" in logs:
             figures = self.meter.report()
-            summed = torch.tensor([figures["tokens_per_second"], figures["supervised_tokens"]], device=self.args.device)
             if self.args.world_size > 1:
-                summed = self.accelerator.reduce(summed, "sum")
-                figures["tokens_per_second"], figures["supervised_tokens"] = summed[0].item(), int(summed[1].item())
+                mine = torch.tensor([figures["tokens_per_second"], figures["supervised_tokens"]])
+                speed, tokens = self.accelerator.reduce(mine.to(self.args.device), "sum").tolist()
+                figures["tokens_per_second"], figures["supervised_tokens"] = speed, int(tokens)
             logs |= figures
         super().log(logs, start_time)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the model: the states of the optimizer, the schedule and the random generators.
+"""What a checkpoint holds in addition to the model: states of the optimizer, the schedule and the random generators.
 
 The optimizer's state has one of three formats: PyTorch's own with the parameters' names (`optimizer.pt`), which any
 number of processes can load, sharded or not; the same without names, as the stock trainer writes it; and one shard a

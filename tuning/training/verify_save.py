@@ -245,10 +245,10 @@ def read_logits(trained: TrainedModel, model: Any) -> torch.Tensor:
 
     `model` runs its stock forward, without labels, as `trained` would. Logits after the end of a row are 0.
     """
-    batch = replace(trained.collator, padding_free=False, dummy_image_sample=None)(trained.dummy_samples())
+    batch = replace(trained.collator, padding_free=False, dummy_image_sample=None).join(trained.dummy_samples())
     lengths = batch["attention_mask"].sum(dim=1)
     kept = torch.cat([torch.arange(max(0, length - LAST_TOKENS), length) for length in lengths.tolist()]).unique()
-    inputs = {name: value for name, value in batch.items() if name not in ("facts", "labels")}
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     takes_places = "logits_to_keep" in inspect.signature(type(base).forward).parameters
     if takes_places:

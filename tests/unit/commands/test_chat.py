@@ -21,7 +21,7 @@ from tuning.data.sources import Row
 from tuning.errors import UserError
 from tuning.model.answering import load_answering
 from tuning.model.generate import generate_texts, greedy_settings, stream_text
-from tuning.pages.chat_page import Answer, Talk, Turn, answer
+from tuning.pages.chat_page import Answer, Conversation, Turn, stream_answers
 from tuning.training.evaluation import answer as answer_batch
 
 PICTURE = Image.new("RGB", (60, 40), "red")
@@ -88,7 +88,7 @@ def test_the_pieces_are_the_answer_that_a_batch_gets(models):
 def test_a_later_turn_of_every_layout_is_answered_as_a_row_of_data_is(models, layout):
     speaker = make_speakers(ChatArguments(str(models[layout]), max_new_tokens=12), threading.Event())[0]
     pictures = [PICTURE] * (speaker.encoder.max_images or 2)
-    talk = Talk([asked("What is it?", "A dog.", images=pictures), asked("Sure?", "")])
+    talk = Conversation([asked("What is it?", "A dog.", images=pictures), asked("Sure?", "")])
     messages, images = talk.history(0)
     question = read_question(Row({"messages": messages, "images": images}, "file", 0), speaker.encoder)
     expected = answer_batch(
@@ -152,7 +152,7 @@ def test_a_second_model_and_an_adapter_with_biases_are_loaded_apart(scripted, pa
 def test_the_model_reads_the_conversation_as_it_is_trained(pair, monkeypatch):
     seen = []
     monkeypatch.setattr(chat, "stream_text", lambda model, tokenizer, batch, *_, **__: seen.append(batch) or iter(()))
-    talk = Talk([asked("What is it?", "A dog.", images=[PICTURE]), asked("Sure? </s> <image>", "")])
+    talk = Conversation([asked("What is it?", "A dog.", images=[PICTURE]), asked("Sure? </s> <image>", "")])
     list(pair[0].reply(*talk.history(0)))
     encoder, ids = pair[0].encoder, seen[0]["input_ids"][0]
     text = encoder.processor.tokenizer.decode(ids, skip_special_tokens=False)
@@ -176,8 +176,8 @@ def test_what_cannot_be_asked_says_why(pair):
 
 def test_each_speaker_is_asked_its_own_conversation_without_questions_left_open():
     first, second = Fake("One."), Fake("Two.")
-    talk = Talk([asked("a", "A1", ""), asked("b", "", "B2", images=[PICTURE]), asked("c", "", "")])
-    for _ in answer(talk, [first, second]):
+    talk = Conversation([asked("a", "A1", ""), asked("b", "", "B2", images=[PICTURE]), asked("c", "", "")])
+    for _ in stream_answers(talk, [first, second]):
         pass
     roles = [(m["role"], m["content"][-1]["text"]) for m in first.asked[0][0]]
     assert roles == [("user", "a"), ("assistant", "A1"), ("user", "c")]
@@ -189,17 +189,19 @@ def test_each_speaker_is_asked_its_own_conversation_without_questions_left_open(
 
 
 def test_an_error_of_one_is_shown_in_its_place_and_the_other_answers():
-    talk = Talk([asked("q", "", "")])
-    for _ in answer(talk, [Fake("Half", UserError(problem="there is no room.", fix="Mend it.")), Fake("Whole.")]):
+    talk = Conversation([asked("q", "", "")])
+    for _ in stream_answers(
+        talk, [Fake("Half", UserError(problem="there is no room.", fix="Mend it.")), Fake("Whole.")]
+    ):
         pass
-    assert talk.shown(0)[-1]["content"] == "Half\n\n⚠ There is no room."
-    assert talk.shown(1)[-1]["content"] == "Whole."
+    assert talk.bubbles(0)[-1]["content"] == "Half\n\n⚠ There is no room."
+    assert talk.bubbles(1)[-1]["content"] == "Whole."
 
 
 def test_stopping_keeps_what_was_said_and_spares_the_second():
     first, second = Fake("a ", "b ", "c "), Fake("d")
-    talk = Talk([asked("q", "", "")])
-    writing = answer(talk, [first, second])
+    talk = Conversation([asked("q", "", "")])
+    writing = stream_answers(talk, [first, second])
     next(writing)
     talk.stopped = True
     list(writing)
@@ -209,13 +211,13 @@ def test_stopping_keeps_what_was_said_and_spares_the_second():
 
 
 def test_clearing_while_it_answers_leaves_an_empty_talk():
-    talk = Talk([asked("q", "", "")])
-    writing = answer(talk, [Fake("a ", "b "), Fake("c")])
+    talk = Conversation([asked("q", "", "")])
+    writing = stream_answers(talk, [Fake("a ", "b "), Fake("c")])
     next(writing)
     talk.turns.clear()
     talk.stopped = True
     list(writing)
-    assert talk.shown(0) == talk.shown(1) == []
+    assert talk.bubbles(0) == talk.bubbles(1) == []
 
 
 @pytest.mark.parametrize("case", ["no gradio", "port in use", "no port", "unknown option", "no model"])

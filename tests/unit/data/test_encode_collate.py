@@ -12,13 +12,15 @@ from torch.utils.data import DataLoader
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import pad_to_largest, probe_collator
 from tuning.data.dataset import EncodedRows
-from tuning.data.encode import IGNORED, Encoder, Sample, after_expansion
-from tuning.data.sources import Row, open_source
+from tuning.data.encode import IGNORED, Encoder, Sample
+from tuning.data.open_source import open_source
+from tuning.data.sources import Row
+from tuning.data.token_spans import after_expansion
 from tuning.errors import UserError
 from tuning.model.mllama import patch_mllama_cross_attention
 
 IMAGE = {"type": "image"}
-NOT_FOR_THE_MODEL = ("labels", "facts")
+NOT_FOR_THE_MODEL = ("labels", "info")
 
 
 def text(words: str) -> dict:
@@ -247,27 +249,27 @@ def test_batch_of_text_only_has_no_image_tensors(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_facts_count_what_is_in_the_batch(layout):
+def test_info_counts_what_is_in_the_batch(layout):
     encoder = variant(layout, max_images=1, max_seq_length=700, overlong_rows="drop")
     rows = [*mixed_rows(), row_of(messages_of(0, question="long " * 800), [], "3")]
     samples = [encoder.encode(row) for row in rows]
     batch = probe_collator(encoder.processor)(samples)
-    facts = batch["facts"]
-    assert facts.rows == [f"{number}, row 0" for number in range(4)]
-    assert facts.tokens == batch["attention_mask"].sum()
-    assert facts.supervised_tokens == (batch["labels"] != IGNORED).sum()
-    assert facts.dropped_images == 1
-    assert facts.error is None
-    assert list(facts.skipped) == ["3, row 0"]
-    assert "more than max_seq_length 700" in facts.skipped["3, row 0"].reason
+    info = batch["info"]
+    assert info.rows == [f"{number}, row 0" for number in range(4)]
+    assert info.tokens == batch["attention_mask"].sum()
+    assert info.supervised_tokens == (batch["labels"] != IGNORED).sum()
+    assert info.dropped_images == 1
+    assert info.error is None
+    assert list(info.skipped) == ["3, row 0"]
+    assert "more than max_seq_length 700" in info.skipped["3, row 0"].reason
 
 
-def test_error_among_the_samples_is_what_the_batch_tells():
+def test_error_among_the_samples_ends_the_batch():
     encoder = encoder_of("llava15")
     error = UserError(where="row 7", problem="is broken.")
     batch = probe_collator(encoder.processor)([encoder.encode(mixed_rows()[0]), error])
-    assert list(batch) == ["facts"]
-    assert batch["facts"].error is error
+    assert list(batch) == ["info"]
+    assert batch["info"].error is error
 
 
 def test_every_dimension_is_padded_at_its_end():
@@ -307,8 +309,8 @@ def test_samples_and_errors_come_through_a_worker_process(tmp_path, monkeypatch)
     assert str(samples[1]) == str(encoded[1])
 
     batches = list(DataLoader(encoded, batch_size=1, num_workers=1, collate_fn=probe_collator(encoder.processor)))
-    assert batches[0]["facts"].rows == [f"{file}, row 0"]
-    assert "there is no image file" in str(batches[1]["facts"].error)
+    assert batches[0]["info"].rows == [f"{file}, row 0"]
+    assert "there is no image file" in str(batches[1]["info"].error)
 
 
 def test_a_control_token_spread_over_two_parts_is_refused():

@@ -8,8 +8,8 @@ from PIL import Image
 
 from tuning.data.formats import RowFormat, describe_format, detect_format
 from tuning.data.images import list_images, load_image
-from tuning.data.messages import find_source, split_image_strings
-from tuning.data.sources import open_source
+from tuning.data.messages import find_own_image, split_image_strings
+from tuning.data.open_source import open_source
 from tuning.errors import UserError
 
 IMAGE = {"type": "image"}
@@ -48,7 +48,7 @@ def read(rows, **fields):
 
 
 FORMS = {
-    # name: (row, canonical messages, images, first trained message, what is said of it)
+    # name: (row, canonical messages, images, first trained message, its description)
     "documented": (
         {"messages": chat([IMAGE, text("q")]), "images": ["x.png"]},
         asked(IMAGE, text("q")),
@@ -202,14 +202,14 @@ def test_each_form_is_the_same_in_a_file(tmp_path, suffix, row, messages, images
     ],
 )
 def test_what_a_part_brings(part, source):
-    assert find_source(part) == source
+    assert find_own_image(part) == source
 
 
 def test_empty_keys_from_arrow_do_not_make_a_part_bring_its_image():
     part = {"type": "image", "text": None, "image_url": None}
     row = {"messages": chat([part, {**text("q"), "image_url": None}]), "images": ["x.png"]}
     assert read([row]).images == ["x.png"]
-    with pytest.raises(UserError, match="has no column 'images'; it has: messages"):
+    with pytest.raises(UserError, match="there is no column 'images', only: messages"):
         detect([{"messages": row["messages"]}])
 
 
@@ -300,19 +300,19 @@ def test_wrong_prompt_or_completion_is_named(prompt, completion, field, message)
 
 
 def test_unknown_columns_list_those_there_are():
-    with pytest.raises(UserError, match="has no column 'messages'; it has: question, reply, images") as caught:
+    with pytest.raises(UserError, match="there is no column 'messages', only: question, reply, images") as caught:
         detect([{"question": "q", "reply": "a", "images": None}])
     assert (caught.value.where, caught.value.fix) == ("rows.json", "Set dataset_text_field.")
-    with pytest.raises(UserError, match="has no column 'images'; it has: messages, photo") as caught:
+    with pytest.raises(UserError, match="there is no column 'images', only: messages, photo") as caught:
         detect([{"messages": chat([IMAGE, text("q")]), "photo": "x.png"}])
     assert caught.value.fix == "Set dataset_image_field."
 
 
 def test_named_columns_are_never_replaced_by_others():
     row = {"conversations": llava("q"), "prompt": "q", "completion": "a", "image": "x.png"}
-    with pytest.raises(UserError, match="has no column 'chat'"):
+    with pytest.raises(UserError, match="there is no column 'chat'"):
         detect([row], text_field="chat")
-    with pytest.raises(UserError, match="has no column 'photo'"):
+    with pytest.raises(UserError, match="there is no column 'photo'"):
         detect([row], image_field="photo")
 
 
@@ -337,7 +337,7 @@ def test_images_inside_messages_are_not_decoded_when_a_row_is_read(tmp_path, str
     datasets.Dataset.from_list([{"messages": messages}], features=features).to_parquet(tmp_path / "rows.parquet")
     file = str(tmp_path / "rows.parquet")
     source = open_source(file, text_field="messages", image_field="images", streaming=streaming)
-    part = source.parts[0]
+    part = source.files[0]
     columns = next(iter(part.rows))
     good, broken = part.format.read(columns, "row 0").images
     assert good["bytes"] == PNG

@@ -3,6 +3,7 @@
 import http.server
 import io
 import socket
+import ssl
 import threading
 import time
 
@@ -183,34 +184,95 @@ def test_no_redirect_to_the_same_server_if_it_is_private(server):
     assert server.asked == ["/x.png"]
 
 
-def test_no_redirect_to_a_name_of_which_one_address_is_private(server, monkeypatch):
-    entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, 80)) for number in ("93.184.216.34", "10.0.0.1")]
-    monkeypatch.setattr(image_download.socket, "getaddrinfo", lambda *_, **__: entries)
-    monkeypatch.setattr(image_download.socket, "create_connection", lambda *_: pytest.fail("connected"))
-    with pytest.raises(ValueError, match=r"example.org \(10.0.0.1\), which is not a public address"):
-        image_download._connect_to_public_address(("example.org", 80), 1.0)
+@pytest.fixture
+def example_org(server, monkeypatch):
+    """A function that gives example.org some addresses. Connections to them end at `server`.
 
-
-def test_a_public_redirect_is_followed_to_the_address_that_was_checked(server, monkeypatch):
-    """The name is looked up once: a second answer could be a private address."""
+    Returns what was looked up and where connections went, by the name and the first address.
+    """
     look_up, connect, found, connected = socket.getaddrinfo, socket.create_connection, [], []
 
-    def find(host, port, *rest, **options):
-        if host != "example.org":
-            return look_up(host, port, *rest, **options)
-        found.append(host)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", port))]
+    def resolve_to(*numbers: str) -> tuple[list, list]:
+        def find(host, port, *rest, **options):
+            if host != "example.org":
+                return look_up(host, port, *rest, **options)
+            found.append(host)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, port)) for number in numbers]
 
-    def connect_here(address, *rest):
-        connected.append(address)
-        return connect(("127.0.0.1", server.server_port), *rest)
+        def connect_here(address, *rest, **options):
+            connected.append(address)
+            return connect(("127.0.0.1", server.server_port), *rest, **options)
 
-    server.answers.update({"/x.png": redirect("http://example.org/y.png"), "/y.png": send(PNG)})
-    monkeypatch.setattr(socket, "getaddrinfo", find)
-    monkeypatch.setattr(socket, "create_connection", connect_here)
+        monkeypatch.setattr(socket, "getaddrinfo", find)
+        monkeypatch.setattr(socket, "create_connection", connect_here)
+        return found, connected
+
+    return resolve_to
+
+
+def test_no_redirect_to_a_name_of_which_one_address_is_private(server, example_org):
+    _, connected = example_org("93.184.216.34", "10.0.0.1")
+    server.answers["/x.png"] = redirect("http://example.org/y.png")
+    assert "it redirects to example.org (10.0.0.1), which is not a public address" in refused(f"{server.url}/x.png")
+    assert len(connected) == 1
+    assert server.asked == ["/x.png"]
+
+
+@pytest.mark.parametrize(
+    ("address", "host"), [("example.org", "example.org"), ("example.org:8080", "example.org:8080")]
+)
+def test_a_public_redirect_is_followed_to_the_address_that_was_checked(server, example_org, address, host):
+    """The name is looked up once: a second answer could be a private address."""
+    found, connected = example_org("93.184.216.34")
+    hosts = []
+
+    def answer(handler):
+        hosts.append(handler.headers["Host"])
+        send(PNG)(handler)
+
+    server.answers.update({"/x.png": redirect(f"http://{address}/y.png"), "/y.png": answer})
     assert load_image(f"{server.url}/x.png", None, WHERE, ALLOWED).size == (40, 30)
-    assert (found, connected[1:]) == (["example.org"], [("93.184.216.34", 80)])
+    port = 8080 if ":" in address else 80
+    assert (found, connected[1:]) == (["example.org"], [("93.184.216.34", port)])
+    assert hosts == [host]
     assert server.asked == ["/x.png", "/y.png"]
+
+
+def test_a_pinned_address_still_has_to_show_the_certificate_of_its_name(server, example_org, monkeypatch):
+    """The TLS connection is made for the name, although it goes to the number."""
+    names = []
+
+    class Context(ssl.SSLContext):
+        def wrap_socket(self, *_, server_hostname=None, **__):
+            names.append(server_hostname)
+            raise ssl.SSLError("no certificate here")
+
+    example_org("93.184.216.34")
+    monkeypatch.setattr(image_download, "_certificates", lambda: Context(ssl.PROTOCOL_TLS_CLIENT))
+    server.answers["/x.png"] = redirect("https://example.org/y.png")
+    assert "no certificate here" in refused(f"{server.url}/x.png")
+    assert names == ["example.org"]
+
+
+def test_nothing_but_the_address_is_sent(server, monkeypatch):
+    """No cookie of an earlier answer, no password in the address, no proxy of the environment, no compression."""
+    requests = []
+
+    def answer_with(answer):
+        return lambda handler: (requests.append(handler.headers), answer(handler))
+
+    server.answers["/x.png"] = answer_with(send(b"", 302, **{"Location": "/y.png", "Set-Cookie": "a=b"}))
+    server.answers["/y.png"] = answer_with(send(PNG))
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(image_download, "_is_public", lambda number: True)
+    address = server.url.replace("://", "://user:secret@")
+    assert load_image(f"{address}/x.png", None, WHERE, ALLOWED).size == (40, 30)
+    assert len(requests) == 2
+    for headers in requests:
+        assert headers["Cookie"] is headers["Authorization"] is None
+        assert headers["Accept-Encoding"] == "identity"
+        assert "secret" not in headers["Host"]
 
 
 @pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://example.org/x.png", "data:image/png;base64,aaaa"])
@@ -220,9 +282,7 @@ def test_no_redirect_to_anything_but_http(server, target):
 
 
 def test_redirects_come_to_an_end(server, monkeypatch):
-    monkeypatch.setattr(
-        image_download, "_connect_to_public_address", lambda address, *rest: socket.create_connection(address)
-    )
+    monkeypatch.setattr(image_download, "_is_public", lambda number: True)
     server.answers["/x.png"] = redirect("/x.png")
     assert "more than 5 redirects" in refused(f"{server.url}/x.png")
     assert len(server.asked) == 6

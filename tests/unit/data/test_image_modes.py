@@ -297,7 +297,7 @@ def test_images_elsewhere_are_read_only_on_request(path, look, places):
         with pytest.raises(UserError, match="lies outside the folder") as caught:
             look(stored, places / "data", WHERE)
         assert str(caught.value).endswith(
-            "Set image_folder to a folder that holds all images, or allow_outside_paths true."
+            "Set image_folder to a folder that contains all images, or set allow_outside_paths true."
         )
     look(path, places / "data", WHERE, ImageRules(allow_outside=True))
 

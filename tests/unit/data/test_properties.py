@@ -84,10 +84,10 @@ def test_spans_hold_each_answer_and_its_end_of_turn(layout, turns):
     assert len(rendered.spans) == len(turns)
     reached = 0
     for (_, _, answer), content, span in zip(turns, rendered.contents, rendered.spans, strict=True):
-        assert chat.controls.show(rendered.text[slice(*content)]) == answer
+        assert chat.escaper.unescape_text(rendered.text[slice(*content)]) == answer
         whole = rendered.text[slice(*span)]
         assert whole.endswith(END[layout])
-        assert chat.controls.show(whole.removesuffix(END[layout])).strip() == answer.strip()
+        assert chat.escaper.unescape_text(whole.removesuffix(END[layout])).strip() == answer.strip()
         assert reached <= span[0] <= content[0] < content[1] <= span[1] <= len(rendered.text)
         reached = span[1]
 

@@ -10,8 +10,9 @@ from tiny_models import build_processor
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.encode import Encoder
+from tuning.data.open_source import open_source
 from tuning.data.row_lengths import RowLengths
-from tuning.data.sources import Mixture, Source, open_source
+from tuning.data.sources import Mixture, Source
 
 SIZES = [(40, 40), (300, 90), (30, 180), (500, 400), (64, 64)]
 
@@ -33,7 +34,7 @@ def source(tmp_path, monkeypatch) -> Source:
             lines.append(json.dumps({"messages": [{"role": "user", "content": question}, answer], "images": images}))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
         sources.append(open_source(str(tmp_path / f"{name}.jsonl"), text_field="messages", image_field="images"))
-    return Source([part for source in sources for part in source.parts])
+    return Source([file for source in sources for file in source.files])
 
 
 def encoder_of(layout: str, **options) -> Encoder:
@@ -93,13 +94,13 @@ def test_rows_that_are_left_out_count_one(source, exact):
     assert found.tolist() == np.where(whole > 150, 1, whole).tolist()
 
 
-def test_rows_of_a_mixture_are_found_in_their_part(source):
-    parts = [Source([part]) for part in source.parts]
-    mixture = Mixture(parts, [1.0, 1.0])
+def test_rows_of_a_mixture_are_found_in_their_file(source):
+    sources = [Source([file]) for file in source.files]
+    mixture = Mixture(sources, [1.0, 1.0])
     assert len(mixture) == 140
     for index in (0, 69, 70, 79, 80, 139):
-        part, number = mixture.place(index)
+        file, number = mixture.locate(index)
         row = mixture[index]
-        assert (mixture.parts[part].name, number) == (row.file, row.number)
-    alone = RowLengths(parts[1], encoder_of("llava15"))(range(10)).tolist()
+        assert (mixture.files[file].name, number) == (row.file, row.number)
+    alone = RowLengths(sources[1], encoder_of("llava15"))(range(10)).tolist()
     assert RowLengths(mixture, encoder_of("llava15"))(range(70, 140)).tolist() == alone * 7

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tuning.data.images import list_images, load_image
-from tuning.data.sources import open_source
+from tuning.data.open_source import open_source
 from tuning.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -142,7 +142,7 @@ def test_folder_gives_the_files_of_a_split(tmp_path, split, names):
     for name in ("train.json", "dev.json", "my-eval-set.jsonl"):
         write_json(tmp_path / "rows" / name, [{}])
     source = open_rows(tmp_path / "rows", split=split)
-    assert [part.name for part in source.parts] == [str(tmp_path / "rows" / name) for name in names]
+    assert [file.name for file in source.files] == [str(tmp_path / "rows" / name) for name in names]
 
 
 def test_folder_whose_names_speak_of_no_split_is_read_whole(tmp_path):
@@ -154,14 +154,14 @@ def test_folder_whose_names_speak_of_no_split_is_read_whole(tmp_path):
 def test_folder_without_the_split_lists_those_it_has(tmp_path):
     for name in ("train.json", "test.json"):
         write_json(tmp_path / "rows" / name, [{}])
-    with pytest.raises(UserError, match="has no split 'validation'; it has: test, train"):
+    with pytest.raises(UserError, match="there is no split 'validation', only: test, train"):
         open_rows(tmp_path / "rows", split="validation")
 
 
 def test_folder_without_data_files_is_refused(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.txt").write_text("a", encoding="utf-8")
-    with pytest.raises(UserError, match=r"holds no \.json, \.jsonl, \.parquet, \.arrow file"):
+    with pytest.raises(UserError, match=r"the folder has no \.json, \.jsonl, \.parquet, \.arrow file"):
         open_rows(tmp_path / "rows")
 
 
@@ -172,7 +172,7 @@ def test_saved_dataset_dict_gives_its_split(tmp_path):
     saved.save_to_disk(str(tmp_path / "saved"))
     assert colors_of(open_rows(tmp_path / "saved")) == [[RED]]
     assert colors_of(open_rows(tmp_path / "saved", split="held_out")) == [[BLUE]]
-    with pytest.raises(UserError, match="has no split 'validation'; it has: train, held_out"):
+    with pytest.raises(UserError, match="there is no split 'validation', only: train, held_out"):
         open_rows(tmp_path / "saved", split="validation")
 
 
@@ -185,8 +185,8 @@ def test_saved_dataset_with_chosen_rows_keeps_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text_field": "conversation"}, "has no column 'conversation'; it has: messages, images, extra."),
-        ({"image_field": "image"}, "has no column 'image'; it has: messages, images, extra."),
+        ({"text_field": "conversation"}, "there is no column 'conversation', only: messages, images, extra."),
+        ({"image_field": "image"}, "there is no column 'image', only: messages, images, extra."),
     ],
 )
 def test_missing_column_lists_those_there_are(tmp_path, options, message):
@@ -248,12 +248,14 @@ def test_file_without_rows_is_refused(tmp_path, suffix):
 @pytest.mark.parametrize("name", ["rows.csv", "rows"])
 def test_unknown_kind_of_file_lists_the_known_ones(tmp_path, name):
     (tmp_path / name).write_text("a,b", encoding="utf-8")
-    with pytest.raises(UserError, match=r"cannot read .* files\. Use one of \.json, \.jsonl, \.parquet, \.arrow"):
+    with pytest.raises(UserError, match=r".* files cannot be read\. Use one of \.json, \.jsonl, \.parquet, \.arrow"):
         open_rows(tmp_path / name)
 
 
 def test_name_that_is_nowhere_is_named():
-    with pytest.raises(UserError, match="is neither a local file or folder nor a dataset") as caught:
+    with pytest.raises(
+        UserError, match="there is no such file or folder, and the hub dataset could not be loaded"
+    ) as caught:
         open_rows("no_such_rows")
     assert caught.value.where == "no_such_rows"
 

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_models import LAYOUTS, build_processor
 
 from tuning.data.chat_template import ChatFormat
-from tuning.data.collator import probe_collator
+from tuning.data.collator import probe_collator, take_info
 from tuning.data.encode import IGNORED, Encoder, Sample
 from tuning.data.sources import Row
 from tuning.errors import UserError
@@ -90,7 +90,7 @@ def test_the_answer_is_cut_at_its_end_to_the_very_length(layout):
         cut = encode(layout, row_of(ANSWER), length - excess)
         assert len(ids_of(cut)) == length - excess
         assert cut.cut_tokens == excess
-        assert stretches_of(cut) == [words[: len(words) - excess]]  # and no end token: the answer goes on
+        assert stretches_of(cut) == [words[: len(words) - excess]]  # and no end token: the answer is not over
         kept = [n for n in range(length) if not start + len(words) - excess <= n < start + len(words)]
         assert ids_of(cut) == [ids_of(whole)[n] for n in kept]
         assert_image_is_whole(layout, cut, whole)
@@ -140,7 +140,7 @@ def test_a_row_too_long_without_its_answers_is_an_error(layout):
     assert caught.value.where == "rows.json, row 7, field 'messages'"
     assert (caught.value.kind, caught.value.field) == ("too long", "messages")
     assert f"{len(ids_of(whole))} tokens are more than max_seq_length {shortest - 1}" in str(caught.value)
-    assert "Even without its answers it is too long: raise max_seq_length." in str(caught.value)
+    assert "Raise max_seq_length: the row is too long even without its answers." in str(caught.value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -203,7 +203,7 @@ def test_everything_with_a_position_per_token_gets_shorter(layout):
         assert torch.equal(mask, torch.cat([before[:-6], before[-1:]]))  # only the end token follows the answer
         assert mask[-1].any()
     batch = probe_collator(parts_of(layout)[0])([cut, whole])
-    assert batch["facts"].cut == ["rows.json, row 7"]
+    assert take_info(batch).cut == ["rows.json, row 7"]
     assert len({batch[name].shape[:2] for name in cut.sequence}) == 1
 
 

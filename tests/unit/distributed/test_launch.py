@@ -190,3 +190,6 @@ def test_an_installed_package_brings_its_settings(tmp_path):
     packed = zipfile.ZipFile(wheel)
     place = launch.FSDP_SETTINGS.relative_to(Path(launch.__file__).parents[2])
     assert packed.read(str(place)) == (ROOT / "fixtures" / "accelerate_fsdp_defaults.yaml").read_bytes()
+    templates = sorted((ROOT / "tuning" / "pages" / "templates").iterdir())
+    assert {path.suffix for path in templates} == {".j2", ".css", ".js"}
+    assert [path.name for path in templates if f"tuning/pages/templates/{path.name}" not in packed.namelist()] == []

@@ -1,4 +1,4 @@
-"""The page of a check, looked at by a real browser: nothing is asserted about HTML that a browser has not parsed."""
+"""The page of a check, opened in a real browser. What a reader sees is read from the parsed page, not from the HTML."""
 
 import html
 import json
@@ -16,7 +16,7 @@ NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="
 LONG = "a_name_without_any_blank_" * 12
 
-# Runs in the page: presses keys, and tells the window around it what it saw.
+# Runs in the page: presses keys, and reports to the window around it what it saw.
 PROBE = """<script>
 const errors = [];
 addEventListener("error", (event) => errors.push(event.message));
@@ -120,7 +120,7 @@ def text_of(dom: str) -> str:
     return html.unescape(re.sub(r"<[^>]*>", " ", body))
 
 
-def test_everything_is_shown_and_nothing_injected(open_page, report, tmp_path):
+def test_page_shows_everything_and_injects_nothing(open_page, report, tmp_path):
     path = tmp_path / "check.html"
     path.write_text(render_page(report), encoding="utf-8")
     dom, console = open_page(path)
@@ -171,7 +171,7 @@ def test_fits_a_phone_and_answers_to_keys_and_mouse(look):
     assert look["text"] == f"<s>User:\n729 image tokens  What\tis{NASTY}\n\n\\ud800␀It is red.\n"
 
 
-def test_markup_serves_those_who_do_not_see_it(look):
+def test_page_is_accessible(look):
     assert look["underlined"] == "underline"
     assert look["stops"] == 3, "one stop of the tab key for each conversation"
     assert len(look["ids"]) == len(set(look["ids"]))
@@ -181,7 +181,7 @@ def test_markup_serves_those_who_do_not_see_it(look):
     assert look["images"] == [1] * 6
 
 
-def test_page_of_no_rows_says_so(open_page, empty, tmp_path):
+def test_page_of_an_empty_check(open_page, empty, tmp_path):
     (tmp_path / "check.html").write_text(render_page(empty), encoding="utf-8")
     dom, console = open_page(tmp_path / "check.html")
     assert console == []

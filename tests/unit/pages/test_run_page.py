@@ -1,4 +1,4 @@
-"""The page of a training run, made from files as they are found, and looked at by a real browser."""
+"""The page of a training run, made from its files and opened in a real browser."""
 
 import html
 import json
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tuning.config.options import default_options
-from tuning.pages.charts import BUCKETS, average, render_curves, thin_out
-from tuning.pages.render import round_up, shorten
+from tuning.pages.charts import BUCKETS, average, draw_curves, round_up, thin_out
+from tuning.pages.render import shorten
 from tuning.pages.run_page import format_duration, write_report
 from tuning.pages.run_record import Series, read_record
 
@@ -21,7 +21,7 @@ PARTS = [
     {"part": "vision_tower", "parameters": 3_000_000, "trained": 0},
     {"part": "language_model", "parameters": 8_000_000, "trained": 2_000_000},
 ]
-# Runs in the page: tells the window around it what does not fit, and what the scripts did.
+# Runs in the page: reports to the window around it what does not fit, and what the scripts did.
 PROBE = """<script>
 const errors = [];
 addEventListener("error", (event) => errors.push(event.message));
@@ -38,7 +38,7 @@ addEventListener("load", () => {
     reload: document.querySelector("#reload")?.checked }, "*");
 });
 </script>"""
-# Runs in the page: reads on, and after the page was loaded again tells where it is.
+# Runs in the page: scrolls and opens a fold. After the reload it reports where the page is.
 READER = """<script>
 addEventListener("load", () => setTimeout(() => {
   if (!sessionStorage.getItem("loaded")) {
@@ -94,9 +94,9 @@ def out(tmp_path):
     write_lines(tmp_path / "skipped_rows.jsonl", [{"row": 7, "field": "images", "reason": NASTY}])
     options = json.loads(json.dumps(default_options(), default=str)) | {"learning_rate": 0.123, "output_dir": NASTY}
     (tmp_path / "resolved_config.json").write_text(json.dumps(options))
-    facts = {"model": f"org/{NASTY}", "training_data": NASTY, "parts": PARTS, "adapter": {"r": 8}, "dtype": "float32"}
-    facts |= {"begun": "2026-01-02T03:04:05+01:00", "data": {"form": NASTY, "training_rows": 400}, "machine": {}}
-    (tmp_path / "run_facts.json").write_text(json.dumps(facts))
+    info = {"model": f"org/{NASTY}", "training_data": NASTY, "parts": PARTS, "adapter": {"r": 8}, "dtype": "float32"}
+    info |= {"begun": "2026-01-02T03:04:05+01:00", "data": {"form": NASTY, "training_rows": 400}, "machine": {}}
+    (tmp_path / "run_facts.json").write_text(json.dumps(info))
     progress = {"state": "running", "step": 100, "max_steps": 900, "seconds_left": 720, "batches": "padding-free"}
     (tmp_path / "run_progress.json").write_text(json.dumps(progress | {"updated": "2026-01-02T03:09:05+01:00"}))
     return tmp_path
@@ -111,7 +111,7 @@ def read_page(folder) -> str:
     return write_report(folder).read_text(encoding="utf-8")
 
 
-def test_a_running_page_shows_everything_and_runs_nothing_of_it(open_page, out):
+def test_page_of_a_running_run_shows_everything_and_injects_nothing(open_page, out):
     write_report(out)
     dom, console = open_page(out / "report.html")
     assert console == []
@@ -128,18 +128,18 @@ def test_a_running_page_shows_everything_and_runs_nothing_of_it(open_page, out):
         "1 row left out: skipped_rows.jsonl",
         "The validation loss was lowest at step 40",
         "● validation loss",
-        "2 of 3 latest answers say exactly what the reference says.",
+        "2 of 3 latest answers exactly equal the reference.",
         "Before training " + NASTY,
         "1 answer in between",
         "Step 100 ␀",
         "2,000,000 of 8,000,000",
         "none of 3,000,000",
         "batches padding-free",
-        f"Not the defaults output_dir {NASTY} learning_rate 0.123 The other",
+        f"Different from the defaults output_dir {NASTY} learning_rate 0.123 The other",
     ):
         assert shown in text, shown
     assert "per_device_train_batch_size" in text[text.index("other") :]
-    assert "not the defaults per_device" not in text.lower()
+    assert "from the defaults per_device" not in text.lower()
 
 
 def test_it_fits_a_phone_and_a_screen_reader(open_page, out):
@@ -160,16 +160,16 @@ def test_it_fits_a_phone_and_a_screen_reader(open_page, out):
     assert all("alt=" in image for image in re.findall(r"<img[^>]*>", page))
 
 
-def test_a_page_that_loads_again_stays_where_its_reader_was(open_page, out):
+def test_reload_keeps_the_place_of_the_reader(open_page, out):
     page = read_page(out).replace('data-reload="30"', 'data-reload="1"')
     (out / "framed.html").write_text(page.replace("<title>", READER + "<title>", 1), encoding="utf-8")
     (out / "frame.html").write_text(FRAME)
     dom, _ = open_page(out / "frame.html")
     seen = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom)[1]))
-    assert seen == {"top": 700, "open": ["The same as a table"], "focus": "reload"}
+    assert seen == {"top": 700, "open": ["The same values as a table"], "focus": "reload"}
 
 
-def test_only_a_running_page_loads_itself_again(out):
+def test_only_the_page_of_a_running_run_reloads(out):
     assert '<meta http-equiv="refresh"' in read_page(out)
     endings = {"finished": "Finished after 100 of 900 steps", "ended": "Ended early: step 100 of 900"}
     for state, verdict in endings.items():
@@ -184,7 +184,7 @@ def test_only_a_running_page_loads_itself_again(out):
 
 def test_every_file_may_be_missing_or_broken(out, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    assert "Nothing was trained yet" in read_page(empty)
+    assert "No training yet" in read_page(empty)
     assert "No step has been logged yet." in read_page(empty)
     (empty / ".complete").write_text(json.dumps({"global_step": 7}))
     assert "Finished after 7 steps" in read_page(empty)
@@ -203,14 +203,14 @@ def test_every_file_may_be_missing_or_broken(out, tmp_path_factory):
     assert "Running: step 100 of 900" in read_page(out)
 
 
-def test_numbers_that_are_none_are_marked_and_left_out(out):
+def test_values_that_are_not_finite_are_marked_and_left_out(out):
     lines = list(make_logs(9))
     for line, value in zip(lines, (math.inf, math.nan, -math.inf), strict=False):
         line["grad_norm"] = value
     write_lines(out / "training_logs.jsonl", lines)
     page = read_page(out)
-    assert "3 values of no finite size, marked ×." in page
-    assert page.count('class="strange"') == 3
+    assert "3 NaN or infinite values, marked ×." in page
+    assert page.count('class="not-finite"') == 3
     assert "step 1: inf" in page
     assert not re.search(r'="[^"]*\bnan\b', page)
     write_lines(out / "training_logs.jsonl", [{"step": 1, "loss": math.nan, "grad_norm": math.inf}])
@@ -249,23 +249,23 @@ def test_a_page_of_many_lines_is_small_and_quick(out):
 def test_a_curve_over_decades_has_a_logarithmic_axis():
     series = Series(np.arange(1, 5), np.array([3.0, 0.3, 0.02, 0.004]))
     flat = Series(np.arange(1, 5), np.array([3.0, 2.0, 1.0, 0.5]))
-    drawn = render_curves("loss", {"loss": series}, may_be_log=True)
-    assert "logarithmic" in drawn
-    assert [mark for mark in ("5", "1", "0.1", "0.01") if f">{mark}</text>" in drawn] == ["1", "0.1", "0.01"]
-    for other in (render_curves("loss", {"loss": series}), render_curves("loss", {"loss": flat}, may_be_log=True)):
-        assert "logarithmic" not in other
-        assert ">0</text>" in other
-    assert render_curves("loss", {"loss": Series(np.array([1]), np.array([math.nan]))}) == ""
+    chart = draw_curves("loss", {"loss": series}, allow_log=True)
+    assert chart.is_log
+    assert [mark for mark in ("5", "1", "0.1", "0.01") if f">{mark}</text>" in chart.svg] == ["1", "0.1", "0.01"]
+    for other in (draw_curves("loss", {"loss": series}), draw_curves("loss", {"loss": flat}, allow_log=True)):
+        assert not other.is_log
+        assert ">0</text>" in other.svg
+    assert draw_curves("loss", {"loss": Series(np.array([1]), np.array([math.nan]))}) is None
 
 
 @pytest.mark.parametrize(
     "values", [(0.0, 0.0), (-3.0, -3.0), (1e-12, 1e12), (5e-324, 1e-300), (1e300, -1e300), (0.1, 0.3)]
 )
 def test_no_curve_breaks_an_axis(values):
-    for may_be_log in (False, True):
-        drawn = render_curves("x", {"x": Series(np.arange(len(values)), np.array(values))}, may_be_log=may_be_log)
-        assert 2 <= drawn.count('class="grid"') <= 9
-        assert "nan" not in drawn
+    for allow_log in (False, True):
+        chart = draw_curves("x", {"x": Series(np.arange(len(values)), np.array(values))}, allow_log=allow_log)
+        assert 2 <= chart.svg.count('class="grid"') <= 9
+        assert "nan" not in chart.svg
 
 
 def test_axis_numbers_are_round_and_short():

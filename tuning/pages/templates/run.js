@@ -2,37 +2,37 @@
 
 const header = document.querySelector("header");
 const seconds = Number(header.dataset.reload || 0);
-const KEPT = "report " + location.pathname;
+const STATE_KEY = "report " + location.pathname;
 
-function recall() {
-  try { return JSON.parse(sessionStorage.getItem(KEPT)) || {}; } catch { return {}; }
+function readState() {
+  try { return JSON.parse(sessionStorage.getItem(STATE_KEY)) || {}; } catch { return {}; }
 }
-function keep(changes) {
-  try { sessionStorage.setItem(KEPT, JSON.stringify({ ...recall(), ...changes })); } catch { /* the page is only less comfortable */ }
+function saveState(changes) {
+  try { sessionStorage.setItem(STATE_KEY, JSON.stringify({ ...readState(), ...changes })); } catch { /* without storage the page only forgets what was open */ }
 }
 const folds = () => [...document.querySelectorAll("details")];
 const nameOf = (fold) => `${fold.closest("[id]").id} ${fold.querySelector("summary").textContent.replace(/\d/g, "")}`;
 
 function reload() {
   const focused = document.activeElement?.id;
-  keep({ open: folds().filter((fold) => fold.open).map(nameOf), focused });
+  saveState({ open: folds().filter((fold) => fold.open).map(nameOf), focused });
   location.reload();
 }
 
 // The browser itself goes back to where the page was scrolled to.
-function restore() {
-  const { open = [], focused } = recall();
+function restoreState() {
+  const { open = [], focused } = readState();
   folds().forEach((fold) => { fold.open = open.includes(nameOf(fold)); });
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
-  keep({ open: [], focused: "" });
+  saveState({ open: [], focused: "" });
 }
 
 function offerReload() {
   const label = document.createElement("label");
   label.className = "reload";
   const box = Object.assign(document.createElement("input"), { type: "checkbox", id: "reload" });
-  box.checked = !recall().paused;
-  box.addEventListener("change", () => keep({ paused: !box.checked }));
+  box.checked = !readState().paused;
+  box.addEventListener("change", () => saveState({ paused: !box.checked }));
   label.append(box, `Load this page again every ${seconds} seconds`);
   header.append(label);
   setInterval(() => {
@@ -41,7 +41,7 @@ function offerReload() {
   }, seconds * 1000);
 }
 
-function tellAge() {
+function showAge() {
   const times = header.querySelectorAll("time");
   const minutes = Math.round((Date.now() - Date.parse(times[times.length - 1]?.dateTime)) / 60000);
   if (!(minutes > 10)) return;
@@ -53,6 +53,6 @@ function tellAge() {
 
 if (seconds) {
   offerReload();
-  tellAge();
+  showAge();
 }
-restore();
+restoreState();
