@@ -4,29 +4,24 @@ import base64
 import binascii
 import io
 import os
-import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tuning.data.image_download import fetch_image
-from tuning.errors import UserError, first_line
+from tuning.errors import UserError, first_line, try_optional
 
+T = TypeVar("T")
 THUMBNAIL = (320, 320)
 ORIENTATION = 0x0112  # the EXIF tag; with 5 to 8, width and height change places (CIPA DC-008)
 PNG_EXIF = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-# What Pillow was seen to raise for damaged files. Its decoders read them with little checking of their own.
-UNREADABLE = (
-    *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error),
-    *(NotImplementedError, RuntimeError, TypeError, LookupError, ArithmeticError),
-)
 
 
 @dataclass(frozen=True)
@@ -71,18 +66,24 @@ def load_image(stored: Any, folder: Path | None, where: str, rules: ImageRules =
     images on white, and takes the first frame of an animation. Raises `UserError` where there is no such file, it is
     not a readable image, or it breaks one of `rules`.
     """
-    with _unreadable_is_user_error(where):
+
+    def decode() -> Image.Image:
         image = _open_checked(stored, folder, where, rules)
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
 
+    return _read_or_explain(decode, where)
+
 
 def measure_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> tuple[int, int]:
     """Width and height of the image that `load_image` would give, from its header, under the same rules."""
-    with _unreadable_is_user_error(where):
+
+    def read_header() -> tuple[int, int]:
         image = _open_checked(stored, folder, where, rules)
         turned = _reads_exif(image) and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else image.size
+
+    return _read_or_explain(read_header, where)
 
 
 def _reads_exif(image: Image.Image) -> bool:
@@ -96,25 +97,28 @@ def _reads_exif(image: Image.Image) -> bool:
 
 def find_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> EncodedImage:
     """The encoded image that `load_image` would decode, under the same rules. Reads only its header."""
-    with _unreadable_is_user_error(where):
+
+    def find() -> EncodedImage:
         content = _find_encoded(stored, folder, where, rules)
         with _open(content, where, rules) as image:
             return EncodedImage(content, str(image.format).lower())
 
+    return _read_or_explain(find, where)
 
-@contextmanager
-def _unreadable_is_user_error(where: str) -> Iterator[None]:
-    try:
-        yield
-    except UNREADABLE as error:
-        is_unknown = isinstance(error, UnidentifiedImageError)
-        reason = "it is not in a known image format" if is_unknown else first_line(error)
-        raise UserError(
-            where=where,
-            problem=f"the image cannot be read: {reason}.",
-            fix="Replace it or drop the row.",
-            kind="unreadable image",
-        ) from error
+
+def _read_or_explain(read: Callable[[], T], where: str) -> T:
+    """Run `read`, and turn whatever Pillow raises for a damaged file into a `UserError`: its decoders check little."""
+    attempt = try_optional(read)
+    if attempt.error is None:
+        return cast(T, attempt.value)
+    is_unknown = isinstance(attempt.error, UnidentifiedImageError)
+    reason = "it is not in a known image format" if is_unknown else first_line(attempt.error)
+    raise UserError(
+        where=where,
+        problem=f"the image cannot be read: {reason}.",
+        fix="Replace it or drop the row.",
+        kind="unreadable image",
+    ) from attempt.error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
