@@ -1,4 +1,4 @@
-"""Six samples that differ in size and images, as inputs of a model in float64, and what to compare of a backward."""
+"""What several parity tests share: samples that differ in size and images, gradients, the trial without padding."""
 
 import torch
 from PIL import Image
@@ -6,8 +6,12 @@ from tiny_models import build_processor
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
+from tuning.data.dummy_samples import dummy_samples
 from tuning.data.encode import Encoder
 from tuning.data.sources import Row
+from tuning.model.attention import Attention
+from tuning.model.padding_free import why_padding_is_needed
+from tuning.training.data_loading import make_trial_batches
 
 SIZES = [(40, 40), (90, 30), (30, 80), (64, 64)]
 
@@ -48,3 +52,16 @@ def assert_same_gradients(ours: dict, reference: dict) -> None:
     assert ours.keys() == reference.keys()
     for name, gradient in reference.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def try_rows(model, forward, encoder: Encoder, attention: Attention, *, half: bool = False) -> str:
+    """Why this model needs padding, by the trial that training runs."""
+    collator = probe_collator(encoder.processor)
+    return why_padding_is_needed(
+        model,
+        forward,
+        lambda: make_trial_batches(dummy_samples(encoder), collator),
+        attention,
+        nested_images=collator.nested_images,
+        half=half,
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from sample_config import SAMPLE
 from tiny_models import LAYOUTS, build_model, build_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -21,22 +22,6 @@ from tuning.data.encode import Encoder
 from tuning.data.open_source import open_source
 from tuning.training.trainer import SupervisedTrainer
 
-SAMPLE = {
-    "dataset_text_field": "messages",
-    "dataset_image_field": "images",
-    "num_train_epochs": 1.0,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-4,
-    "bf16": True,
-    "torch_dtype": "bfloat16",
-    "use_flash_attn": True,
-    "remove_unused_columns": False,
-    "dataset_kwargs": {"skip_prepare_dataset": True},
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    "accelerate_launch_args": {"fsdp_transformer_layer_cls_to_wrap": "GraniteDecoderLayer"},
-}
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"]}
 METHODS = {"full": {}, "lora": LORA}
 LOG_FIELDS = {

@@ -6,19 +6,16 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from sample_batches import try_rows
 from tiny_models import CORPUS
 from transformers import AutoModelForImageTextToText
 
 from tuning.data.chat_template import ChatFormat
-from tuning.data.collator import probe_collator
-from tuning.data.dummy_samples import dummy_samples
 from tuning.data.encode import Encoder
 from tuning.demo.tokenizer import train_tokenizer
 from tuning.model.attention import choose_attention, set_decoder_attention
 from tuning.model.loss import patch_supervised_loss
 from tuning.model.packed_attention import PACKED
-from tuning.model.padding_free import why_padding_is_needed
-from tuning.training.data_loading import make_trial_batches
 
 TEXT = tiny_models._TEXT
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -153,15 +150,8 @@ def try_model(config, processor, dtype: torch.dtype) -> str:
     def forward(**batch):
         return model(**{k: v.to(dtype) if "pixel" in k else v for k, v in batch.items()})
 
-    encoder, collator = Encoder(processor, ChatFormat(processor), 4096), probe_collator(processor)
-    return why_padding_is_needed(
-        model,
-        forward,
-        lambda: make_trial_batches(dummy_samples(encoder), collator),
-        attention,
-        nested_images=collator.nested_images,
-        half=dtype == torch.bfloat16,
-    )
+    encoder = Encoder(processor, ChatFormat(processor), 4096)
+    return try_rows(model, forward, encoder, attention, half=dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from sample_batches import assert_same_gradients, gradients, make_batch
+from sample_batches import assert_same_gradients, gradients, make_batch, try_rows
 from tiny_models import LAYOUTS, build_model, build_processor
 
 from tuning.data.chat_template import ChatFormat
@@ -14,7 +14,7 @@ from tuning.data.encode import Encoder
 from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.loss import patch_supervised_loss, supervised_loss
 from tuning.model.packed_attention import PACKED
-from tuning.model.padding_free import run_trial, why_padding_is_needed
+from tuning.model.padding_free import run_trial
 from tuning.training.data_loading import make_trial_batches
 
 PLAIN = [layout for layout in LAYOUTS if layout != "mllama"]
@@ -70,19 +70,6 @@ def encoder_of(layout: str) -> Encoder:
     return Encoder(processor, ChatFormat(processor), 4096)
 
 
-def try_rows(model, forward, encoder, *, half: bool = False) -> str:
-    """Why this model needs padding, by the trial that training runs."""
-    collator = probe_collator(encoder.processor)
-    return why_padding_is_needed(
-        model,
-        forward,
-        lambda: make_trial_batches(dummy_samples(encoder), collator),
-        ATTENTION,
-        nested_images=collator.nested_images,
-        half=half,
-    )
-
-
 @pytest.mark.parametrize("layout", PLAIN)
 def test_the_trial_passes_a_model_that_keeps_rows_apart(layout):
     model, encoder = build_model(layout), encoder_of(layout)
@@ -91,13 +78,13 @@ def test_the_trial_passes_a_model_that_keeps_rows_apart(layout):
     trial = run_trial(model, model, batches, ATTENTION)
     assert trial.distance < 1e-5
     assert (trial.has_own_positions, trial.masks.is_needed, trial.leaks) == (True, False, False)
-    assert try_rows(model, model, encoder) == ""
+    assert try_rows(model, model, encoder, ATTENTION) == ""
     assert model.config.get_text_config()._attn_implementation == "sdpa"  # as it was
 
 
 def test_mllama_is_padded_because_of_its_images():
     model, encoder = build_model("mllama"), encoder_of("mllama")
-    obstacle = try_rows(model, model, encoder)
+    obstacle = try_rows(model, model, encoder, ATTENTION)
     assert "images of each row apart" in obstacle
 
 
@@ -142,10 +129,10 @@ def test_the_trial_finds_a_model_that_mixes_samples(fault, dtype, monkeypatch):
     def forward(**batch):
         return model(**{k: v.to(dtype) if "pixel" in k else v for k, v in batch.items()})
 
-    obstacle = try_rows(model, forward, encoder, half=dtype == torch.bfloat16)
+    obstacle = try_rows(model, forward, encoder, ATTENTION, half=dtype == torch.bfloat16)
     assert FAULTS[fault] in obstacle
     monkeypatch.undo()
-    assert try_rows(model, forward, encoder, half=dtype == torch.bfloat16) == ""
+    assert try_rows(model, forward, encoder, ATTENTION, half=dtype == torch.bfloat16) == ""
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 8, 100])

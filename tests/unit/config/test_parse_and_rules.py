@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from sample_config import SAMPLE
 
 from tuning import cli
 from tuning.commands.predict import PredictArguments
@@ -482,24 +483,7 @@ def test_resolved_config_holds_no_token(required):
 
 def test_documented_sample_parses(required, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    sample = {
-        **required,
-        "dataset_text_field": "messages",
-        "dataset_image_field": "images",
-        "num_train_epochs": 1.0,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-4,
-        "bf16": True,
-        "torch_dtype": "bfloat16",
-        "use_flash_attn": True,
-        "remove_unused_columns": False,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "accelerate_launch_args": {"fsdp_transformer_layer_cls_to_wrap": "GraniteDecoderLayer"},
-    }
-    config = build_config(sample)
+    config = build_config({**required, **SAMPLE})
     assert config.model.dtype == "bfloat16"
     assert config.training.bf16 is True
     assert config.training.per_device_train_batch_size == 8
