@@ -234,7 +234,7 @@ def run(config: RunConfig) -> None:
         bad_rows = report.totals["bad_rows"] + report.totals.get("validation_bad_rows", 0)
         raise UserError(
             where=str(Path(config.training.output_dir, "check.json")),
-            problem=f"{bad_rows:,} rows cannot be trained.",
+            problem=f"{bad_rows:,} row{'s' if bad_rows > 1 else ''} cannot be trained.",
             fix="Fix the rows that this file names.",
         )
     print0("No problems.")

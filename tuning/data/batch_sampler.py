@@ -296,16 +296,16 @@ def data_seed(training: TrainingArguments) -> int:
 
 
 def begin_epoch(
-    batches: SharedBatches, training: TrainingArguments, state: TrainerState, *, padding: bool, padded: bool
+    batches: SharedBatches, training: TrainingArguments, state: TrainerState, *, padded: bool, order_padded: bool
 ) -> None:
     """Choose the epoch to read and pass over its finished steps, before its first batch.
 
-    `padding`: whether batches are padded. `padded`: whether rows are ordered as for padded batches.
+    `padded`: whether batches are padded. `order_padded`: whether rows are ordered as for padded batches.
     """
     endless = isinstance(batches, TokenBatches) and batches.endless
     if not isinstance(batches, TokenBatches):
-        batches.padded = padded
-    elif padding and not batches.padded:
+        batches.padded = order_padded
+    elif padded and not batches.padded:
         if not endless or state.global_step:
             raise UserError(
                 where="max_tokens_per_batch",

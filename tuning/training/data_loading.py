@@ -181,8 +181,8 @@ class DataLoading(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self._train_batches is not None:
             assert self.batching is not None
-            padding, padded = self.batching.padded, self.batching.order_padded
-            begin_epoch(self._train_batches, args, state, padding=padding, padded=padded)
+            padded, order_padded = self.batching.padded, self.batching.order_padded
+            begin_epoch(self._train_batches, args, state, padded=padded, order_padded=order_padded)
 
 
 def make_trial_batches(samples: Sequence[Sample], collator: Collator) -> TrialBatches:

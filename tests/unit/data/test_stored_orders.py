@@ -54,7 +54,7 @@ def batches_of_processes(settings: dict) -> list[list[list[int]]]:
         steps = training.max_steps if endless else max(1, -(-len(batches) // training.gradient_accumulation_steps))
         epoch, done = 0 if endless else training.epoch, training.steps_done % steps
         state = SimpleNamespace(epoch=float(epoch), global_step=epoch * steps + done)
-        begin_epoch(batches, training, state, padding=training.padded, padded=training.padded)
+        begin_epoch(batches, training, state, padded=training.padded, order_padded=training.padded)
         skipped = done * training.gradient_accumulation_steps
         found.append([list(map(int, batch)) for batch in itertools.islice(batches, skipped, 100 if endless else None)])
     return found
