@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,10 +51,11 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # DistBackendError and gloo's own are RuntimeErrors
-            others = {rank: self._state_of(rank) for rank in range(self.number) if rank != self.rank}
-            lost = {rank: state for rank, state in others.items() if state == GONE}
             text = str(error).lower()
-            if not others or not (lost or any(words in text for words in _COMMUNICATION)):
+            communication = any(words in text for words in _COMMUNICATION)
+            others = self._states_of_others(wait=_EXIT_SECONDS if communication else 0)
+            lost = {rank: state for rank, state in others.items() if state == GONE}
+            if not others or not (lost or communication):
                 raise
             named = ", ".join(
                 f"process {rank} (pid {self._places[rank][1]}) is {state}" for rank, state in (lost or others).items()
@@ -61,6 +63,18 @@ class Processes:
             reason = f"{named}. Often the machine has run out of memory." if lost else f"no answer: {named}. {error}"
             advice = "Run the same command again to continue from the last checkpoint."
             raise RunEnded(f"Training ended at process {self.rank}: {reason} {advice}", EXIT_INTERNAL_ERROR) from error
+
+    def _states_of_others(self, wait: float) -> dict[int, str]:
+        """The state of each other process; waits up to `wait` seconds for one to be gone.
+
+        A process that was killed closes its connections a moment before the system lists it as ended.
+        """
+        deadline = time.monotonic() + wait
+        while True:
+            states = {rank: self._state_of(rank) for rank in range(self.number) if rank != self.rank}
+            if not states or GONE in states.values() or time.monotonic() >= deadline:
+                return states
+            time.sleep(0.1)
 
     def _state_of(self, rank: int) -> str:
         host, pid = self._places[rank]
@@ -74,6 +88,7 @@ class Processes:
 
 
 GONE = "gone"
+_EXIT_SECONDS = 5.0
 _COMMUNICATION = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "nccl", "gloo")
 
 

@@ -1,0 +1,58 @@
+"""A process that is lost is named, also when it is still ending."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tuning.distributed.processes import Processes
+from tuning.errors import RunEnded
+
+
+def beside(pid: int) -> Processes:
+    """This process as rank 0 of two; rank 1 is the process `pid` of this machine."""
+
+    def gather(mine: torch.Tensor) -> torch.Tensor:
+        other = mine.clone()
+        other[0, 1] = pid
+        return torch.cat([mine, other])
+
+    return Processes(SimpleNamespace(num_processes=2, process_index=0, device="cpu", gather=gather))
+
+
+@pytest.fixture
+def other_process():
+    """Starts a process that ends by itself after some seconds."""
+    started = []
+
+    def start(seconds: float) -> int:
+        started.append(subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"]))
+        return started[-1].pid
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_process_whose_connection_closes_before_it_has_ended_is_named_as_gone(other_process):
+    pid = other_process(0.5)
+    with pytest.raises(RunEnded, match=rf"process 1 \(pid {pid}\) is gone"):
+        with beside(pid).name_lost_process():
+            raise RuntimeError("Connection closed by peer")
+
+
+def test_a_process_that_lives_is_named_with_its_state(other_process, monkeypatch):
+    monkeypatch.setattr("tuning.distributed.processes._EXIT_SECONDS", 0.2)
+    pid = other_process(60)
+    with pytest.raises(RunEnded, match=rf"no answer: process 1 \(pid {pid}\) is \w+\. Timed out"):
+        with beside(pid).name_lost_process():
+            raise RuntimeError("Timed out waiting 5000ms")
+
+
+def test_an_error_that_has_nothing_to_do_with_processes_passes(other_process):
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        with beside(other_process(60)).name_lost_process():
+            raise RuntimeError("shapes differ")
