@@ -71,15 +71,6 @@ def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedIm
     """
     conversation = row.format.read(row.columns, row.where)
     messages, stored = conversation.messages, conversation.images
-    if any(message["role"] == "assistant" for message in messages[: conversation.trained_from]):
-        field = row.format.text_fields[0]
-        raise UserError(
-            where=f"{row.where}, field '{field}'",
-            problem="the prompt has assistant turns, which are not trained here, but would be in our format.",
-            fix="Train on the data as it is.",
-            field=field,
-            kind="prompt with answers",
-        )
     if count_images(messages) != len(stored):
         raise wrong_number_of_images(row, count_images(messages), len(stored))
     field = row.format.field_of_images

@@ -152,9 +152,6 @@ class Encoder:
         placeholders = count_images(messages) if placeholders is None else placeholders
         if placeholders != len(images):
             raise wrong_number_of_images(row, placeholders, len(images))
-        if conversation.trained_from:
-            trained = sum(m["role"] == "assistant" for m in messages[conversation.trained_from :])
-            chat = replace(chat, spans=chat.spans[-trained:], contents=chat.contents[-trained:])
         return Prepared(row, chat, images, dropped)
 
     def open_images(self, prepared: Prepared) -> list[Image.Image]:

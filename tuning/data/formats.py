@@ -5,10 +5,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.data.images import list_images
-from tuning.data.messages import IMAGE_STRING, Conversation, Message, find_own_image, read_messages, take_images
+from tuning.data.messages import (
+    IMAGE_STRING,
+    WEIGHT,
+    Conversation,
+    Message,
+    find_own_image,
+    parse_json,
+    read_messages,
+    strip_nulls,
+    take_images,
+)
 from tuning.errors import UserError, error_field
 
 DEFAULT_TEXT_FIELD, DEFAULT_IMAGE_FIELD = "messages", "images"
+EXTRA_COLUMNS = ("system", "tools", "chat_template_kwargs", "objects")  # belong to a conversation, in every format
 
 
 @dataclass(frozen=True)
@@ -16,17 +27,19 @@ class RowFormat:
     """The columns of a conversation, and how to read them.
 
     `text_fields`: one column of messages, or the columns of a prompt and its completion. `image_field`: the column of
-    images, or None where the messages contain them. `image_strings`: `<image>` in a text stands for an image.
+    images, or None where the messages contain them. `image_strings`: `<image>` in a question stands for an image.
+    `extra_columns`: those of `EXTRA_COLUMNS` that the data has.
     """
 
     text_fields: tuple[str, ...] = (DEFAULT_TEXT_FIELD,)
     image_field: str | None = DEFAULT_IMAGE_FIELD
     image_strings: bool = False
     name: str = "messages"
+    extra_columns: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
-        return [*self.text_fields, *([self.image_field] if self.image_field else [])]
+        return [*self.text_fields, *([self.image_field] if self.image_field else []), *self.extra_columns]
 
     @property
     def field_of_images(self) -> str:
@@ -40,15 +53,25 @@ class RowFormat:
         """
         stored = list_images(columns[self.image_field]) if self.image_field else []
         if len(self.text_fields) == 2:
-            return self._read_pair(columns, stored, where)
-        field = self.text_fields[0]
-        with error_field(field):
-            messages = read_messages(
-                columns[field], f"{where}, field '{field}'", image_strings=self.image_strings, needs_answer=needs_answer
-            )
-        return Conversation(*take_images(messages, stored))
+            messages = self._read_pair(columns, stored, where)
+        else:
+            field = self.text_fields[0]
+            place = f"{where}, field '{field}'"
+            with error_field(field):
+                messages = read_messages(
+                    columns[field], place, image_strings=self.image_strings, needs_answer=needs_answer
+                )
+        extras = {name: columns[name] for name in self.extra_columns if columns.get(name) not in (None, "", [], {})}
+        if "system" in extras:
+            messages = _add_system_message(messages, extras["system"], f"{where}, field 'system'")
+        return Conversation(
+            *take_images(messages, stored),
+            tools=_read_json(extras, "tools", list, where),
+            template_kwargs=_read_json(extras, "chat_template_kwargs", dict, where) or {},
+            objects=extras.get("objects"),
+        )
 
-    def _read_pair(self, columns: Mapping[str, Any], stored: list[Any], where: str) -> Conversation:
+    def _read_pair(self, columns: Mapping[str, Any], stored: list[Any], where: str) -> list[Message]:
         """A prompt and its completion, as text or as messages. Only the completion is trained."""
         prompt_field, completion_field = self.text_fields
         prompt = _read_turns(columns[prompt_field], "user", where, prompt_field)
@@ -64,6 +87,9 @@ class RowFormat:
                 field=completion_field,
                 kind="no answer",
             )
+        for number, message in enumerate(messages[: len(prompt)]):
+            if message["role"] == "assistant":
+                messages[number] = {**message, WEIGHT: 0}
         if stored and not any(part["type"] == "image" for message in messages for part in message["content"]):
             first = next((i for i, message in enumerate(messages[: len(prompt)]) if message["role"] != "system"), None)
             if first is None:
@@ -76,7 +102,41 @@ class RowFormat:
                 )
             images = [{"type": "image"} for _ in stored]  # where a prompt does not place its images, they come first
             messages[first] = {**messages[first], "content": [*images, *messages[first]["content"]]}
-        return Conversation(*take_images(messages, stored), trained_from=len(prompt))
+        return messages
+
+
+def _add_system_message(messages: list[Message], text: Any, where: str) -> list[Message]:
+    """The messages after a system message with the text of the column `system`."""
+    (message,) = read_messages([{"role": "system", "content": text}], where, needs_answer=False)
+    if messages[0]["role"] != "system":
+        return [message, *messages]
+    if messages[0] != message:
+        raise UserError(
+            where=where,
+            problem="the messages begin with another system message.",
+            fix="Keep one of the two.",
+            field="system",
+            kind="two system messages",
+        )
+    return messages
+
+
+def _read_json(extras: Mapping[str, Any], field: str, kind: type, where: str) -> Any:
+    """The list or object in a column, which may be JSON text. None where the row has none."""
+    if field not in extras:
+        return None
+    value = strip_nulls(parse_json(extras[field]))
+    if kind is list and isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, kind):
+        raise UserError(
+            where=f"{where}, field '{field}'",
+            problem=f"expected a JSON {'list' if kind is list else 'object'}, found {str(value)[:60]!r}.",
+            fix="Correct the row.",
+            field=field,
+            kind=f"malformed {field}",
+        )
+    return [parse_json(entry) for entry in value] if kind is list else value
 
 
 def _read_turns(value: Any, role: str, where: str, field: str) -> list[Any]:
@@ -120,7 +180,8 @@ def detect_format(
         format = replace(format, image_field="image")
     elif not any(_has_own_image(part) for value in values for part in _parts_of(value)):
         raise _missing("dataset_image_field", image_field, names, where)
-    return replace(format, image_strings=_uses_image_strings(format, first_rows))
+    extras = tuple(name for name in EXTRA_COLUMNS if name in names and name not in format.columns)
+    return replace(format, image_strings=_uses_image_strings(format, first_rows), extra_columns=extras)
 
 
 def _find_text_fields(names: Sequence[str], text_field: str, where: str) -> tuple[tuple[str, ...], str]:
@@ -142,10 +203,11 @@ def describe_format(format: RowFormat, text_field: str, image_field: str) -> str
     """One sentence about a detected format. None for messages and images in the columns that the options name."""
     if format == RowFormat((text_field,), image_field):
         return None
+    extras = "".join(f", with '{name}'" for name in format.extra_columns)
     images = f"images in '{format.image_field}'" if format.image_field else "images inside the messages"
     strings = f", {IMAGE_STRING} in the text marks their places" if format.image_strings else ""
     fields = " and ".join(f"'{field}'" for field in format.text_fields)
-    return f"{format.name} in {fields}, {images}{strings}."
+    return f"{format.name} in {fields}, {images}{strings}{extras}."
 
 
 def _messages_of(value: Any) -> Iterable[Message]:

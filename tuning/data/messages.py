@@ -1,31 +1,46 @@
 """The text of a row → checked messages in one shape, and their images."""
 
 import itertools
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tuning.errors import UserError
 
-ROLES = ("system", "user", "assistant")
-ROLES_OF_FROM = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+ROLES = ("system", "user", "assistant", "tool")
+ROLES_OF_FROM = {
+    **{"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"},
+    **{"function_call": "assistant", "observation": "tool"},  # ShareGPT: a call as JSON text, and its result
+}
 IMAGE_STRING = "<image>"  # LLaVA's files mark an image in a text like this, whatever the model's own token is
 IMAGE_KEYS = ("image", "path", "url", "base64", "image_url")
+THOUGHT, CALLS, WEIGHT = "reasoning_content", "tool_calls", "weight"
+THOUGHT_KEYS = (THOUGHT, "reasoning", "thinking")
+WEIGHT_KEYS = (WEIGHT, "loss", "train")
+READ_KEYS = {"role", "content", "from", "value", CALLS, *THOUGHT_KEYS, *WEIGHT_KEYS}
 
 Message = dict[str, Any]
-"""`{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"}, …]}`"""
+"""`{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"}, …]}`, and further keys.
+
+`weight` 0: the answer is context and is not trained. `reasoning_content`: the thought before the answer. `tool_calls`:
+`[{"type": "function", "function": {"name": …, "arguments": {…}}}, …]`. Other keys are for the chat template.
+"""
 
 
 @dataclass(frozen=True)
 class Conversation:
     """Messages in one shape, and the stored images of their image parts, in order.
 
-    `trained_from`: the number of the first message that may be trained. Answers before it are context.
+    `tools`: JSON schemas of the functions that the assistant may call. `template_kwargs`: variables for the chat
+    template. `objects`: the boxes of the images, as they are stored.
     """
 
     messages: list[Message]
-    images: list[Any]
-    trained_from: int = 0
+    images: list[Any] = field(default_factory=list)
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    objects: Any = None
 
 
 def read_messages(value: Any, where: str, *, image_strings: bool = False, needs_answer: bool = True) -> list[Message]:
@@ -33,8 +48,8 @@ def read_messages(value: Any, where: str, *, image_strings: bool = False, needs_
 
     Takes `role` and `content`, or `from` and `value` (LLaVA, ShareGPT). Drops the empty values that Arrow adds, and
     unknown keys of a part. An image part that contains its image keeps it under `stored`. With `image_strings`,
-    `<image>` in a text becomes an image part. Raises `UserError` with message and part for an unknown role or part
-    type, missing text, an empty answer, or, with `needs_answer`, a conversation without an assistant turn.
+    `<image>` in a user's text becomes an image part. Raises `UserError` with message and part for an unknown role or
+    part type, missing text, an empty answer, or, with `needs_answer`, a conversation without an assistant turn.
     """
     if not isinstance(value, (list, tuple)) or not value:
         raise UserError(
@@ -64,14 +79,33 @@ def _read_message(message: Any, where: str, image_strings: bool) -> Message:
             fix="Give every message a role and content.",
             kind="malformed message",
         )
-    role, content = message.get("role"), message.get("content")
+    role, content, calls = message.get("role"), message.get("content"), message.get(CALLS)
     if (speaker := message.get("from")) is not None:
         role = ROLES_OF_FROM.get(speaker, speaker) if isinstance(speaker, str) else speaker
         content = message.get("value")
+        if speaker == "function_call":
+            content, calls = None, content
     if role not in ROLES:
         raise UserError(
             where=where, problem=f"unknown role {role!r}.", fix=f"Use one of {', '.join(ROLES)}.", kind="unknown role"
         )
+    keys = _read_keys(message, role, where)
+    if calls:
+        keys[CALLS] = _read_calls(calls, where)
+    parts = _read_content("" if content is None and calls else content, where)
+    if image_strings and role == "user":
+        parts = [piece for part in parts for piece in split_image_strings(part)]
+    if role == "assistant" and not calls and not "".join(part.get("text", "") for part in parts).strip():
+        raise UserError(
+            where=where,
+            problem="the assistant's answer is empty.",
+            fix="Fill it in or drop the row.",
+            kind="empty answer",
+        )
+    return {"role": role, "content": parts, **keys}
+
+
+def _read_content(content: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
@@ -82,20 +116,78 @@ def _read_message(message: Any, where: str, image_strings: bool) -> Message:
             kind="malformed content",
         )
     parts = [_read_part(part, f"{where}, part {index}") for index, part in enumerate(content)]
-    if image_strings:
-        parts = [piece for part in parts for piece in split_image_strings(part)]
-    if role == "assistant" and not "".join(part.get("text", "") for part in parts).strip():
-        raise UserError(
-            where=where,
-            problem="the assistant's answer is empty.",
-            fix="Fill it in or drop the row.",
-            kind="empty answer",
-        )
     if not parts:
         raise UserError(
             where=where, problem="the content is empty.", fix="Fill it in or drop the row.", kind="empty content"
         )
-    return {"role": role, "content": parts}
+    return parts
+
+
+def _read_keys(message: dict, role: str, where: str) -> dict[str, Any]:
+    """The further keys of a message: its thought, its weight if that is 0, and what is for the chat template only."""
+    keys = {name: strip_nulls(value) for name, value in message.items() if name not in READ_KEYS}
+    keys = {name: value for name, value in keys.items() if value not in (None, "", [], {})}
+    thoughts = [message[name] for name in THOUGHT_KEYS if message.get(name)]
+    if thoughts:
+        if not isinstance(thoughts[0], str):
+            raise UserError(
+                where=where,
+                problem=f"the thought must be text, found {_brief(thoughts[0])}.",
+                fix="Use text.",
+                kind="malformed message",
+            )
+        keys[THOUGHT] = thoughts[0]
+    weights = [message[name] for name in WEIGHT_KEYS if message.get(name) is not None]
+    if wrong := [weight for weight in weights if weight not in (0, 1)]:
+        raise UserError(
+            where=where,
+            problem=f"the weight of an answer must be 0 (context) or 1 (trained), found {_brief(wrong[0])}.",
+            fix="Use 0 or 1, or true or false.",
+            kind="malformed weight",
+        )
+    if role == "assistant" and not all(weights):
+        keys[WEIGHT] = 0
+    return keys
+
+
+def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls as objects with a function, its name, and its arguments as an object.
+
+    Takes OpenAI's form (arguments are JSON text), Hugging Face's (an object), one without `function`, and JSON text.
+    """
+    calls = strip_nulls(parse_json(calls))
+    read = []
+    for number, call in enumerate([calls] if isinstance(calls, dict) else calls if isinstance(calls, list) else [calls]):
+        call = parse_json(call)
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(
+                where=f"{where}, tool call {number}",
+                problem=f"expected a function with a name and arguments, found {_brief(call)}.",
+                fix='Write {"function": {"name": …, "arguments": {…}}}.',
+                kind="malformed tool call",
+            )
+        arguments = parse_json(function.get("arguments", {}))
+        others = {name: value for name, value in call.items() if name in ("id", "index")}
+        read.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}, **others})
+    return read
+
+
+def parse_json(value: Any) -> Any:
+    """The value of JSON text; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def strip_nulls(value: Any) -> Any:
+    """The value without the nulls in its objects. Arrow gives every object of a column the keys of all others."""
+    if isinstance(value, dict):
+        return {name: strip_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [strip_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _read_part(part: Any, where: str) -> dict[str, Any]:

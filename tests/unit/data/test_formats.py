@@ -157,12 +157,19 @@ FORMS = {
 }
 
 
+def context_before(first: int, messages: list[dict]) -> list[dict]:
+    """The messages, where the answers before message `first` are not trained."""
+    return [
+        {**message, "weight": 0} if message["role"] == "assistant" and number < first else message
+        for number, message in enumerate(messages)
+    ]
+
+
 @pytest.mark.parametrize(("row", "messages", "images", "first", "sentence"), FORMS.values(), ids=FORMS)
 def test_each_form_is_detected_and_read(row, messages, images, first, sentence):
     format = detect([row])
     conversation = format.read(row, "rows.json, row 0")
-    assert (conversation.messages, conversation.images) == (messages, images)
-    assert conversation.trained_from == first
+    assert (conversation.messages, conversation.images) == (context_before(first, messages), images)
     assert describe_format(format, "messages", "images") == sentence
 
 
@@ -180,8 +187,7 @@ def test_each_form_is_the_same_in_a_file(tmp_path, suffix, row, messages, images
         datasets.load_dataset("json", data_files=[str(tmp_path / "rows.json")], split="train").to_parquet(file)
     stored = open_source(str(file), text_field="messages", image_field="images")[1]
     conversation = stored.format.read(stored.columns, stored.where)
-    assert (conversation.messages, conversation.images) == (messages, images)
-    assert conversation.trained_from == first
+    assert (conversation.messages, conversation.images) == (context_before(first, messages), images)
     assert describe_format(stored.format, "messages", "images") == sentence
 
 
