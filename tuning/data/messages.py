@@ -92,7 +92,7 @@ def _read_message(message: Any, where: str, image_strings: bool) -> Message:
     keys = _read_keys(message, role, where)
     if calls:
         keys[CALLS] = _read_calls(calls, where)
-    parts = _read_content("" if content is None and calls else content, where)
+    parts = [] if calls and not content else _read_content(content, where)
     if image_strings and role == "user":
         parts = [piece for part in parts for piece in split_image_strings(part)]
     if role == "assistant" and not calls and not "".join(part.get("text", "") for part in parts).strip():
@@ -101,6 +101,10 @@ def _read_message(message: Any, where: str, image_strings: bool) -> Message:
             problem="the assistant's answer is empty.",
             fix="Fill it in or drop the row.",
             kind="empty answer",
+        )
+    if not parts and not calls:
+        raise UserError(
+            where=where, problem="the content is empty.", fix="Fill it in or drop the row.", kind="empty content"
         )
     return {"role": role, "content": parts, **keys}
 
@@ -115,12 +119,7 @@ def _read_content(content: Any, where: str) -> list[dict[str, Any]]:
             fix="Use text or a list of parts.",
             kind="malformed content",
         )
-    parts = [_read_part(part, f"{where}, part {index}") for index, part in enumerate(content)]
-    if not parts:
-        raise UserError(
-            where=where, problem="the content is empty.", fix="Fill it in or drop the row.", kind="empty content"
-        )
-    return parts
+    return [_read_part(part, f"{where}, part {index}") for index, part in enumerate(content)]
 
 
 def _read_keys(message: dict, role: str, where: str) -> dict[str, Any]:

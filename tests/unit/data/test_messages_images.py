@@ -69,7 +69,7 @@ def test_text_content_becomes_one_part():
     ]
 
 
-def test_empty_values_and_unknown_keys_are_dropped():
+def test_empty_values_and_unknown_keys_of_parts_are_dropped():
     messages = [
         {
             "role": "user",
@@ -79,7 +79,7 @@ def test_empty_values_and_unknown_keys_are_dropped():
         {"role": "assistant", "content": [{**text("a"), "weight": 1.0}], "tool_calls": None},
     ]
     assert read_messages(messages, WHERE) == [
-        {"role": "user", "content": [IMAGE, text("q")]},
+        {"role": "user", "content": [IMAGE, text("q")], "name": "Ann"},
         {"role": "assistant", "content": [text("a")]},
     ]
 
