@@ -1,4 +1,4 @@
-"""A row → its question: the prompt before the last answer, as in training, and that answer."""
+"""A row → its question: the prompt that asks for its last answer, and that answer."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,11 +6,9 @@ from typing import Any
 
 from tuning.data.collator import Collator
 from tuning.data.encode import Encoder, Sample
-from tuning.data.messages import Conversation, Message, count_images
+from tuning.data.messages import Message, count_images
 from tuning.data.sources import Row
 from tuning.errors import UserError
-
-STAND_IN = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}  # rendered, then cut off
 
 
 @dataclass(frozen=True)
@@ -33,21 +31,20 @@ class Question:
 def ask(row: Row, encoder: Encoder) -> Question:
     """The question before the last answer of a row, or the row's last message where it has no answer.
 
-    The prompt is rendered as in training and cut before the answer. Raises `UserError` with file, row and field.
+    The prompt ends with the template's generation prompt, as a server writes it. Raises `UserError` with file, row and
+    field.
     """
     whole = row.format.read(row.columns, row.where, needs_answer=False)
     asked, reference = split_answer(whole.messages)
     images = whole.images[: len(whole.images) - count_images(whole.messages[len(asked) :])]
-    prepared = encoder.prepare_conversation(row, Conversation([*asked, STAND_IN], images))
-    text = prepared.chat.text[: prepared.chat.spans[-1][0]]
-    prepared = replace(prepared, chat=replace(prepared.chat, text=text))
+    prepared = encoder.prepare_conversation(row, replace(whole, messages=asked, images=images), prompt=True)
     sample = encoder.encode_untrained(prepared)
     words = [part["text"] for message in asked[-1:] for part in message["content"] if part["type"] == "text"]
     return Question(
         row.file,
         row.number,
         text="\n".join(words),
-        prompt=encoder.chat.escaper.unescape_text(text),
+        prompt=encoder.chat.escaper.unescape_text(prepared.chat.text),
         reference=reference,
         references=[] if reference is None else [reference],
         sample=sample,
