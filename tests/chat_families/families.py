@@ -55,26 +55,34 @@ def _two_turns(*keys: dict) -> list[dict]:
     ]
 
 
-def _agent(arguments) -> list[dict]:
-    call = {"id": CALL_ID, "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+def _agent(call_id: str, arguments, *keys: dict) -> list[dict]:
+    call = {"id": call_id, "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
     return [
         _message("user", WEATHER_QUESTION),
-        _message("assistant", "", tool_calls=[call]),
-        _message("tool", RESULT, tool_call_id=CALL_ID, name="get_weather"),
-        _message("assistant", WEATHER_ANSWER),
+        _message("assistant", "", tool_calls=[call], **keys[0]),
+        _message("tool", RESULT, tool_call_id=call_id, name="get_weather"),
+        _message("assistant", WEATHER_ANSWER, **keys[1]),
     ]
 
 
+THOUGHTS = ({"reasoning_content": THOUGHT}, {"reasoning_content": OTHER_THOUGHT})
 SINGLE = [_message("user", QUESTION), _message("assistant", ANSWER)]
-ROWS = {
-    "single": SINGLE,
-    "multi": _two_turns({}, {}),
-    "system": [_message("system", SYSTEM), *SINGLE],
-    "tools": _agent(json.dumps(ARGUMENTS)),
-    "tools_object": _agent(ARGUMENTS),
-    "reasoning": _two_turns({"reasoning_content": THOUGHT}, {"reasoning_content": OTHER_THOUGHT}),
-    "image": [_message("user", [{"type": "image"}, {"type": "text", "text": QUESTION}]), SINGLE[1]],
-}
+KINDS = ("single", "multi", "system", "tools", "tools_object", "reasoning", "thinking_agent", "image")
+
+
+def build_messages(kind: str, call_id: str = CALL_ID) -> list[dict]:
+    """The messages of a row. They are the same for every family, but for the form of a call's id."""
+    return {
+        "single": SINGLE,
+        "multi": _two_turns({}, {}),
+        "system": [_message("system", SYSTEM), *SINGLE],
+        "tools": _agent(call_id, json.dumps(ARGUMENTS), {}, {}),
+        "tools_object": _agent(call_id, ARGUMENTS, {}, {}),
+        "reasoning": _two_turns(*THOUGHTS),
+        "thinking_agent": _agent(call_id, ARGUMENTS, *THOUGHTS),
+        "image": [_message("user", [{"type": "image"}, {"type": "text", "text": QUESTION}]), SINGLE[1]],
+    }[kind]
+
 
 # --- what is expected of a family ---
 
@@ -101,10 +109,13 @@ class Family:
     image_token: str = ""
     template_kwargs: Mapping[str, object] = field(default_factory=dict)
     template: str = ""
+    call_id: str = CALL_ID
 
     def expected_of(self, kind: str) -> Sequence[str] | None:
         if kind == "image":
             return self.expected["single"] if self.image_token else None
+        if kind == "thinking_agent":
+            return self.expected.get(kind, self.expected["tools"])  # without an entry the template ignores thoughts
         return self.expected["tools" if kind == "tools_object" else kind]
 
     @property
@@ -158,14 +169,25 @@ QWEN = dict(
 )
 QWEN_PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 GLM = dict(
-    tokens=("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|begin_of_image|>")
-    + ("<|end_of_image|>",),
+    tokens=(
+        "[gMASK]",
+        "<sop>",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|observation|>",
+        "<|begin_of_image|>",
+        "<|end_of_image|>",
+    ),
     eos="<|endoftext|>",
     stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
 )
 IM_END = turns("<|im_end|>")
 QWEN_TOOLS = [JSON_CALL + "<|im_end|>", WEATHER_ANSWER + "<|im_end|>"]
 QWEN_XML_TOOLS = [XML_CALL + "<|im_end|>", WEATHER_ANSWER + "<|im_end|>"]
+WEATHER_THOUGHT = OTHER_THOUGHT + "\n</think>\n\n" + WEATHER_ANSWER + "<|im_end|>"
+JSON_AGENT = [THOUGHT + "\n</think>\n\n" + JSON_CALL + "<|im_end|>", WEATHER_THOUGHT]
+XML_AGENT = [THOUGHT + "\n</think>\n\n" + XML_CALL + "<|im_end|>", WEATHER_THOUGHT]
 LAST_THOUGHT_OPENED = [  # the prompt opens the thought, and the template drops the earlier one
     ANSWER + "<|im_end|>",
     OTHER_THOUGHT + "\n</think>\n\n" + OTHER_ANSWER + "<|im_end|>",
@@ -174,8 +196,20 @@ COHERE_TURN = ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN
 COHERE_TURN += ("<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>")
 COHERE_ANSWER = "<|START_RESPONSE|>{}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
 COHERE_THOUGHT = "<|START_THINKING|>{}<|END_THINKING|>"
+COHERE_CALL = (
+    '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": '
+    + ARGUMENTS_TEXT
+    + "}\n]<|END_ACTION|><|END_OF_TURN_TOKEN|>"
+)
 FINAL = "<|channel|>final<|message|>"
+ANALYSIS = f"<|channel|>analysis<|message|>{OTHER_THOUGHT}<|end|><|start|>assistant"
+HARMONY_CALL = " to=functions.get_weather<|channel|>commentary json<|message|>" + ARGUMENTS_TEXT + "<|call|>"
 KIMI = ("<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>", "<|media_content|>")
+KIMI_CALL_ID = "functions.get_weather:0"
+KIMI_CALL = (
+    f"<|tool_calls_section_begin|><|tool_call_begin|>{KIMI_CALL_ID}<|tool_call_argument_begin|>"
+    f"{ARGUMENTS_TEXT}<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
+)
 DEEPSEEK_END = "<｜end▁of▁sentence｜>"
 
 FAMILIES = [
@@ -184,25 +218,30 @@ FAMILIES = [
     Family("qwen3_vl", IM_END | {"tools": QWEN_TOOLS}, plain_tokens=QWEN_PLAIN, **QWEN),
     Family(
         "qwen3_vl_thinking",
-        IM_END | {"tools": QWEN_TOOLS, "reasoning": LAST_THOUGHT_OPENED},
+        IM_END | {"tools": QWEN_TOOLS, "reasoning": LAST_THOUGHT_OPENED, "thinking_agent": JSON_AGENT},
         plain_tokens=QWEN_PLAIN,
         **QWEN,
     ),
     Family(
         "qwen3",  # the model opens its thought itself
-        IM_END | {"tools": QWEN_TOOLS, "reasoning": [LAST_THOUGHT_OPENED[0], "<think>\n" + LAST_THOUGHT_OPENED[1]]},
+        IM_END
+        | {
+            "tools": QWEN_TOOLS,
+            "reasoning": [LAST_THOUGHT_OPENED[0], "<think>\n" + LAST_THOUGHT_OPENED[1]],
+            "thinking_agent": ["<think>\n" + turn for turn in JSON_AGENT],
+        },
         plain_tokens=QWEN_PLAIN,
         **QWEN,
     ),
     Family(
         "qwen3_5",
-        IM_END | {"tools": QWEN_XML_TOOLS, "reasoning": LAST_THOUGHT_OPENED},
+        IM_END | {"tools": QWEN_XML_TOOLS, "reasoning": LAST_THOUGHT_OPENED, "thinking_agent": XML_AGENT},
         plain_tokens=QWEN_PLAIN,
         **QWEN,
     ),
     Family(
         "qwen3_5_without_thinking",  # the prompt has an empty thought; a row's own thought differs after <think>
-        IM_END | {"tools": QWEN_XML_TOOLS, "reasoning": LAST_THOUGHT_OPENED},
+        IM_END | {"tools": QWEN_XML_TOOLS, "reasoning": LAST_THOUGHT_OPENED, "thinking_agent": XML_AGENT},
         plain_tokens=QWEN_PLAIN,
         template="qwen3_5",
         template_kwargs={"enable_thinking": False},
@@ -223,6 +262,10 @@ FAMILIES = [
         | {
             "tools": [XML_CALL + "\n<|im_end|>", WEATHER_ANSWER + "<|im_end|>"],
             "reasoning": [ANSWER + "<|im_end|>", OTHER_THOUGHT + "\n</think>\n" + OTHER_ANSWER + "<|im_end|>"],
+            "thinking_agent": [
+                THOUGHT + "\n</think>\n" + XML_CALL + "\n<|im_end|>",
+                OTHER_THOUGHT + "\n</think>\n" + WEATHER_ANSWER + "<|im_end|>",
+            ],
         },
         tokens=CHATML,
         bos="<s>",
@@ -236,6 +279,10 @@ FAMILIES = [
         | {
             "tools": [GLM_CALL + "<|observation|>", WEATHER_ANSWER + "<|user|>"],
             "reasoning": [ANSWER + "<|user|>", f"\n<think>{OTHER_THOUGHT}</think>\n{OTHER_ANSWER}<|user|>"],
+            "thinking_agent": [
+                f"\n<think>{THOUGHT}</think>\n{GLM_CALL}<|observation|>",
+                f"\n<think>{OTHER_THOUGHT}</think>\n{WEATHER_ANSWER}<|user|>",
+            ],
         },
         plain_tokens=(*QWEN_PLAIN, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
         image_token="<|image|>",
@@ -246,14 +293,12 @@ FAMILIES = [
         "gpt_oss",
         turns("<|end|>", "<|return|>", before=FINAL)
         | {
-            "tools": [
-                " to=functions.get_weather<|channel|>commentary json<|message|>" + ARGUMENTS_TEXT + "<|call|>",
-                FINAL + WEATHER_ANSWER + "<|return|>",
-            ],
+            "tools": [HARMONY_CALL, FINAL + WEATHER_ANSWER + "<|return|>"],
             "reasoning": [
                 FINAL + ANSWER + "<|end|>",
-                f"<|channel|>analysis<|message|>{OTHER_THOUGHT}<|end|><|start|>assistant{FINAL}{OTHER_ANSWER}<|return|>",
+                ANALYSIS + FINAL + OTHER_ANSWER + "<|return|>",
             ],
+            "thinking_agent": [HARMONY_CALL, ANALYSIS + FINAL + WEATHER_ANSWER + "<|return|>"],
         },
         tokens=("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|endoftext|>", "<|startoftext|>"),
         bos="<|startoftext|>",
@@ -322,8 +367,15 @@ FAMILIES = [
                 WEATHER_ANSWER + "</s>",
             ]
         },
-        tokens=("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]")
-        + ("[/AVAILABLE_TOOLS]",),
+        tokens=(
+            "[INST]",
+            "[/INST]",
+            "[TOOL_CALLS]",
+            "[TOOL_RESULTS]",
+            "[/TOOL_RESULTS]",
+            "[AVAILABLE_TOOLS]",
+            "[/AVAILABLE_TOOLS]",
+        ),
         bos="<s>",
         eos="</s>",
         image_token="[IMG]",
@@ -337,8 +389,20 @@ FAMILIES = [
                 WEATHER_ANSWER + "</s>",
             ]
         },
-        tokens=("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]")
-        + ("[/AVAILABLE_TOOLS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]", "[CALL_ID]", "[ARGS]"),
+        tokens=(
+            "[INST]",
+            "[/INST]",
+            "[TOOL_CALLS]",
+            "[TOOL_RESULTS]",
+            "[/TOOL_RESULTS]",
+            "[AVAILABLE_TOOLS]",
+            "[/AVAILABLE_TOOLS]",
+            "[SYSTEM_PROMPT]",
+            "[/SYSTEM_PROMPT]",
+            "[TOOL_CONTENT]",
+            "[CALL_ID]",
+            "[ARGS]",
+        ),
         bos="<s>",
         eos="</s>",
         image_token="[IMG]",
@@ -411,9 +475,19 @@ FAMILIES = [
                 WEATHER_ANSWER + DEEPSEEK_END,
             ]
         },
-        tokens=("<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁sep｜>")
-        + ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>")
-        + ("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
+        tokens=(
+            "<｜User｜>",
+            "<｜Assistant｜>",
+            "<｜tool▁calls▁begin｜>",
+            "<｜tool▁calls▁end｜>",
+            "<｜tool▁sep｜>",
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁call▁end｜>",
+            "<｜tool▁outputs▁begin｜>",
+            "<｜tool▁outputs▁end｜>",
+            "<｜tool▁output▁begin｜>",
+            "<｜tool▁output▁end｜>",
+        ),
         plain_tokens=("<think>", "</think>"),
         bos="<｜begin▁of▁sentence｜>",
         eos=DEEPSEEK_END,
@@ -430,19 +504,26 @@ FAMILIES = [
         "command_a",
         turns("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", before="<|START_RESPONSE|>")
         | {
-            "tools": [
-                '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": '
-                + ARGUMENTS_TEXT
-                + "}\n]<|END_ACTION|><|END_OF_TURN_TOKEN|>",
-                COHERE_ANSWER.format(WEATHER_ANSWER),
-            ],
+            "tools": [COHERE_CALL, COHERE_ANSWER.format(WEATHER_ANSWER)],
             "reasoning": [
                 COHERE_THOUGHT.format(THOUGHT) + COHERE_ANSWER.format(ANSWER),
                 COHERE_THOUGHT.format(OTHER_THOUGHT) + COHERE_ANSWER.format(OTHER_ANSWER),
             ],
+            "thinking_agent": [
+                COHERE_THOUGHT.format(THOUGHT) + COHERE_CALL,
+                COHERE_THOUGHT.format(OTHER_THOUGHT) + COHERE_ANSWER.format(WEATHER_ANSWER),
+            ],
         },
-        tokens=(*COHERE_TURN, "<|START_THINKING|>", "<|END_THINKING|>", "<|START_ACTION|>", "<|END_ACTION|>")
-        + ("<|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|>"),
+        stop_tokens=("<|END_OF_TURN_TOKEN|>",),
+        tokens=(
+            *COHERE_TURN,
+            "<|START_THINKING|>",
+            "<|END_THINKING|>",
+            "<|START_ACTION|>",
+            "<|END_ACTION|>",
+            "<|START_TOOL_RESULT|>",
+            "<|END_TOOL_RESULT|>",
+        ),
         bos="<BOS_TOKEN>",
         eos="<|END_OF_TURN_TOKEN|>",
         image_token="<|IMG_PATCH|>",
@@ -463,18 +544,27 @@ FAMILIES = [
         image_token="<|media_pad|>",
     ),
     Family(
-        "kimi_k2_5",
+        "kimi_k2_5",  # the name of the function stands in the id of the call only
         IM_END
         | {
-            "tools": [
-                f"<|tool_calls_section_begin|><|tool_call_begin|>{CALL_ID}<|tool_call_argument_begin|>"
-                f"{ARGUMENTS_TEXT}<|tool_call_end|><|tool_calls_section_end|><|im_end|>",
-                WEATHER_ANSWER + "<|im_end|>",
-            ],
+            "tools": [KIMI_CALL, WEATHER_ANSWER + "<|im_end|>"],
             "reasoning": [ANSWER + "<|im_end|>", OTHER_THOUGHT + "</think>" + OTHER_ANSWER + "<|im_end|>"],
+            "thinking_agent": [
+                THOUGHT + "</think>" + KIMI_CALL,
+                OTHER_THOUGHT + "</think>" + WEATHER_ANSWER + "<|im_end|>",
+            ],
         },
-        tokens=(*KIMI, "<|media_begin|>", "<|media_end|>", "<|tool_calls_section_begin|>", "<|tool_call_begin|>")
-        + ("<|tool_calls_section_end|>", "<|tool_call_end|>", "<|tool_call_argument_begin|>"),
+        call_id=KIMI_CALL_ID,
+        tokens=(
+            *KIMI,
+            "<|media_begin|>",
+            "<|media_end|>",
+            "<|tool_calls_section_begin|>",
+            "<|tool_call_begin|>",
+            "<|tool_calls_section_end|>",
+            "<|tool_call_end|>",
+            "<|tool_call_argument_begin|>",
+        ),
         plain_tokens=("<think>", "</think>"),
         bos="[BOS]",
         eos="<|im_end|>",

@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from chat_families.families import FAMILIES, ROWS, TOOLS, Family
+from chat_families.families import CALL_ID, FAMILIES, KINDS, TOOLS, Family, build_messages
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.formats import RowFormat
@@ -11,7 +11,7 @@ from tuning.data.messages import Conversation
 from tuning.errors import UserError
 
 BY_NAME = {family.name: family for family in FAMILIES}
-CASES = [(family.name, kind) for family in FAMILIES for kind in ROWS]
+CASES = [(family.name, kind) for family in FAMILIES for kind in KINDS]
 SUPPORTED = [(name, kind) for name, kind in CASES if BY_NAME[name].expected_of(kind) is not None]
 REFUSED = [case for case in CASES if case not in SUPPORTED and case[1] != "image"]
 
@@ -27,9 +27,9 @@ def chat_of(name: str) -> ChatFormat:
     )
 
 
-def read(kind: str) -> Conversation:
-    tools = TOOLS if kind.startswith("tools") else None
-    row = {"messages": ROWS[kind], "images": None, "tools": tools}
+def read(kind: str, call_id: str = CALL_ID) -> Conversation:
+    tools = TOOLS if "tools" in kind or "agent" in kind else None
+    row = {"messages": build_messages(kind, call_id), "images": None, "tools": tools}
     return RowFormat(extra_columns=("tools",)).read(row, "row")
 
 
@@ -40,16 +40,16 @@ def test_there_are_at_least_25_templates_and_each_is_used():
 
 @pytest.mark.parametrize(("name", "kind"), SUPPORTED)
 def test_supervised_text_is_words_and_end(name, kind):
-    chat = chat_of(name)
-    rendered = chat.render(read(kind))
+    chat, family = chat_of(name), BY_NAME[name]
+    rendered = chat.render(read(kind, family.call_id))
     supervised = [chat.escaper.unescape_text(rendered.text[start:end]) for start, end in rendered.spans]
-    assert supervised == BY_NAME[name].expected_of(kind)
+    assert supervised == family.expected_of(kind)
 
 
 @pytest.mark.parametrize(("name", "kind"), [case for case in SUPPORTED if case[1] in ("single", "multi", "system")])
 def test_the_words_of_each_answer_are_found(name, kind):
     rendered = chat_of(name).render(read(kind))
-    words = [message["content"] for message in ROWS[kind] if message["role"] == "assistant"]
+    words = [message["content"] for message in build_messages(kind) if message["role"] == "assistant"]
     assert [rendered.text[start:end] for start, end in rendered.contents] == words
 
 
@@ -64,3 +64,8 @@ def test_a_row_without_a_place_in_the_template_is_refused(name, kind):
     chat = chat_of(name)
     with pytest.raises(UserError, match="chat template"):
         chat.render(read(kind), "row 0")
+
+
+def test_a_call_whose_name_would_be_left_out_is_refused():
+    with pytest.raises(UserError, match="chat template"):
+        chat_of("kimi_k2_5").render(read("tools", CALL_ID), "row 0")
