@@ -58,6 +58,8 @@ def describe_unused_columns(files: Iterable[DataFile]) -> list[str]:
 
 def find_ignored_keys(chat: ChatFormat, conversation: Conversation) -> list[str]:
     """The keys of the messages, and of the row's template variables, without which the rendered text stays the same."""
+    if not conversation.template_kwargs and all(len(message) == 2 for message in conversation.messages):
+        return []
     names = {name for message in conversation.messages for name in message} - {"role", "content", CALLS, WEIGHT}
     found = [
         f"chat_template_kwargs {name}" for name in conversation.template_kwargs if not chat.template.mentions(name)
@@ -93,9 +95,9 @@ def _render_both(chat: ChatFormat, conversation: Conversation, number: int) -> t
 
 def _describe_difference(chat: ChatFormat, conversation: Conversation, number: int, asked: str, trained: str) -> str:
     start = max(0, shared_start(asked, trained) - SHOWN_CHARACTERS // 2)
+    cut = "…" if start else ""
     asked_text, trained_text = (
-        ("…" if start else "") + chat.escaper.unescape_text(text[start:])[:SHOWN_CHARACTERS]
-        for text in (asked, trained)
+        cut + chat.escaper.unescape_text(text[start:])[:SHOWN_CHARACTERS] for text in (asked, trained)
     )
     remedy = "Set a chat_template whose generation prompt is the text before an answer."
     for kwargs in KWARGS_TO_TRY:

@@ -93,6 +93,9 @@ class Template:
 
     def _shape(self, message: Message) -> Message:
         """The message as the template takes it."""
+        as_string = message["role"] in self.string_roles or not message["content"]
+        if len(message) == 2 and not as_string:
+            return message
         shaped = {name: value for name, value in message.items() if name not in (WEIGHT, THOUGHT)}
         if THOUGHT in message:
             shaped[self.thought_key or THOUGHT] = message[THOUGHT]
@@ -101,7 +104,7 @@ class Template:
                 {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
                 for call in message[CALLS]
             ]
-        if message["role"] in self.string_roles or not message["content"]:
+        if as_string:
             shaped["content"] = self.content_string(message)
         return shaped
 
