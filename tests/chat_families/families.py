@@ -55,13 +55,30 @@ def _two_turns(*keys: dict) -> list[dict]:
     ]
 
 
+def _call(call_id: str, arguments) -> dict:
+    return {"id": call_id, "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+
+
 def _agent(call_id: str, arguments, *keys: dict) -> list[dict]:
-    call = {"id": call_id, "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
     return [
         _message("user", WEATHER_QUESTION),
-        _message("assistant", "", tool_calls=[call], **keys[0]),
+        _message("assistant", "", tool_calls=[_call(call_id, arguments)], **keys[0]),
         _message("tool", RESULT, tool_call_id=call_id, name="get_weather"),
         _message("assistant", WEATHER_ANSWER, **keys[1]),
+    ]
+
+
+def build_two_calls(call_id: str) -> list[dict]:
+    """An assistant that calls twice in one turn, answers, and is asked once more."""
+    ids = [call_id, call_id[:-1] + "1"]
+    calls = [_call(ids[0], ARGUMENTS), _call(ids[1], {**ARGUMENTS, "city": "Rome"})]
+    return [
+        _message("user", WEATHER_QUESTION),
+        _message("assistant", "", tool_calls=calls),
+        *(_message("tool", RESULT, tool_call_id=each, name="get_weather") for each in ids),
+        _message("assistant", WEATHER_ANSWER),
+        _message("user", OTHER_QUESTION),
+        _message("assistant", OTHER_ANSWER),
     ]
 
 

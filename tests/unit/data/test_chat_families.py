@@ -3,7 +3,17 @@
 import functools
 
 import pytest
-from chat_families.families import CALL_ID, FAMILIES, KINDS, TOOLS, Family, build_messages
+from chat_families.families import (
+    ANSWER,
+    CALL_ID,
+    FAMILIES,
+    KINDS,
+    TOOLS,
+    WEATHER_ANSWER,
+    Family,
+    build_messages,
+    build_two_calls,
+)
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.formats import RowFormat
@@ -13,6 +23,7 @@ from tuning.errors import UserError
 BY_NAME = {family.name: family for family in FAMILIES}
 CASES = [(family.name, kind) for family in FAMILIES for kind in KINDS]
 SUPPORTED = [(name, kind) for name, kind in CASES if BY_NAME[name].expected_of(kind) is not None]
+ONE_CALL_A_TURN = ("gpt_oss", "llama_3_2_vision")
 REFUSED = [case for case in CASES if case not in SUPPORTED and case[1] != "image"]
 
 
@@ -28,9 +39,17 @@ def chat_of(name: str) -> ChatFormat:
 
 
 def read(kind: str, call_id: str = CALL_ID) -> Conversation:
-    tools = TOOLS if "tools" in kind or "agent" in kind else None
-    row = {"messages": build_messages(kind, call_id), "images": None, "tools": tools}
+    return read_messages(build_messages(kind, call_id), TOOLS if "tools" in kind or "agent" in kind else None)
+
+
+def read_messages(messages: list[dict], tools: list[dict] | None) -> Conversation:
+    row = {"messages": messages, "images": None, "tools": tools}
     return RowFormat(extra_columns=("tools",)).read(row, "row")
+
+
+def supervised_texts(chat: ChatFormat, conversation: Conversation) -> list[str]:
+    rendered = chat.render(conversation)
+    return [chat.escaper.unescape_text(rendered.text[start:end]) for start, end in rendered.spans]
 
 
 def test_there_are_at_least_25_templates_and_each_is_used():
@@ -40,10 +59,8 @@ def test_there_are_at_least_25_templates_and_each_is_used():
 
 @pytest.mark.parametrize(("name", "kind"), SUPPORTED)
 def test_supervised_text_is_words_and_end(name, kind):
-    chat, family = chat_of(name), BY_NAME[name]
-    rendered = chat.render(read(kind, family.call_id))
-    supervised = [chat.escaper.unescape_text(rendered.text[start:end]) for start, end in rendered.spans]
-    assert supervised == family.expected_of(kind)
+    family = BY_NAME[name]
+    assert supervised_texts(chat_of(name), read(kind, family.call_id)) == family.expected_of(kind)
 
 
 @pytest.mark.parametrize(("name", "kind"), [case for case in SUPPORTED if case[1] in ("single", "multi", "system")])
@@ -51,6 +68,24 @@ def test_the_words_of_each_answer_are_found(name, kind):
     rendered = chat_of(name).render(read(kind))
     words = [message["content"] for message in build_messages(kind) if message["role"] == "assistant"]
     assert [rendered.text[start:end] for start, end in rendered.contents] == words
+
+
+@pytest.mark.parametrize("name", [name for name, kind in SUPPORTED if kind == "tools" and name not in ONE_CALL_A_TURN])
+def test_two_calls_in_one_turn_and_a_question_after_the_answer(name):
+    family = BY_NAME[name]
+    first, *answers = supervised_texts(chat_of(name), read_messages(build_two_calls(family.call_id), TOOLS))
+    one_call, (answer, last_answer) = family.expected["tools"][0], family.expected["multi"]
+    assert answers == [answer.replace(ANSWER, WEATHER_ANSWER), last_answer]
+    assert first.startswith(one_call[: one_call.index("Paris")])
+    assert first.endswith(one_call[-5:])
+    assert first.count("Paris") == first.count("Rome") == 1
+    assert "degrees" not in first
+
+
+@pytest.mark.parametrize("name", ONE_CALL_A_TURN)
+def test_two_calls_where_a_turn_has_one_are_refused(name):
+    with pytest.raises(UserError, match="chat template"):
+        chat_of(name).render(read_messages(build_two_calls(CALL_ID), TOOLS), "row 0")
 
 
 @pytest.mark.parametrize("name", [name for name, kind in SUPPORTED if kind == "image"])
