@@ -3,17 +3,8 @@
 import functools
 
 import pytest
-from chat_families.families import (
-    ANSWER,
-    CALL_ID,
-    FAMILIES,
-    KINDS,
-    TOOLS,
-    WEATHER_ANSWER,
-    Family,
-    build_messages,
-    build_two_calls,
-)
+from chat_families.families import FAMILIES
+from chat_families.rows import ANSWER, CALL_ID, KINDS, TOOLS, WEATHER_ANSWER, build_messages, build_two_calls
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.formats import RowFormat
@@ -29,7 +20,7 @@ REFUSED = [case for case in CASES if case not in SUPPORTED and case[1] != "image
 
 @functools.cache
 def chat_of(name: str) -> ChatFormat:
-    family: Family = BY_NAME[name]
+    family = BY_NAME[name]
     return ChatFormat(
         family.build_processor(),
         date_string="01 Jan 2026",
