@@ -158,9 +158,7 @@ class ChatFormat:
 
     def _check_words(self, messages: list[Message], text: str, where: str) -> None:
         for index, message in enumerate(messages):
-            names = [(call["function"]["name"], call.get("id", "")) for call in message.get(CALLS, ())]
-            calls = [name for name, number in names if not number or number not in text]  # Kimi writes the id instead
-            for words in [*(part.get("text", "") for part in message["content"]), *calls]:
+            for words in [*(part.get("text", "") for part in message["content"]), *called(message)]:
                 if any(form in text for form in written_forms(words, message["role"])):
                     continue
                 if all(word in text for word in words.split()):
@@ -208,6 +206,17 @@ class ChatFormat:
         turns = TurnFinder(self.template, ends, thought, self._split_tokens).find(conversation, text)
         if turns is None:
             return None
+        answers = (number for number, message in enumerate(conversation.messages) if message["role"] == "assistant")
+        for number, turn in zip(answers, turns, strict=True):
+            names, written = called(conversation.messages[number]), text[slice(*turn.span)]
+            left_out = [name for name in names if written.count(name) < names.count(name)]
+            if left_out:
+                raise UserError(
+                    where=f"{where}, message {number}",
+                    problem=f"the chat template leaves out a call of this assistant message: {left_out[0]!r}.",
+                    fix="Make one message of each call, or set another chat_template.",
+                    kind="calls left out by the chat template",
+                )
         return self._add_ends(text, [turn.span for turn in turns], [turn.words for turn in turns])
 
     def _end_after(self, text: str, end: int) -> int:
@@ -286,3 +295,8 @@ class ChatFormat:
 def is_rich(messages: Iterable[Message]) -> bool:
     """Whether the assistant thinks or calls tools."""
     return any(CALLS in message or THOUGHT in message for message in messages)
+
+
+def called(message: Message) -> list[str]:
+    """The names of the functions that a message calls."""
+    return [call["function"]["name"] for call in message.get(CALLS, ())]
