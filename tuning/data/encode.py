@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tuning.config.box_formats import BoxFormat
 from tuning.data.chat_template import ChatFormat, RenderedChat
+from tuning.data.grounding import FIELD, BoxOnImage, Grounded, Size, write_objects
 from tuning.data.images import ImageRules, load_image, measure_image
 from tuning.data.messages import Conversation, count_images, keep_first_images
 from tuning.data.pixels import patch_image_processor
+from tuning.data.resized_size import ResizedSize
 from tuning.data.sources import Row
 from tuning.data.token_spans import EXPANSIONS, Span, after_expansion, expansions_of, overlaps
 from tuning.data.truncate import cut_answers
@@ -62,6 +65,7 @@ class Prepared:
     chat: RenderedChat
     images: list[Any]
     dropped_images: int
+    boxes: Sequence[BoxOnImage] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Encoder:
     assistant_only_loss: bool = True
     overlong_rows: str = "error"
     image_rules: ImageRules = ImageRules()
+    box_format: BoxFormat | None = None
 
     @functools.cached_property
     def image_names(self) -> frozenset[str]:
@@ -127,7 +132,34 @@ class Encoder:
 
     def prepare(self, row: Row) -> Prepared:
         """Read and render one row, without opening its images. Raises `UserError` with file, row and field."""
-        return self.prepare_conversation(row, row.format.read(row.columns, row.where))
+        grounded = self.ground(row, row.format.read(row.columns, row.where))
+        prepared = self.prepare_conversation(row, grounded.conversation)
+        return replace(prepared, boxes=grounded.boxes) if grounded.boxes else prepared
+
+    def ground(self, row: Row, conversation: Conversation) -> Grounded:
+        """Write the boxes of a row into its texts: see `write_objects`. Reads only the headers of images."""
+        if FIELD not in row.format.extra_columns:
+            return Grounded(conversation)
+        field = row.format.field_of_images
+
+        @functools.cache
+        def measure(number: int) -> Size:
+            where = f"{row.where}, field '{field}', image {number}"
+            with error_field(field):
+                return measure_image(conversation.images[number], row.folder, where, self.image_rules)
+
+        return write_objects(
+            conversation,
+            f"{row.where}, field '{FIELD}'",
+            format=self.box_format,
+            measure=measure,
+            resize=self._resized_size,
+            max_images=self.max_images,
+        )
+
+    @functools.cached_property
+    def _resized_size(self) -> ResizedSize:
+        return ResizedSize(self.processor.image_processor)
 
     def prepare_conversation(self, row: Row, conversation: Conversation) -> Prepared:
         """Render a conversation that was read from `row`; see `prepare`."""
