@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from tuning.config.box_formats import BoxFormat
 from tuning.data.chat_template import ChatFormat, RenderedChat
 from tuning.data.grounding import FIELD, BoxOnImage, Grounded, Size, write_objects
 from tuning.data.images import ImageRules, load_image, measure_image
-from tuning.data.messages import Conversation, count_images, keep_first_images
+from tuning.data.messages import WEIGHT, Conversation, Message, count_images, keep_first_images
 from tuning.data.pixels import patch_image_processor
 from tuning.data.resized_size import ResizedSize
 from tuning.data.sources import Row
@@ -72,7 +73,7 @@ class Prepared:
 class Encoder:
     """Encodes rows: renders the conversation, processes text and images, and labels the tokens.
 
-    `overlong_rows` is error, drop or truncate_text.
+    `overlong_rows` is error, drop or truncate_text. `train_on`: all answers of a row, or only its last_turn.
     """
 
     processor: Any
@@ -82,6 +83,7 @@ class Encoder:
     max_messages: int = 1000
     assistant_only_loss: bool = True
     overlong_rows: str = "error"
+    train_on: str = "all"
     image_rules: ImageRules = ImageRules()
     box_format: BoxFormat | None = None
 
@@ -161,11 +163,13 @@ class Encoder:
     def _resized_size(self) -> ResizedSize:
         return ResizedSize(self.processor.image_processor)
 
-    def prepare_conversation(self, row: Row, conversation: Conversation) -> Prepared:
-        """Render a conversation that was read from `row`; see `prepare`."""
+    def prepare_conversation(self, row: Row, conversation: Conversation, *, prompt: bool = False) -> Prepared:
+        """Render a conversation that was read from `row`; see `prepare`. `prompt`: as a prompt for the next answer."""
         text_field = row.format.text_fields[-1]
         where = f"{row.where}, field '{text_field}'"
         messages, images = conversation.messages, conversation.images
+        if count_images(messages) != len(images):
+            raise wrong_number_of_images(row, count_images(messages), len(images))
         dropped = 0
         if self.max_images is not None:
             dropped = max(0, len(images) - self.max_images)
@@ -178,13 +182,35 @@ class Encoder:
                 field=text_field,
                 kind="too many messages",
             )
+        conversation = replace(conversation, messages=messages, images=images)
         with error_field(text_field):
-            chat = self.chat.render(messages, where)
+            chat = self.chat.render_prompt(conversation, where) if prompt else self.chat.render(conversation, where)
         placeholders = self.chat.count_placeholders(chat.text)
-        placeholders = count_images(messages) if placeholders is None else placeholders
-        if placeholders != len(images):
+        if placeholders not in (None, len(images)):
             raise wrong_number_of_images(row, placeholders, len(images))
-        return Prepared(row, chat, images, dropped)
+        return Prepared(row, chat if prompt else self._choose_answers(chat, messages, where), images, dropped)
+
+    def _choose_answers(self, chat: RenderedChat, messages: list[Message], where: str) -> RenderedChat:
+        """The chat with the spans of those answers only that are trained."""
+        answers = [message for message in messages if message["role"] == "assistant"]
+        trained = [message.get(WEIGHT, 1) != 0 for message in answers]
+        if self.train_on == "last_turn":
+            trained[:-1] = [False] * (len(answers) - 1)
+        if all(trained):
+            return chat
+        if len(chat.spans) != len(answers):  # only with {% generation %} markers
+            raise UserError(
+                where=where,
+                problem=f"the chat template marks {len(chat.spans)} spans in {len(answers)} answers as trained.",
+                fix="Set a chat_template that marks each answer once, to leave answers out.",
+                kind="answers that cannot be left out",
+            )
+        return replace(
+            chat,
+            spans=list(itertools.compress(chat.spans, trained)),
+            contents=list(itertools.compress(chat.contents, trained)),
+            untrained=list(itertools.compress(chat.spans, [not chosen for chosen in trained])),
+        )
 
     def open_images(self, prepared: Prepared) -> list[Image.Image]:
         """Decode the images of a row. Raises `UserError` for one that cannot be used."""
@@ -256,9 +282,7 @@ class Encoder:
     ) -> Sample:
         offsets = inputs["offset_mapping"][0].numpy()
         sequence, images = self._split(inputs)
-        trained = np.ones(len(offsets), dtype=bool)
-        if self.assistant_only_loss:
-            trained = overlaps(offsets, after_expansion(prepared.chat.spans, expansions_of(inputs)))
+        trained = self.find_trained(offsets, prepared.chat, expansions_of(inputs))
         trained &= ~self._find_image_tokens(inputs) & ~overlaps(offsets, not_trained)
         trained &= sequence["attention_mask"].numpy().astype(bool)
         trained[0] = False  # no token comes before the first one to predict it from
@@ -266,6 +290,15 @@ class Encoder:
             raise self.nothing_trained(prepared)
         sequence["labels"] = torch.where(torch.from_numpy(trained), sequence["input_ids"], IGNORED)
         return Sample(sequence, images, prepared.row.where, prepared.dropped_images, cut_tokens)
+
+    def find_trained(self, offsets: np.ndarray, chat: RenderedChat, expansions: Sequence[dict] = ()) -> np.ndarray:
+        """Which tokens, with character `offsets` `[T, 2]`, the chat says to train. Boolean `[T]`.
+
+        `expansions`: how the placeholders of images were expanded, if they were.
+        """
+        if self.assistant_only_loss:
+            return overlaps(offsets, after_expansion(chat.spans, expansions))
+        return ~overlaps(offsets, after_expansion(chat.untrained, expansions))
 
     def untrained_sample(self, inputs: dict[str, Any], where: str = "") -> Sample:
         """The processor's output as a sample without a trained token."""

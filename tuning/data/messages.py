@@ -156,7 +156,9 @@ def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """
     calls = strip_nulls(parse_json(calls))
     read = []
-    for number, call in enumerate([calls] if isinstance(calls, dict) else calls if isinstance(calls, list) else [calls]):
+    for number, call in enumerate(
+        [calls] if isinstance(calls, dict) else calls if isinstance(calls, list) else [calls]
+    ):
         call = parse_json(call)
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):

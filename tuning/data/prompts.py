@@ -1,4 +1,4 @@
-"""A row → its question: the prompt before the last answer, as in training, and that answer."""
+"""A row → its question: the prompt that asks for its last answer, and that answer."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,11 +7,10 @@ from typing import Any
 from tuning.data.collator import Collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.grounding import BOX_MARK, BoxOnImage
-from tuning.data.messages import Conversation, Message, count_images
+from tuning.data.messages import Message, count_images
 from tuning.data.sources import Row
 from tuning.errors import UserError
 
-STAND_IN = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}  # rendered, then cut off
 ANY_BOX = "[0, 0, 0, 0]"
 
 
@@ -36,23 +35,22 @@ class Question:
 def ask(row: Row, encoder: Encoder) -> Question:
     """The question before the last answer of a row, or the row's last message where it has no answer.
 
-    The prompt is rendered as in training and cut before the answer. Raises `UserError` with file, row and field.
+    The prompt ends with the template's generation prompt, as a server writes it. Raises `UserError` with file, row and
+    field.
     """
     grounded = encoder.ground(row, row.format.read(row.columns, row.where, needs_answer=False))
     whole = grounded.conversation
     asked, _ = split_answer(whole.messages)
     _, reference = split_answer([encoder.chat.escaper.as_decoded(whole.messages[-1])])
     images = whole.images[: len(whole.images) - count_images(whole.messages[len(asked) :])]
-    prepared = encoder.prepare_conversation(row, Conversation([*asked, STAND_IN], images))
-    text = prepared.chat.text[: prepared.chat.spans[-1][0]]
-    prepared = replace(prepared, chat=replace(prepared.chat, text=text))
+    prepared = encoder.prepare_conversation(row, replace(whole, messages=asked, images=images), prompt=True)
     sample = encoder.encode_untrained(prepared)
     words = [part["text"] for message in asked[-1:] for part in message["content"] if part["type"] == "text"]
     return Question(
         row.file,
         row.number,
         text="\n".join(words),
-        prompt=encoder.chat.escaper.unescape_text(text),
+        prompt=encoder.chat.escaper.unescape_text(prepared.chat.text),
         reference=reference,
         references=[] if reference is None else [reference],
         sample=sample,

@@ -110,7 +110,7 @@ class RowMeter:
         placeholders = ids == encoder.image_token_id
         image_tokens = sum(self.image_cost(size) for size in sizes)
         tokens = len(ids) - int(placeholders.sum()) + image_tokens
-        trained = overlaps(offsets, chat.spans) if encoder.assistant_only_loss else np.ones(len(ids), dtype=bool)
+        trained = encoder.find_trained(offsets, chat)
         trained &= ~placeholders
         trained[:1] = False
         row = Measured(

@@ -3,7 +3,7 @@
 import copy
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class SpecialTokenEscaper:
     def escape(self, messages: list[Message], where: str = "") -> list[Message]:
         """The messages with stand-ins. Raises `UserError` where a text already has a stand-in's character."""
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+        texts += [text for message in messages for text in _texts_of(_written(message))]
         if any(self._escaped.search(text) for text in texts):
             raise UserError(
                 where=where,
@@ -74,7 +75,15 @@ class SpecialTokenEscaper:
                     kind="control token across parts",
                 )
             parts.append(part)
-        return {**message, "content": parts}
+        return {**message, "content": parts, **self._escape_value(_written(message), typed)}
+
+    def _escape_value(self, value: Any, typed: re.Pattern) -> Any:
+        """The value with stand-ins in every text in it."""
+        if isinstance(value, str):
+            return typed.sub(lambda found: self.stand_ins[found[0]], value)
+        if isinstance(value, dict):
+            return {name: self._escape_value(inner, typed) for name, inner in value.items()}
+        return [self._escape_value(inner, typed) for inner in value] if isinstance(value, list) else value
 
     def as_decoded(self, message: Message) -> Message:
         """The message as a decoded answer has it: without the special tokens that `write_objects` wrote."""
@@ -143,6 +152,20 @@ class SpecialTokenEscaper:
             start, whole = encode("\n"), encode(f"\n{piece}")
             ids += whole[len(start) :] if whole[: len(start)] == start else encode(piece)
         return ids
+
+
+def _written(message: Message) -> dict[str, Any]:
+    """What a message has besides its content and its role: the template may write it."""
+    return {name: value for name, value in message.items() if name not in ("role", "content")}
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, but not the names of its fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts_of(inner)
 
 
 def _any_of(strings: Sequence[str]) -> re.Pattern:

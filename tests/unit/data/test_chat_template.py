@@ -9,7 +9,7 @@ from tiny_models import LAYOUTS, build_processor
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.encode import IGNORED, Encoder, Sample
-from tuning.data.messages import count_images, read_messages
+from tuning.data.messages import Conversation, count_images, read_messages
 from tuning.data.sources import Row
 from tuning.errors import UserError
 
@@ -149,7 +149,7 @@ def test_end_token_is_added_only_where_the_template_writes_none(layout):
     chat = encoder_of(layout).chat
     assert chat.adds_end_token == (layout in VICUNA)
     assert chat.end_of_turn == END[layout]
-    rendered = chat.render(CONVERSATIONS["many turns"])
+    rendered = chat.render(Conversation(CONVERSATIONS["many turns"]))
     trained = [rendered.text[start:end].lstrip() for start, end in rendered.spans]
     assert trained == [answer + END[layout] for answer in ("It is a cat.", "One.", "Yes.")]
 
@@ -158,7 +158,7 @@ def test_end_token_is_added_only_where_the_template_writes_none(layout):
 def test_trained_text_begins_where_the_generation_prompt_ends(layout):
     chat = encoder_of(layout).chat
     messages = CONVERSATIONS["many turns"]
-    rendered = chat.render(messages)
+    rendered = chat.render(Conversation(messages))
     start = rendered.spans[0][0]
     assert rendered.text[:start] == chat.generation_prompt(messages[:1])
 
@@ -183,7 +183,7 @@ def test_spans_equal_those_found_by_rendering_prefixes(layout, name):
         for index, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
-    rendered = encoder.chat.render(messages)
+    rendered = encoder.chat.render(Conversation(messages))
     assert rendered.text == render(messages)
     assert rendered.spans == expected
 
@@ -197,28 +197,28 @@ def test_text_parts_that_a_template_would_drop_are_joined(layout):
     ]
     encoder = encoder_of(layout)
     sample = encode(encoder, messages)
-    joint = "\n" if "assistant" in encoder.chat.joined_roles else ""
+    joint = "\n" if "assistant" in encoder.chat.template.joined_roles else ""
     assert supervised_texts(encoder, sample) == ["First part." + joint + "Second part." + END[layout]]
-    whole = encoder.chat.render(messages).text
+    whole = encoder.chat.render(Conversation(messages)).text
     assert "You are helpful.\nAnswer briefly." in whole
     assert whole.index("One question.") < whole.index(" Another?")
 
 
 def test_granite_would_drop_parts_of_system_and_answer():
-    assert encoder_of("granite_vision").chat.joined_roles == {"system", "assistant"}
+    assert encoder_of("granite_vision").chat.template.joined_roles == {"system", "assistant"}
 
 
 def test_mllama_gets_its_system_prompt_as_a_string():
     chat = encoder_of("mllama").chat
-    assert chat.string_roles == {"system"}
-    rendered = chat.render([system("You are helpful."), user("q"), assistant("a")]).text
+    assert chat.template.string_roles == {"system"}
+    rendered = chat.render(Conversation([system("You are helpful."), user("q"), assistant("a")])).text
     assert f"Today Date: {DATE}\n\nYou are helpful.<|eot_id|>" in rendered
 
 
 @pytest.mark.parametrize("given", [None, "24 Dec 2001"])
 def test_date_that_a_template_writes_can_be_fixed(given):
     chat = ChatFormat(build_processor("mllama"), date_string=given)
-    rendered = chat.render([user("q"), assistant("a")]).text
+    rendered = chat.render(Conversation([user("q"), assistant("a")])).text
     date = rendered.partition("Today Date: ")[2].partition("\n")[0]
     assert date == given if given else len(date) == len("24 Dec 2001")
 

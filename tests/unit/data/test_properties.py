@@ -10,7 +10,7 @@ from tiny_models import LAYOUTS, build_processor
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.encode import IGNORED, Encoder, Sample
-from tuning.data.messages import count_images
+from tuning.data.messages import Conversation, count_images
 from tuning.data.sources import Row
 
 IMAGE = {"type": "image"}
@@ -80,7 +80,7 @@ def trained_ids(sample: Sample) -> list[list[int]]:
 @example(turns=TYPED)
 def test_spans_hold_each_answer_and_its_end_of_turn(layout, turns):
     chat = encoder_of(layout).chat
-    rendered = chat.render(messages_of(turns))
+    rendered = chat.render(Conversation(messages_of(turns)))
     assert len(rendered.spans) == len(turns)
     reached = 0
     for (_, _, answer), content, span in zip(turns, rendered.contents, rendered.spans, strict=True):

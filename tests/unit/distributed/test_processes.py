@@ -39,20 +39,18 @@ def other_process():
 
 def test_a_process_whose_connection_closes_before_it_has_ended_is_named_as_gone(other_process):
     pid = other_process(0.5)
-    with pytest.raises(RunEnded, match=rf"process 1 \(pid {pid}\) is gone"):
-        with beside(pid).name_lost_process():
-            raise RuntimeError("Connection closed by peer")
+    with pytest.raises(RunEnded, match=rf"process 1 \(pid {pid}\) is gone"), beside(pid).name_lost_process():
+        raise RuntimeError("Connection closed by peer")
 
 
 def test_a_process_that_lives_is_named_with_its_state(other_process, monkeypatch):
     monkeypatch.setattr("tuning.distributed.processes._EXIT_SECONDS", 0.2)
     pid = other_process(60)
-    with pytest.raises(RunEnded, match=rf"no answer: process 1 \(pid {pid}\) is \w+\. Timed out"):
-        with beside(pid).name_lost_process():
-            raise RuntimeError("Timed out waiting 5000ms")
+    stopped = pytest.raises(RunEnded, match=rf"no answer: process 1 \(pid {pid}\) is \w+\. Timed out")
+    with stopped, beside(pid).name_lost_process():
+        raise RuntimeError("Timed out waiting 5000ms")
 
 
 def test_an_error_that_has_nothing_to_do_with_processes_passes(other_process):
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        with beside(other_process(60)).name_lost_process():
-            raise RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"), beside(other_process(60)).name_lost_process():
+        raise RuntimeError("shapes differ")
