@@ -45,7 +45,9 @@ class ResizedSize:
     @functools.cached_property
     def _formula(self) -> Callable[[Size], Size] | None:
         smart_resize = getattr(sys.modules[type(self.image_processor).__module__], "smart_resize", None)
-        if smart_resize is None or list(inspect.signature(smart_resize).parameters) != SMART_RESIZE:
+        if smart_resize is None or not self.image_processor.do_resize:
+            return None
+        if list(inspect.signature(smart_resize).parameters) != SMART_RESIZE:
             return None
         processor, size = self.image_processor, dict(self.image_processor.size)
         factor = processor.patch_size * processor.merge_size
