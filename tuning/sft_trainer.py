@@ -62,7 +62,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     if progress.finished_steps is not None:
         return report_finished(config, progress)
     date, done = progress.fingerprint["date_string"], progress.global_step
-    data = open_data(config, rows, processor, model_config, date_string=date, steps_done=done)
+    stop_tokens = load.read_stop_tokens(config.model, processor)
+    data = open_data(config, rows, processor, model_config, date_string=date, stop_tokens=stop_tokens, steps_done=done)
 
     plan = plan_model(config, model_config, partial(dummy_batch, data.encoder))
     trackers, hub = make_trackers(config), open_hub(config)

@@ -28,6 +28,7 @@ class Findings:
     left_out: list[dict[str, Any]] = field(default_factory=list)
     image_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
+    ignored_keys: Counter[str] = field(default_factory=Counter)
     good_rows: list[np.ndarray] = field(default_factory=list)  # the columns of `Lengths`, a chunk of rows each
     problems_of_samples: set[tuple[str, int]] = field(default_factory=set)  # file and row
 
@@ -39,6 +40,7 @@ class Findings:
                 self.add_problem(row.error, self.files[row.file].name, row.number)
                 continue
             self.image_sizes.update(row.image_sizes)
+            self.ignored_keys.update(row.ignored_keys)
             self.counts.update(
                 images=len(row.image_sizes),
                 dropped_images=row.dropped_images,

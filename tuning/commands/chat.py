@@ -26,6 +26,7 @@ from tuning.data.sources import Row
 from tuning.errors import UserError, is_out_of_memory
 from tuning.model.answering import LoadedModel, load_answering
 from tuning.model.generate import greedy_settings, stream_text
+from tuning.model.load import read_stop_tokens
 from tuning.model.lora import ADAPTER_NAME
 from tuning.pages.chat_page import HOST, serve
 
@@ -112,7 +113,14 @@ class Speaker:
 def make_speaker(options: ChatArguments, ending: threading.Event) -> Speaker:
     """Load a model onto the machine's accelerator, if there is one."""
     loaded = load_answering(options, device=PartialState().device)
-    encoder = make_encoder(RowArguments(), loaded.processor, loaded.config, None)
+    encoder = make_encoder(
+        RowArguments(),
+        loaded.processor,
+        loaded.config,
+        None,
+        template_kwargs=options.chat_template_kwargs,
+        stop_tokens=read_stop_tokens(loaded.source, loaded.processor),
+    )
     name = Path(options.model_name_or_path).expanduser().resolve().name
     return Speaker(name, loaded, encoder, probe_collator(loaded.processor), options.max_new_tokens, ending)
 

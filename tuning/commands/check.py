@@ -20,6 +20,7 @@ from tuning.data.collator import Collator, probe_collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import dummy_batch, make_encoder, open_rows, open_validation_rows
 from tuning.data.row_lengths import RowLengths, RowMeter
+from tuning.data.row_warnings import describe_ignored_keys, describe_unused_columns, find_prompt_gap
 from tuning.errors import UserError, writing
 from tuning.files import write_json, write_text
 from tuning.model import load
@@ -34,6 +35,7 @@ from tuning.training.optimizer import patch_master_weights
 
 OPTIONS = RunConfig  # those of train
 SHOWN_PER_KIND = 3
+ROWS_READ = 64  # to compare their prompts with those of a server
 
 
 def check(config: RunConfig) -> Report:
@@ -42,7 +44,14 @@ def check(config: RunConfig) -> Report:
         print0(note)
     model_config = load.load_config(config.model)
     processor = load.load_processor(config.model, model_config)
-    encoder = make_encoder(config.data, processor, model_config, config.data.run_date)
+    encoder = make_encoder(
+        config.data,
+        processor,
+        model_config,
+        config.data.run_date,
+        template_kwargs=config.model.chat_template_kwargs,
+        stop_tokens=load.read_stop_tokens(config.model, processor),
+    )
 
     source = open_rows(config)
     meter = RowMeter(encoder, decode_images=config.check.decode_images)
@@ -52,6 +61,8 @@ def check(config: RunConfig) -> Report:
         validation = measure_all(open_validation_rows(config), meter, config.check.max_rows)
     lengths = findings.lengths()
     find_row = row_finder(source, lengths)
+    some_rows = map(find_row, lengths.spread(ROWS_READ))
+    gaps = dict.fromkeys(filter(None, findings.map_good(lambda row: find_prompt_gap(row, encoder), some_rows)))
     samples = findings.map_good(
         lambda row: show_row(row, encoder), map(find_row, lengths.spread(config.check.sample_rows))
     )
@@ -80,7 +91,7 @@ def check(config: RunConfig) -> Report:
         ),
         estimates=estimate_run(config, source, lengths, memory, batches),
         settings=settings,
-        warnings=[*find_warnings(findings, encoder), *compare_counts(samples, lengths, encoder)],
+        warnings=[*find_warnings(findings, encoder), *gaps, *compare_counts(samples, lengths, encoder)],
         samples=samples,
         left_out=findings.left_out,
     )
@@ -127,7 +138,7 @@ def describe_settings(config: RunConfig, encoder: Encoder, plan: ModelPlan, mode
         "parts": parameter_table(model, plan.parts),
         "attention": plan.attention.reason.removeprefix("Attention: "),
         "FSDP would wrap": ", ".join(plan.wrap_classes) or "nothing, because no class of layers was found",
-        "end of an answer": repr(encoder.chat.end_of_turn),
+        "end of an answer": " or ".join(map(repr, encoder.chat.ends)),
         "overlong rows": f"max_seq_length {encoder.max_seq_length}, overlong_rows {config.data.overlong_rows}",
     }
 
@@ -165,12 +176,8 @@ def count_totals(findings: Findings, lengths: Lengths, validation: Findings | No
 
 def find_warnings(findings: Findings, encoder: Encoder) -> list[str]:
     """What is not an error, but worth a look."""
-    counts, warnings = findings.counts, []
-    if split := encoder.chat.find_split_prompt():
-        warnings.append(
-            f"The chat template's generation prompt ends in {split!r}. In training, this end and the first word of the"
-            " answer become one token, so you would ask the model in another way than it was trained."
-        )
+    counts, warnings = findings.counts, describe_unused_columns(findings.files)
+    warnings += describe_ignored_keys(findings.ignored_keys)
     if number := counts["rows_with_control_tokens"]:
         warnings.append(
             f"The text of {number} rows contains control tokens such as {encoder.processor.tokenizer.eos_token}."

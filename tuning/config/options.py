@@ -53,6 +53,9 @@ class ModelSource:
     quantization: str | None = option(None, "Quantize the frozen language model (QLoRA).", choices=("4bit", "8bit"))
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
     chat_template: str | None = option(None, "Chat template instead of the model's: a Jinja file or its text.")
+    chat_template_kwargs: dict[str, Any] = option(
+        {}, 'Variables for the chat template, as a JSON object, such as {"enable_thinking": false}.'
+    )
     processor_kwargs: dict[str, Any] = option(
         {}, "Settings of the image processor to change, as a JSON object; they are saved with the model."
     )
@@ -149,6 +152,10 @@ class DataArguments(RowArguments):
     )
     streaming: bool = option(False, "Read rows one after another instead of converting files first; needs max_steps.")
     assistant_only_loss: bool = option(True, "Train on answers and their end tokens only; false: on all text.")
+    train_on: str = option("all", "Which answers of a row to train.", choices=("all", "last_turn"))
+    train_empty_thoughts: bool = option(
+        False, "Also train the empty thought that a template writes before an answer without a thought."
+    )
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,8 @@ def _tuning_problems(values: Mapping[str, Any]) -> Iterator[str]:
 def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:
     if unknown := set(values.get("dataset_kwargs") or {}) - {"skip_prepare_dataset"}:
         yield f"dataset_kwargs: unknown {', '.join(sorted(unknown))}; only skip_prepare_dataset is accepted"
+    if values.get("train_on") == "last_turn" and values.get("assistant_only_loss") is False:
+        yield "train_on: last_turn does not go with assistant_only_loss false, which trains all text"
     if values.get("streaming") and values.get("max_steps", -1) < 1:
         yield "streaming: needs max_steps, because the number of rows is not known"
     strategy = values.get("train_sampling_strategy")

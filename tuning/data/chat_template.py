@@ -9,7 +9,7 @@ from tuning.data.locate import TurnFinder, align, written_forms
 from tuning.data.messages import CALLS, ROLES, THOUGHT, Conversation, Message
 from tuning.data.special_tokens import SpecialTokenEscaper
 from tuning.data.template import PROBE, Template, answer, ask, describe_template_error, text_part
-from tuning.data.token_spans import Span
+from tuning.data.token_spans import Span, shared_start
 from tuning.errors import UserError
 
 
@@ -108,6 +108,17 @@ class ChatFormat:
     def count_placeholders(self, text: str) -> int | None:
         """The number of image placeholders in a rendered text, or None where the template writes something else."""
         return text.count(self.image_token) if self.writes_placeholders else None
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a rendered text. An image is one placeholder."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def find_image_text(self) -> str:
+        """What the template writes for an image, or "" if nothing."""
+        question = ask(PROBE.format(0))
+        with_image = {**question, "content": [{"type": "image"}, *question["content"]]}
+        one, other = (self.template.try_render(Conversation([first, answer("a")])) for first in (question, with_image))
+        return other[shared_start(one, other) :].partition(PROBE.format(0))[0].strip()
 
     # --- render ---
 
@@ -256,10 +267,7 @@ class ChatFormat:
         text = self.template.try_render(Conversation([ask("q"), answer(mark), ask(other), answer("a")]))
         following = text.partition(mark)[2].partition(other)[0].strip()
         tokens, last = self._split_tokens(following), self._split_tokens(self.end_of_turn)
-        shared = 0
-        while shared < min(len(tokens), len(last)) and tokens[shared] == last[shared]:
-            shared += 1
-        if common := "".join(tokens[:shared]).strip():
+        if common := "".join(tokens[: shared_start(tokens, last)]).strip():
             return common
         first = tokens[0] if tokens and tokens[0] in self.tokenizer.get_added_vocab() else ""
         question = self.template.try_render(Conversation([ask(mark)])).partition(mark)[2].strip()

@@ -63,6 +63,7 @@ class Prepared:
     """A row whose text is rendered and whose images are known, but not opened."""
 
     row: Row
+    conversation: Conversation
     chat: RenderedChat
     images: list[Any]
     dropped_images: int
@@ -188,7 +189,8 @@ class Encoder:
         placeholders = self.chat.count_placeholders(chat.text)
         if placeholders not in (None, len(images)):
             raise wrong_number_of_images(row, placeholders, len(images))
-        return Prepared(row, chat if prompt else self._choose_answers(chat, messages, where), images, dropped)
+        chosen = chat if prompt else self._choose_answers(chat, messages, where)
+        return Prepared(row, conversation, chosen, images, dropped)
 
     def _choose_answers(self, chat: RenderedChat, messages: list[Message], where: str) -> RenderedChat:
         """The chat with the spans of those answers only that are trained."""

@@ -121,11 +121,11 @@ def _add_system_message(messages: list[Message], text: Any, where: str) -> list[
     return messages
 
 
-def _read_json(extras: Mapping[str, Any], field: str, kind: type, where: str) -> Any:
+def _read_json(extras: Mapping[str, Any], field: str, kind: type[list] | type[dict], where: str) -> Any:
     """The list or object in a column, which may be JSON text. None where the row has none."""
     if field not in extras:
         return None
-    value = strip_nulls(parse_json(extras[field]))
+    value: Any = strip_nulls(parse_json(extras[field]))
     if kind is list and isinstance(value, dict):
         value = [value]
     if not isinstance(value, kind):

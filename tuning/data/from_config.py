@@ -1,7 +1,7 @@
 """The data options of a config → the rows of a run, and how they are encoded and joined."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +22,12 @@ from tuning.data.encode import Encoder
 from tuning.data.formats import describe_format
 from tuning.data.images import ImageRules
 from tuning.data.open_source import open_source
+from tuning.data.row_warnings import describe_rows, describe_unused_columns, spread_rows
 from tuning.data.sources import DataFile, Mixture, Source, Stream
-from tuning.errors import UserError
+from tuning.errors import UserError, try_optional
 
 TYPICAL_IMAGE = (1024, 768)
-ROWS_CHECKED_FIRST = 4
+ROWS_CHECKED_FIRST, ROWS_READ = 4, 64
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,30 @@ def open_data(
     model_config: PreTrainedConfig,
     *,
     date_string: str,
+    stop_tokens: Sequence[str],
     steps_done: int,
 ) -> TrainingData:
     """Prepare the training rows and open the validation rows, and try the first rows of both.
 
-    `date_string`: today's date in chat templates. `steps_done`: the optimizer steps of an earlier run: streamed rows
-    start after them. Raises `UserError` for a bad row among the first.
+    `date_string`: today's date in chat templates. `stop_tokens`: at which the model stops. `steps_done`: the optimizer
+    steps of an earlier run: streamed rows start after them. Raises `UserError` for a bad row among the first.
     """
-    encoder, skip = make_encoder(config.data, processor, model_config, date_string), config.data.on_bad_row == "skip"
+    encoder = make_encoder(
+        config.data,
+        processor,
+        model_config,
+        date_string,
+        template_kwargs=config.model.chat_template_kwargs,
+        stop_tokens=stop_tokens,
+    )
+    skip = config.data.on_bad_row == "skip"
     collator = probe_collator(processor)
     if config.training.world_size > 1:  # every batch then has an image: see `dummy_image_sample`
         collator = replace(collator, dummy_image_sample=dummy_image_sample(encoder))
     check_first_rows(rows, encoder, skip)
+    some_rows = itertools.islice(rows, ROWS_CHECKED_FIRST) if isinstance(rows, Stream) else spread_rows(rows, ROWS_READ)
+    for warning in [*describe_unused_columns(rows.files), *describe_rows(some_rows, encoder)]:
+        print0(f"Warning: {warning}")
     train = (
         _stream_rows(rows, config, steps_done)
         if isinstance(rows, Stream)
@@ -160,15 +173,28 @@ def image_rules(data: SourceArguments) -> ImageRules:
 
 
 def make_encoder(
-    data: RowArguments, processor: Any, model_config: PreTrainedConfig, date_string: str | None
+    data: RowArguments,
+    processor: Any,
+    model_config: PreTrainedConfig,
+    date_string: str | None,
+    *,
+    template_kwargs: Mapping[str, Any] | None = None,
+    stop_tokens: Sequence[str] = (),
 ) -> Encoder:
-    """Make the encoder of rows for this model. Prints what it adds to rows and how long they may be."""
-    chat = ChatFormat(processor, date_string=date_string)
-    if chat.adds_end_token:
-        print0(
-            f"The chat template writes nothing after an answer. {chat.end_of_turn} is added, so that the model learns"
-            " to stop."
-        )
+    """Make the encoder of rows for this model. Prints what it adds to rows and how long they may be.
+
+    `template_kwargs`: variables for the chat template. `stop_tokens`: at which the model stops. Raises `UserError`
+    where the chat template cannot be used, or does not fit the processor.
+    """
+    chat = ChatFormat(
+        processor,
+        date_string=date_string,
+        template_kwargs=template_kwargs,
+        stop_tokens=stop_tokens,
+        train_empty_thoughts=isinstance(data, DataArguments) and data.train_empty_thoughts,
+    )
+    for sentence in describe_template(chat, template_kwargs or {}):
+        print0(sentence)
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     family = find_family(model_config)
     bbox_format = data.bbox_format or family.bbox_format
@@ -182,11 +208,54 @@ def make_encoder(
         box_format=BOX_FORMATS[bbox_format] if bbox_format else None,
     )
     if isinstance(data, DataArguments):
-        encoder = replace(encoder, assistant_only_loss=data.assistant_only_loss, overlong_rows=data.overlong_rows)
+        encoder = replace(
+            encoder,
+            assistant_only_loss=data.assistant_only_loss,
+            overlong_rows=data.overlong_rows,
+            train_on=data.train_on,
+        )
+    check_placeholders(encoder)
     tokens = encoder.count_image_tokens(Image.new("RGB", TYPICAL_IMAGE))
     width, height = TYPICAL_IMAGE
     print0(f"A {width}×{height} image costs {tokens} image tokens; a row may have {encoder.max_seq_length} tokens.")
     return encoder
+
+
+def describe_template(chat: ChatFormat, template_kwargs: Mapping[str, Any]) -> list[str]:
+    """What the chat template does to answers that you may not expect."""
+    sentences = []
+    if chat.adds_end_token:
+        sentences.append(
+            f"The chat template writes nothing after an answer. {chat.end_of_turn} is added, so that the model learns"
+            " to stop."
+        )
+    if chat.empty_thought:
+        treated = "trained" if chat.lead else "context and is not trained (see train_empty_thoughts)"
+        sentences.append(
+            f"The chat template writes {chat.empty_thought!r} before an answer without a thought. This is {treated}."
+        )
+    unknown = [name for name in template_kwargs if not chat.template.mentions(name)]
+    if unknown:
+        sentences.append(f"Warning: the chat template does not use {', '.join(unknown)} of chat_template_kwargs.")
+    return sentences
+
+
+def check_placeholders(encoder: Encoder) -> None:
+    """Raise `UserError` where the template writes another image token than the processor reads."""
+    chat = encoder.chat
+    if chat.writes_placeholders or not chat.image_token:
+        return
+    blank = Image.new("RGB", (32, 32))
+    counted = try_optional(lambda: encoder.count_image_tokens(blank), catch_user_errors=True)
+    if counted.value:  # the processor places images itself
+        return
+    written = chat.find_image_text()
+    what = f"writes {written!r} for an image" if written else "writes nothing for an image"
+    raise UserError(
+        where="chat_template",
+        problem=f"the chat template {what}, and the processor reads {chat.image_token!r}.",
+        fix="Correct the template, or set another chat_template.",
+    )
 
 
 def dummy_batch(encoder: Encoder, rows: int) -> dict[str, torch.Tensor]:

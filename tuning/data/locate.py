@@ -1,13 +1,12 @@
 """Where the texts and the assistant's turns of a conversation are in its rendered text."""
 
-import itertools
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tuning.data.messages import THOUGHT, Conversation, Message
 from tuning.data.template import MARK, PROBE, Template, answer, text_part
-from tuning.data.token_spans import Span
+from tuning.data.token_spans import Span, shared_start
 
 OTHERS = ("system", "user", "tool")
 PROMPT = {"add_generation_prompt": True}
@@ -140,5 +139,5 @@ class TurnFinder:
 
     def _shared(self, one: str, other: str) -> int:
         """The number of characters that both texts begin with. An added token is the same as a whole or not at all."""
-        pairs = zip(self.split_tokens(one), self.split_tokens(other), strict=False)
-        return sum(len(a) for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        tokens = self.split_tokens(one)
+        return len("".join(tokens[: shared_start(tokens, self.split_tokens(other))]))

@@ -210,7 +210,15 @@ def _prepare(file: DataFile, text_field: str, image_field: str, more_fields: Seq
             fix="Give another column.",
         )
     columns = list(dict.fromkeys([*format.columns, *more_fields]))
-    return DataFile(file.name, rows.select_columns(columns), file.folder, format)
+    unused = {name: _count_values(rows, name) for name in names if name not in columns}
+    return DataFile(file.name, rows.select_columns(columns), file.folder, format, unused)
+
+
+def _count_values(rows: Any, name: str) -> int:
+    """The number of rows that have a value in a column, or 0 where rows are streamed."""
+    if isinstance(rows, datasets.IterableDataset):
+        return 0
+    return len(rows) - rows.data.column(name).null_count
 
 
 def _choose_rows(count: int) -> list[int]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tuning.data.batch_sampler import NOT_TRAINED
 from tuning.data.encode import Encoder, Prepared
 from tuning.data.images import measure_image
+from tuning.data.row_warnings import find_ignored_keys
 from tuning.data.sources import DataFile, Mixture, Row, Source
 from tuning.data.token_spans import overlaps
 from tuning.errors import UserError
@@ -29,8 +30,8 @@ BYTES_PER_TOKEN = 4  # of UTF-8; over all writing systems a better estimate than
 class Measured:
     """The figures that a row would have in training. `file` and `number` are the row's place.
 
-    `left_out`: the row is too long, and `overlong_rows` is drop. `cut`: its answers are shortened. A bad row has an
-    `error` and no figures.
+    `ignored_keys`: keys of its messages without an effect. `left_out`: the row is too long, and `overlong_rows` is
+    drop. `cut`: its answers are shortened. A bad row has an `error` and no figures.
     """
 
     file: int
@@ -41,6 +42,7 @@ class Measured:
     image_sizes: list[tuple[int, int]] = field(default_factory=list)
     dropped_images: int = 0
     has_special_tokens: bool = False
+    ignored_keys: tuple[str, ...] = ()
     left_out: bool = False
     cut: bool = False
     error: UserError | None = None
@@ -122,6 +124,7 @@ class RowMeter:
             image_sizes=sizes,
             dropped_images=prepared.dropped_images,
             has_special_tokens=encoder.chat.escaper.is_escaped(chat.text),
+            ignored_keys=tuple(find_ignored_keys(encoder.chat, prepared.conversation)),
         )
         excess = tokens - encoder.max_seq_length
         if excess > 0:

@@ -4,7 +4,7 @@ import bisect
 import itertools
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,16 @@ class Row:
 
 @dataclass(frozen=True)
 class DataFile:
-    """The rows of one file (or hub dataset), the folder that relative image paths start from, and their format."""
+    """The rows of one file (or hub dataset), the folder that relative image paths start from, and their format.
+
+    `unused`: the columns that are not read, and how many rows have them (0: not known).
+    """
 
     name: str
     rows: Any  # datasets.Dataset, or IterableDataset where rows are streamed
     folder: Path | None
     format: RowFormat = RowFormat()
+    unused: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

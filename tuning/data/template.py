@@ -78,6 +78,10 @@ class Template:
         text = (self.attempt(conversation, **options).value or ("", []))[0]
         return "" if PRINTED_PARTS.search(text) else text
 
+    def mentions(self, name: str) -> bool:
+        """Whether the template has this word."""
+        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+
     def join_parts(self, message: Message) -> Message:
         """The message with one text part where the template would leave out the others."""
         texts = [part for part in message["content"] if part["type"] == "text"]

@@ -1,5 +1,6 @@
 """Where characters of a rendered conversation are among the tokens that the processor makes of it."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,3 +39,9 @@ def overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     for start, end in spans:
         hit |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
     return hit
+
+
+def shared_start(one: Sequence, other: Sequence) -> int:
+    """The number of items, or characters, that both begin with."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -18,12 +18,16 @@ from tuning.model.quantize import Quantization, plan_quantization
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode on its device, its configuration and processor, and the adapter on it, if any."""
+    """A model in evaluation mode on its device, its configuration and processor, and the adapter on it, if any.
+
+    `source`: the model itself, or the base of the adapter.
+    """
 
     model: PreTrainedModel | PeftModel
     config: PreTrainedConfig
     processor: Any
     adapter: Adapter | None
+    source: ModelSource
 
 
 def load_answering(source: ModelSource, *, device: torch.device | str) -> LoadedModel:
@@ -48,7 +52,7 @@ def load_answering(source: ModelSource, *, device: torch.device | str) -> Loaded
         model = add_adapter(model, adapter)
     if not quantization:  # quantised weights are loaded onto their device and cannot be moved
         model = model.to(device)
-    return LoadedModel(model.eval(), base.config, base.processor, adapter)
+    return LoadedModel(model.eval(), base.config, base.processor, adapter, base.source)
 
 
 def _plan_quantization(

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
@@ -22,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tuning.config.options import ModelSource
 from tuning.distributed.fsdp import receives_weights
-from tuning.errors import UserError, first_line
+from tuning.errors import UserError, first_line, try_optional
 from tuning.model.quantize import Quantization, keep_bnb_weights_trainable
 
 
@@ -76,6 +77,15 @@ def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
     if model.chat_template:
         processor.chat_template = _read_template(model.chat_template)
     return processor
+
+
+def read_stop_tokens(model: ModelSource, processor: Any) -> list[str]:
+    """The tokens at which the model stops: `eos_token_id` of its generation config, which may be several."""
+    name = model.model_name_or_path
+    found = try_optional(lambda: GenerationConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code))
+    ids = found.value.eos_token_id if found.value else None
+    ids = [ids] if isinstance(ids, int) else ids or []
+    return [token for token in processor.tokenizer.convert_ids_to_tokens(ids) if token]
 
 
 def _complete(processor: Any, config: PreTrainedConfig) -> None:

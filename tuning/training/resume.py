@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tuning.config.options import RunConfig
+from tuning.config.options import RunConfig, default_options
 from tuning.console import print0
 from tuning.distributed.processes import Processes
 from tuning.errors import RunEnded, UserError, writing
@@ -28,7 +28,10 @@ SAME_DATA = (
     *("training_data_path", "dataset_text_field", "dataset_image_field", "dataset_split", "dataset_config_name"),
     *("streaming", "on_bad_row", "image_folder"),
 )
-SAME_ENCODING = ("max_seq_length", "overlong_rows", "max_images_per_sample", "assistant_only_loss", "chat_template")
+SAME_ENCODING = (
+    *("max_seq_length", "overlong_rows", "max_images_per_sample", "assistant_only_loss", "chat_template"),
+    *("chat_template_kwargs", "train_on", "train_empty_thoughts"),
+)
 SAME_MODEL = ("model_name_or_path", "dtype", "quantization", "processor_kwargs")
 SAME_FREEZING = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
 SAME_LORA = ("peft_method", "r", "lora_alpha", "target_modules", "bias", "modules_to_save", "use_rslora", "use_dora")
@@ -71,6 +74,7 @@ def _rows_of_a_step(config: RunConfig) -> dict[str, Any]:
 
 def check_fingerprint(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises `UserError` that names what changed since `folder` was written."""
+    before = {**default_options(), **before}  # an earlier version did not write the options that are new
     changed = [name for name in now if name not in NOT_COMPARED and before.get(name) != now[name]]
     if not changed:
         return

@@ -1,0 +1,131 @@
+"""What in the rows has no effect, and where training shows the model another prompt than a server will."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from tuning.data.chat_template import ChatFormat, RenderedChat
+from tuning.data.encode import Encoder
+from tuning.data.messages import CALLS, THOUGHT, WEIGHT, Conversation
+from tuning.data.sources import DataFile, Mixture, Row, Source
+from tuning.data.token_spans import shared_start
+from tuning.errors import UserError
+
+SHOWN_CHARACTERS = 60
+KWARGS_TO_TRY: tuple[dict[str, Any], ...] = (
+    *({"enable_thinking": value} for value in (False, True)),
+    *({"thinking": value} for value in (False, True)),
+)
+
+
+def describe_rows(rows: Iterable[Row | UserError], encoder: Encoder) -> list[str]:
+    """Warnings about some rows: keys without an effect, and prompts that differ from a server's.
+
+    Rows that cannot be used are passed over: they are reported when they are encoded.
+    """
+    ignored, gaps, number = Counter[str](), dict[str, None](), 0
+    for number, row in enumerate(rows, start=1):  # noqa: B007 (used after the loop)
+        if isinstance(row, UserError):
+            continue
+        try:
+            prepared = encoder.prepare(row)
+        except UserError:
+            continue
+        ignored.update(find_ignored_keys(encoder.chat, prepared.conversation))
+        if gap := describe_prompt_gap(encoder.chat, prepared.conversation):
+            gaps[gap] = None
+    return [*describe_ignored_keys(ignored, f"of {number} rows that were looked at"), *gaps]
+
+
+def describe_ignored_keys(ignored: Counter[str], of: str = "") -> list[str]:
+    """A warning that names keys of messages without an effect, with the number of rows that have them."""
+    if not ignored:
+        return []
+    listed = ", ".join(f"{name} (in {count:,}{f' {of}' if of else ' rows'})" for name, count in sorted(ignored.items()))
+    return [f"The chat template does not use these keys of messages: {listed}."]
+
+
+def describe_unused_columns(files: Iterable[DataFile]) -> list[str]:
+    """A sentence that names the columns that are not read, with the number of rows that have them."""
+    unused = Counter[str]()
+    for file in files:
+        unused.update(file.unused)
+    listed = ", ".join(f"{name} ({count:,} rows)" if count else name for name, count in sorted(unused.items()))
+    return [f"These columns are not used: {listed}."] if unused else []
+
+
+def find_ignored_keys(chat: ChatFormat, conversation: Conversation) -> list[str]:
+    """The keys of the messages, and of the row's template variables, without which the rendered text stays the same."""
+    names = {name for message in conversation.messages for name in message} - {"role", "content", CALLS, WEIGHT}
+    found = [
+        f"chat_template_kwargs {name}" for name in conversation.template_kwargs if not chat.template.mentions(name)
+    ]
+    whole = chat.template.try_render(conversation) if names else ""
+    for name in sorted(names):
+        messages = [{key: value for key, value in message.items() if key != name} for message in conversation.messages]
+        if (name == THOUGHT and not chat.template.thought_key) or (
+            chat.template.try_render(replace(conversation, messages=messages)) == whole
+        ):
+            found.append(name)
+    return found
+
+
+def describe_prompt_gap(chat: ChatFormat, conversation: Conversation) -> str:
+    """Where the text before the last answer differs from the prompt of a server, in words; else ""."""
+    numbers = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    if not numbers:
+        return ""
+    rendered, asked = _render_both(chat, conversation, numbers[-1])
+    trained = rendered.text[: rendered.spans[-1][0]] if rendered.spans else asked
+    if trained != asked:
+        return _describe_difference(chat, conversation, numbers[-1], asked, trained)
+    return _describe_joined_token(chat, rendered, asked)
+
+
+def _render_both(chat: ChatFormat, conversation: Conversation, number: int) -> tuple[RenderedChat, str]:
+    """A conversation up to its message `number`, an answer, and the prompt that asks for that answer."""
+    until = replace(conversation, messages=conversation.messages[: number + 1])
+    before = replace(conversation, messages=conversation.messages[:number])
+    return chat.render(until), chat.render_prompt(before).text
+
+
+def _describe_difference(chat: ChatFormat, conversation: Conversation, number: int, asked: str, trained: str) -> str:
+    start = max(0, shared_start(asked, trained) - SHOWN_CHARACTERS // 2)
+    show = chat.escaper.unescape_text
+    remedy = "Set a chat_template whose generation prompt is the text before an answer."
+    for kwargs in KWARGS_TO_TRY:
+        changed = replace(conversation, template_kwargs={**conversation.template_kwargs, **kwargs})
+        rendered, prompt = _render_both(chat, changed, number)
+        if rendered.text[: rendered.spans[-1][0]] == prompt:
+            remedy = f"With chat_template_kwargs '{json.dumps(kwargs)}' both are the same."
+            break
+    return (
+        "The prompt that a server writes is not the text that stands before an answer in training. The model will be"
+        f" asked with {show(asked[start:])[:SHOWN_CHARACTERS]!r}, and is trained after"
+        f" {show(trained[start:])[:SHOWN_CHARACTERS]!r}. {remedy}"
+    )
+
+
+def _describe_joined_token(chat: ChatFormat, rendered: RenderedChat, asked: str) -> str:
+    """The case that the tokenizer joins the end of the prompt with the first word of the answer."""
+    prompt, whole = chat.encode(asked), chat.encode(rendered.text)
+    if whole[: len(prompt)] == prompt:
+        return ""
+    return (
+        f"The chat template's generation prompt ends in {asked[-1:]!r}. In training, this end and the first word of the"
+        " answer become one token, so you would ask the model in another way than it was trained. Set a chat_template"
+        " without this end."
+    )
+
+
+def find_prompt_gap(row: Row, encoder: Encoder) -> str:
+    """As `describe_prompt_gap`, for a row."""
+    return describe_prompt_gap(encoder.chat, encoder.prepare(row).conversation)
+
+
+def spread_rows(source: Source | Mixture, count: int) -> Iterable[Row]:
+    """Up to `count` rows of a source, spread over all of it."""
+    step = max(1, len(source) // count)
+    return (source[index] for index in range(0, len(source), step)[:count])
