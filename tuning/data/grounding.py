@@ -13,7 +13,7 @@ from typing import Any
 from tuning.boxes import Place
 from tuning.config.box_formats import BOX_FORMATS, PIXELS, BoxFormat
 from tuning.data.messages import CALLS, THOUGHT, Conversation, Message, parse_json, strip_nulls
-from tuning.errors import UserError
+from tuning.errors import UserError, error_field
 
 BOX_MARK, REF_MARK = "<bbox>", "<ref-object>"
 MARK = re.compile(f"({BOX_MARK}|{REF_MARK})")
@@ -61,13 +61,13 @@ def write_objects(
     *,
     format: BoxFormat | None,
     measure: Callable[[int], Size],
-    resize: Callable[[Size], Size],
+    resize: Callable[[Size, str], Size],
     max_images: int | None = None,
 ) -> Grounded:
     """Replace the marks in the texts of a conversation by the references and boxes of its objects, in order.
 
     `format`: how the model writes boxes. `measure`: the size of the image with a number. `resize`: the size that the
-    image processor gives an image. Raises `UserError`, naming `where`, for boxes that do not fit marks or images.
+    image processor gives an image, with the place that an error names. Raises `UserError`, naming `where`, for boxes that do not fit marks or images.
     """
     marks = [mark for message in conversation.messages for text in _texts_of(message) for mark in MARK.findall(text)]
     stored = strip_nulls(parse_json(conversation.objects)) or {}
@@ -93,7 +93,7 @@ def write_objects(
         of_box = f"{where}, box {number}"
         _check_image(image, images, limit, of_box)
         shares = _to_shares(place, None if objects.normalized else measure(image), of_box)
-        boxes.append(BoxOnImage(image, shares, _find_scale(format, image, measure, resize)))
+        boxes.append(BoxOnImage(image, shares, _find_scale(format, image, measure, resize, of_box)))
     texts, refs = (write_place(box.place, box.scale, format) for box in boxes), iter(objects.refs)
     messages = [_fill_message(message, texts, refs, format) for message in conversation.messages]
     return Grounded(replace(conversation, messages=messages, objects=None), boxes)
@@ -190,11 +190,20 @@ def _to_shares(box: Place, size: Size | None, where: str) -> Place:
 # --- write ---
 
 
-def _find_scale(format: BoxFormat, image: int, measure: Callable[[int], Size], resize: Callable[[Size], Size]) -> Size:
+def _find_scale(
+    format: BoxFormat,
+    image: int,
+    measure: Callable[[int], Size],
+    resize: Callable[[Size, str], Size],
+    where: str,
+) -> Size:
     """The coordinates of an image's lower right corner in texts."""
     if isinstance(format.scale, int):
         return (format.scale, format.scale)
-    return measure(image) if format.scale == PIXELS else resize(measure(image))
+    if format.scale == PIXELS:
+        return measure(image)
+    with error_field(FIELD):
+        return resize(measure(image), where)
 
 
 def write_place(place: Place, scale: Size, format: BoxFormat) -> str:

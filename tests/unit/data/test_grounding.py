@@ -45,7 +45,7 @@ def write(objects, question="Where?", answer="<bbox>", *, format="norm1000", ima
         "rows.jsonl, row 7, field 'objects'",
         format=BOX_FORMATS[format] if format else None,
         measure=images.__getitem__,
-        resize=settings.pop("resize", lambda size: (size[0] * 2, size[1] * 3)),
+        resize=settings.pop("resize", lambda size, where: (size[0] * 2, size[1] * 3)),
         **settings,
     )
     texts = [message["content"][-1]["text"] for message in grounded.conversation.messages]
@@ -106,7 +106,7 @@ def test_thoughts_and_tool_calls_are_filled_too():
     answer = {**turn("assistant", "At <bbox>."), "reasoning_content": "It is <bbox>.", "tool_calls": [call]}
     objects = {"bbox": [[0, 0], [50, 30], [500, 300]]}
     conversation = Conversation([turn("user", "Click.", images=1), answer], [None], objects=objects)
-    settings = {"format": BOX_FORMATS["norm1000"], "measure": lambda number: SIZE, "resize": lambda size: size}
+    settings = {"format": BOX_FORMATS["norm1000"], "measure": lambda number: SIZE, "resize": lambda size, where: size}
     filled = write_objects(conversation, "here", **settings).conversation.messages[1]
     assert filled["reasoning_content"] == "It is [0, 0]."
     assert filled["content"][0]["text"] == "At [100, 100]."
@@ -257,8 +257,9 @@ def test_a_processor_that_crops_or_splits_has_no_resized_size():
 
 
 def test_a_picture_that_the_processor_refuses_is_an_error_of_the_row(encoders):
-    with pytest.raises(UserError, match="cannot resize 1×300 pixels: absolute aspect ratio"):
+    with pytest.raises(UserError, match="row 7.*cannot resize 1×300 pixels: absolute aspect ratio") as caught:
         encoders["Qwen2_5_VL"].prepare(row_of({"bbox": [[0, 0, 1, 1]]}, "Where?", "<bbox>", (1, 300)))
+    assert caught.value.field == "objects"
 
 
 def test_the_families_are_named_in_the_table():
