@@ -15,7 +15,7 @@ CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 GEMMA = """{% for m in messages %}{% if m['role'] == 'user' %}{% for p in m['content'] %}{% if p['type'] == 'image' %}\
 <image>{% endif %}{% endfor %}{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}\
 {% endfor %}{{ '\\n' }}{% else %}{{ m['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"""
-QWEN = {"Qwen2VL": (14, "qwen2_vl"), "Qwen2_5_VL": (14, "qwen2_5_vl"), "Qwen3VL": (16, "qwen3_vl")}
+QWEN = {"Qwen2VL": 14, "Qwen2_5_VL": 14, "Qwen3VL": 16}  # the patch size
 FAMILIES = (*QWEN, "PaliGemma")
 
 
@@ -37,14 +37,15 @@ def build_config(family: str):
             hidden_size=32,
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         )
-    patch, model_type = QWEN[family]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=patch, spatial_merge_size=2)
+    vision = dict(
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=QWEN[family], spatial_merge_size=2
+    )
     vision |= dict(temporal_patch_size=2, out_hidden_size=32, fullatt_block_indexes=[1], deepstack_visual_indexes=[0])
     vision |= dict(embed_dim=32, mlp_ratio=2) if family == "Qwen2VL" else {}
     return getattr(transformers, f"{family}Config")(
         text_config=dict(**_TEXT, **_ids(tokenizer), rope_parameters=rope),
-        vision_config=vision | ({"hidden_size": 32}),
+        vision_config=vision,
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
@@ -62,11 +63,10 @@ def _build_qwen(family: str):
         pad_token="<|endoftext|>",
         extra_special_tokens=names,
     )
-    patch, _ = QWEN[family]
     kind = type(f"{family}Processor", (getattr(transformers, f"{family}Processor"),), {})
     kind.check_argument_for_proper_class = lambda *_: None  # a video processor needs torchvision
     return kind(
-        image_processor=_image_processor("Qwen2VLImageProcessor", patch_size=patch),
+        image_processor=_image_processor("Qwen2VLImageProcessor", patch_size=QWEN[family]),
         tokenizer=tokenizer,
         video_processor=None,
         chat_template=CHATML,

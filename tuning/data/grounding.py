@@ -67,7 +67,8 @@ def write_objects(
     """Replace the marks in the texts of a conversation by the references and boxes of its objects, in order.
 
     `format`: how the model writes boxes. `measure`: the size of the image with a number. `resize`: the size that the
-    image processor gives an image, with the place that an error names. Raises `UserError`, naming `where`, for boxes that do not fit marks or images.
+    image processor gives an image, with the place that an error names. Raises `UserError`, naming `where`, for boxes
+    that do not fit marks or images.
     """
     marks = [mark for message in conversation.messages for text in _texts_of(message) for mark in MARK.findall(text)]
     stored = strip_nulls(parse_json(conversation.objects)) or {}
@@ -77,7 +78,7 @@ def write_objects(
     _check_number(BOX_MARK, marks.count(BOX_MARK), "boxes", len(objects.boxes), where)
     _check_number(REF_MARK, marks.count(REF_MARK), "references", len(objects.refs), where)
     if not marks:
-        return Grounded(conversation)
+        return Grounded(replace(conversation, objects=None))
     if format is None:
         raise UserError(
             where=where,

@@ -43,8 +43,8 @@ class ResizedSize:
             if made is None:
                 raise UserError(
                     where=where,
-                    problem=f"{type(self.image_processor).__name__} crops, pads or splits pictures, so that boxes cannot"
-                    " be written in pixels of the resized one.",
+                    problem=f"{type(self.image_processor).__name__} crops, pads or splits pictures. Boxes cannot be"
+                    " written in pixels of the resized one.",
                     fix="Set bbox_format to another format.",
                     kind="no bbox_format",
                 )

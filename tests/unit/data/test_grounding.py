@@ -252,12 +252,12 @@ def test_sizes_come_from_the_formula_without_processing_each_picture(monkeypatch
 
 def test_a_processor_that_crops_or_splits_has_no_resized_size():
     for layout in ("llava15", "granite_vision"):
-        with pytest.raises(UserError, match="ImageProcessor.* crops, pads or splits pictures.*Set bbox_format"):
+        with pytest.raises(UserError, match=r"ImageProcessor.* crops, pads or splits pictures.*Set bbox_format"):
             ResizedSize(build_layout(layout).image_processor)((640, 480))
 
 
 def test_a_picture_that_the_processor_refuses_is_an_error_of_the_row(encoders):
-    with pytest.raises(UserError, match="row 7.*cannot resize 1×300 pixels: absolute aspect ratio") as caught:
+    with pytest.raises(UserError, match=r"row 7.*cannot resize 1×300 pixels: absolute aspect ratio") as caught:
         encoders["Qwen2_5_VL"].prepare(row_of({"bbox": [[0, 0, 1, 1]]}, "Where?", "<bbox>", (1, 300)))
     assert caught.value.field == "objects"
 
