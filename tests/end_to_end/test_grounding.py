@@ -151,7 +151,7 @@ def test_predict_scores_boxes_and_draws_them(predict, open_page, tmp_path):
     answers = ["It is at [125, 125, 625, 625]", "[0,0,500,1000] or (900, 900)", "I see no cat."]
     code, written, page, printed = predict(lines, answers)
     assert code == 0
-    assert [line["reference"] for line in written][0] == "At [125, 125, 625, 625]."
+    assert written[0]["reference"] == "At [125, 125, 625, 625]."
     assert [line["scores"]["prediction"]["iou"] for line in written] == pytest.approx([1, 0.5, 0])
     assert [line["scores"]["prediction"]["iou_at_50"] for line in written] == [1, 1, 0]
     assert written[0]["boxes"] == [{"image": 0, "place": [0.125, 0.125, 0.625, 0.625], "scale": [1000, 1000]}]
