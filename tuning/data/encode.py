@@ -252,7 +252,7 @@ class Encoder:
             name: value if torch.is_tensor(value) or name == EXPANSIONS else torch.from_numpy(np.asarray(value))
             for name, value in made.items()
         }
-        return escaper.unescape(inputs) if escaped else inputs
+        return escaper.unescape(inputs, text) if escaped else inputs
 
     def tokenizer_options(self, text: str) -> dict[str, bool]:
         """Options that keep the tokenizer from adding a second first token, where the template writes one."""

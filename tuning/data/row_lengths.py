@@ -104,7 +104,7 @@ class RowMeter:
     def _tokenize_escaped(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         escaper, options = self.encoder.chat.escaper, self.encoder.tokenizer_options(text)
         made = escaper.escaped_tokenizer([text], return_offsets_mapping=True, return_tensors="pt", **options)
-        unescaped = escaper.unescape(dict(made))
+        unescaped = escaper.unescape(dict(made), text)
         return unescaped["input_ids"][0].numpy(), unescaped["offset_mapping"][0].numpy()
 
     def _count(self, file: int, prepared: Prepared, sizes: list, ids: np.ndarray, offsets: np.ndarray) -> Measured:

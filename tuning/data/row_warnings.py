@@ -94,7 +94,10 @@ def _render_both(chat: ChatFormat, conversation: Conversation, number: int) -> t
 
 def _describe_difference(chat: ChatFormat, conversation: Conversation, number: int, asked: str, trained: str) -> str:
     start = max(0, shared_start(asked, trained) - SHOWN_CHARACTERS // 2)
-    show = chat.escaper.unescape_text
+    asked_text, trained_text = (
+        ("…" if start else "") + chat.escaper.unescape_text(text[start:])[:SHOWN_CHARACTERS]
+        for text in (asked, trained)
+    )
     remedy = "Set a chat_template whose generation prompt is the text before an answer."
     for kwargs in KWARGS_TO_TRY:
         changed = replace(conversation, template_kwargs={**conversation.template_kwargs, **kwargs})
@@ -104,8 +107,7 @@ def _describe_difference(chat: ChatFormat, conversation: Conversation, number: i
             break
     return (
         "The prompt that a server writes is not the text that stands before an answer in training. The model will be"
-        f" asked with {show(asked[start:])[:SHOWN_CHARACTERS]!r}, and is trained after"
-        f" {show(trained[start:])[:SHOWN_CHARACTERS]!r}. {remedy}"
+        f" asked with {asked_text!r}, and is trained after {trained_text!r}. {remedy}"
     )
 
 

@@ -111,22 +111,56 @@ class SpecialTokenEscaper:
         tokenizer.add_tokens([AddedToken(stand_in, normalized=False, special=True) for stand_in in self._strings])
         return tokenizer
 
-    def unescape(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Replace each stand-in's token in a processor's output for one row by the tokens of its text.
+    def unescape(self, inputs: dict[str, Any], text: str) -> dict[str, Any]:
+        """Replace each stand-in's token in a processor's output for one row, of `text`, by the tokens of its string.
 
         Every other tensor with a position per token, `[1, T, …]`, repeats its value for them. So do character offsets.
         """
-        ids = inputs["input_ids"][0].tolist()
-        plain = [self._plain_ids.get(token, [token]) for token in ids]
-        repeats = torch.tensor([len(tokens) for tokens in plain])
-        unescaped = {
-            name: value.repeat_interleave(repeats, dim=1)
-            if torch.is_tensor(value) and value.shape[:2] == (1, len(ids))
-            else value
+        ids, offsets = inputs["input_ids"][0].tolist(), inputs["offset_mapping"][0].tolist()
+        typed = (found.end() for found in self._escaped.finditer(text))
+        tokens, places, spans = list[int](), list[int](), list[list[int]]()  # of each new token, and where it was
+        place = 0
+        while place < len(ids):
+            plain = self._plain_ids.get(ids[place], [ids[place]])
+            tokens, places, spans = tokens + plain, places + [place] * len(plain), spans + [offsets[place]] * len(plain)
+            is_stand_in, place = ids[place] in self._plain_ids, place + 1
+            if is_stand_in:
+                start, end = next(typed), self._end_of_words(ids, place)
+                if self._adds_blanks and end > place:
+                    first, last = offsets[place - 1][1], offsets[end - 1][1]
+                    words = self._encode_words(text[start : start + last - first])
+                    tokens += [token for token, _ in words]
+                    places += [place] * len(words)
+                    spans += [[first + begin, first + stop] for _, (begin, stop) in words]
+                    place = end
+        repeated = {
+            name: value[:, places] if torch.is_tensor(value) and value.shape[:2] == (1, len(ids)) else value
             for name, value in inputs.items()
         }
-        unescaped["input_ids"] = torch.tensor([[token for tokens in plain for token in tokens]])
-        return unescaped
+        return repeated | {"input_ids": torch.tensor([tokens]), "offset_mapping": torch.tensor([spans])}
+
+    def _end_of_words(self, ids: Sequence[int], start: int) -> int:
+        """The number of the first added token from `start` on."""
+        return next((place for place in range(start, len(ids)) if ids[place] in self._added_ids), len(ids))
+
+    @functools.cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self.escaped_tokenizer.added_tokens_decoder)
+
+    @functools.cached_property
+    def _adds_blanks(self) -> bool:
+        """Whether the tokenizer adds a blank to the words after a special token, as Llama 2's does."""
+        encode = functools.partial(self.escaped_tokenizer.encode, add_special_tokens=False)
+        return bool(self._strings) and encode(f"{next(iter(self._strings))}b")[1:] != self._encode_after_line_break("b")
+
+    def _encode_words(self, words: str) -> list[tuple[int, tuple[int, int]]]:
+        """The ids and character offsets of `words`, without the blank that the tokenizer adds before a text."""
+        encode = functools.partial(self.tokenizer, add_special_tokens=False, return_offsets_mapping=True)
+        made, skipped = encode(f"\n{words}"), len(encode("\n")["input_ids"])
+        return [
+            (token, (begin - 1, end - 1))
+            for token, (begin, end) in zip(made["input_ids"][skipped:], made["offset_mapping"][skipped:], strict=True)
+        ]
 
     @functools.cached_property
     def _plain_ids(self) -> dict[int, list[int]]:
@@ -138,10 +172,10 @@ class SpecialTokenEscaper:
     def _encode_plainly(self, text: str) -> list[int]:
         """The ids of `text` without a special token. Splits the text where the tokenizer insists on one."""
         special = self.tokenizer.convert_tokens_to_ids(text)
-        ids = self._encode_after_line_break([text])
-        return ids if special not in ids else self._encode_after_line_break([text[:1], text[1:]])
+        ids = self._encode_after_line_break(text)
+        return ids if special not in ids else self._encode_after_line_break(text[:1], text[1:])
 
-    def _encode_after_line_break(self, pieces: Sequence[str]) -> list[int]:
+    def _encode_after_line_break(self, *pieces: str) -> list[int]:
         """The ids of `pieces`, each encoded after a line break and without it.
 
         Some tokenizers add a blank before the first word of a text: here it goes before the line break.

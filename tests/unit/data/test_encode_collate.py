@@ -79,9 +79,8 @@ def test_control_tokens_typed_in_a_text_are_text(layout):
     image_id = tokenizer.convert_tokens_to_ids(token)
     assert (ids == image_id).sum() == (plain.sequence["input_ids"] == image_id).sum()
     assert (labels == tokenizer.eos_token_id).sum() == 1
-    # Llama-2 tokenizers put a blank before text that follows a control token, also a stand-in's.
-    assert answer.replace(" ", "") in tokenizer.decode(labels[labels != IGNORED]).replace(" ", "")
-    assert question.replace(" ", "") in tokenizer.decode(ids).replace(" ", "")
+    assert answer in tokenizer.decode(labels[labels != IGNORED])
+    assert question in tokenizer.decode(ids)
     assert ids.max() < len(tokenizer)
 
 

@@ -105,12 +105,7 @@ def test_each_answer_is_trained_with_one_end_token_and_nothing_else(layout, turn
         assert run[-1] == tokenizer.convert_tokens_to_ids(END[layout])
         assert not set(run[:-1]) & set(tokenizer.all_special_ids)  # what was typed is text
         written = tokenizer.decode(run[:-1], clean_up_tokenization_spaces=False)
-        # Blanks: Llama-2 tokenizers decode none before a text and put one where a typed control token was.
-        assert without_blanks(written) == without_blanks(answer)
-
-
-def without_blanks(words: str) -> str:
-    return words.replace(" ", "")
+        assert written.strip() == answer.strip()  # some templates put a blank before an answer
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
