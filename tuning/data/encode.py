@@ -13,13 +13,22 @@ from PIL import Image
 
 from tuning.config.box_formats import BoxFormat
 from tuning.data.chat_template import ChatFormat, RenderedChat
-from tuning.data.grounding import FIELD, BoxOnImage, Grounded, Size, write_objects
+from tuning.data.grounding import FIELD, BoxOnImage, Grounded, ground_row
 from tuning.data.images import ImageRules, load_image, measure_image
 from tuning.data.messages import WEIGHT, Conversation, Message, count_images, keep_first_images
 from tuning.data.pixels import patch_image_processor
 from tuning.data.resized_size import ResizedSize
 from tuning.data.sources import Row
-from tuning.data.token_spans import EXPANSIONS, Span, after_expansion, expansions_of, overlaps
+from tuning.data.token_spans import (
+    EXPANSIONS,
+    Span,
+    add_insertion,
+    after_expansion,
+    expansions_of,
+    grown,
+    is_insertion,
+    overlaps,
+)
 from tuning.data.truncate import cut_answers
 from tuning.errors import UserError, error_field
 
@@ -140,24 +149,11 @@ class Encoder:
         return replace(prepared, boxes=grounded.boxes) if grounded.boxes else prepared
 
     def ground(self, row: Row, conversation: Conversation) -> Grounded:
-        """Write the boxes of a row into its texts: see `write_objects`. Reads only the headers of images."""
+        """Write the boxes of a row into its texts: see `ground_row`."""
         if FIELD not in row.format.extra_columns:
             return Grounded(conversation)
-        field = row.format.field_of_images
-
-        @functools.cache
-        def measure(number: int) -> Size:
-            where = f"{row.where}, field '{field}', image {number}"
-            with error_field(field):
-                return measure_image(conversation.images[number], row.folder, where, self.image_rules)
-
-        return write_objects(
-            conversation,
-            f"{row.where}, field '{FIELD}'",
-            format=self.box_format,
-            measure=measure,
-            resize=self._resized_size,
-            max_images=self.max_images,
+        return ground_row(
+            row, conversation, self.box_format, self._resized_size, rules=self.image_rules, max_images=self.max_images
         )
 
     @functools.cached_property
@@ -252,6 +248,10 @@ class Encoder:
             name: value if torch.is_tensor(value) or name == EXPANSIONS else torch.from_numpy(np.asarray(value))
             for name, value in made.items()
         }
+        reported = [len(text), *(len(text) + grown(expansion) for expansion in expansions_of(inputs))][-1]
+        if int(inputs["offset_mapping"].max()) != reported and hasattr(processor, "prepare_inputs_layout"):
+            layout = processor.prepare_inputs_layout(images=list(images) or None, text=[text])[1][0]
+            inputs[EXPANSIONS] = [add_insertion(expansions_of(inputs), text, layout)]
         return escaper.unescape(inputs, text) if escaped else inputs
 
     def tokenizer_options(self, text: str) -> dict[str, bool]:
@@ -270,9 +270,8 @@ class Encoder:
 
     def _find_image_tokens(self, inputs: dict[str, Any]) -> np.ndarray:
         """Which tokens stand for images: expanded placeholders, and placeholders themselves. Boolean `[T]`."""
-        found = overlaps(
-            inputs["offset_mapping"][0].numpy(), [expansion["new_span"] for expansion in expansions_of(inputs)]
-        )
+        spans = [expansion["new_span"] for expansion in expansions_of(inputs) if not is_insertion(expansion)]
+        found = overlaps(inputs["offset_mapping"][0].numpy(), spans)
         if self.image_token_id is not None:
             found |= inputs["input_ids"][0].numpy() == self.image_token_id
         return found

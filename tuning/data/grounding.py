@@ -4,6 +4,7 @@ The column and the marks are those of ms-swift:
 https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html#grounding
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,9 @@ from typing import Any
 
 from tuning.boxes import Place
 from tuning.config.box_formats import BOX_FORMATS, PIXELS, BoxFormat
+from tuning.data.images import ImageRules, measure_image
 from tuning.data.messages import CALLS, THOUGHT, Conversation, Message, parse_json, strip_nulls
+from tuning.data.sources import Row
 from tuning.errors import UserError, error_field
 
 BOX_MARK, REF_MARK = "<bbox>", "<ref-object>"
@@ -53,6 +56,28 @@ class Objects:
     boxes: list[Place]
     image_ids: list[int]
     normalized: bool
+
+
+def ground_row(
+    row: Row,
+    conversation: Conversation,
+    format: BoxFormat | None,
+    resize: Callable[[Size, str], Size],
+    *,
+    rules: ImageRules,
+    max_images: int | None,
+) -> Grounded:
+    """`write_objects` for a conversation that was read from `row`. Reads the headers of images, where it needs them."""
+    field = row.format.field_of_images
+
+    @functools.cache
+    def measure(number: int) -> Size:
+        with error_field(field):
+            where = f"{row.where}, field '{field}', image {number}"
+            return measure_image(conversation.images[number], row.folder, where, rules)
+
+    where = f"{row.where}, field '{FIELD}'"
+    return write_objects(conversation, where, format=format, measure=measure, resize=resize, max_images=max_images)
 
 
 def write_objects(

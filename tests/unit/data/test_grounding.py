@@ -286,6 +286,20 @@ def test_written_tokens_are_real_and_typed_ones_are_words(encoders):
     assert [read.count(id) for id in ids.values()] == [1, 1, 0, 0]  # the reference of the question
 
 
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("Qwen2_5_VL", "dog <|box_start|>[50, 31, 252, 293], <|box_end|> <|im_end|>!<|im_end|>"),
+        ("Qwen3VL", "dog <|box_start|>[100, 100, 500, 950], <|box_end|> <|im_end|>!<|im_end|>"),
+        ("PaliGemma", "dog <|box_start|><loc0102><loc0102><loc0972><loc0512>, <|box_end|> <|im_end|>!<eos>"),
+    ],
+)
+def test_exactly_the_words_and_boxes_of_an_answer_are_trained(encoders, family, expected):
+    shown = show_row(row_of(GIVEN, QUESTION, ANSWER, SIZE), encoders[family])
+    assert shown.supervised_text == [expected]
+    assert [box.place for box in shown.boxes] == [pytest.approx((0.1, 0.1, 0.5, 0.95))]
+
+
 def test_locations_of_paligemma_are_tokens(encoders):
     tokenizer = encoders["PaliGemma"].processor.tokenizer
     sample = encoders["PaliGemma"].encode(row_of({"bbox": [BOX]}, "detect cat", "<bbox> cat", SIZE))
@@ -309,7 +323,7 @@ def test_a_bad_box_is_a_bad_row_for_the_meter(encoders):
 
 
 def test_a_row_without_objects_opens_no_image_for_them(encoders, monkeypatch):
-    monkeypatch.setattr("tuning.data.encode.measure_image", None)
+    monkeypatch.setattr("tuning.data.grounding.measure_image", None)
     encoder = encoders["Qwen3VL"]
     encoder.prepare(row_of(None, "Where?", "Left.", SIZE))
     plain = row_of(None, "What does <bbox> mean in HTML?", "<bbox>", SIZE)
