@@ -94,9 +94,9 @@ def _render_both(chat: ChatFormat, conversation: Conversation, number: int) -> t
 
 def _describe_difference(chat: ChatFormat, conversation: Conversation, number: int, asked: str, trained: str) -> str:
     start = max(0, shared_start(asked, trained) - SHOWN_CHARACTERS // 2)
+    cut = "…" if start else ""
     asked_text, trained_text = (
-        ("…" if start else "") + chat.escaper.unescape_text(text[start:])[:SHOWN_CHARACTERS]
-        for text in (asked, trained)
+        cut + chat.escaper.unescape_text(text[start:])[:SHOWN_CHARACTERS] for text in (asked, trained)
     )
     remedy = "Set a chat_template whose generation prompt is the text before an answer."
     for kwargs in KWARGS_TO_TRY:
