@@ -158,7 +158,8 @@ class ChatFormat:
 
     def _check_words(self, messages: list[Message], text: str, where: str) -> None:
         for index, message in enumerate(messages):
-            calls = [call["function"]["name"] for call in message.get(CALLS, ())]
+            names = [(call["function"]["name"], call.get("id", "")) for call in message.get(CALLS, ())]
+            calls = [name for name, number in names if not number or number not in text]  # Kimi writes the id instead
             for words in [*(part.get("text", "") for part in message["content"]), *calls]:
                 if any(form in text for form in written_forms(words, message["role"])):
                     continue
@@ -202,7 +203,9 @@ class ChatFormat:
         """As `_finish_answers`, for an assistant that thinks or calls tools."""
         self._check_words(conversation.messages, text, where)
         thought = "" if self.empty_thought == self.lead else self.empty_thought
-        turns = TurnFinder(self.template, self.ends, thought, self._split_tokens).find(conversation, text)
+        last_tokens = {self._split_tokens(end)[-1] for end in self.ends} & set(self.tokenizer.get_added_vocab())
+        ends = [*self.ends, *last_tokens]  # the text before the last one may stand after words only (Cohere)
+        turns = TurnFinder(self.template, ends, thought, self._split_tokens).find(conversation, text)
         if turns is None:
             return None
         return self._add_ends(text, [turn.span for turn in turns], [turn.words for turn in turns])

@@ -103,7 +103,7 @@ class TurnFinder:
         prompt = self._prompt_tail(conversation, index)
         before, after = self._around_plain_answer(conversation, index)
         start = first + self._shared(prompt, segment)
-        if THOUGHT not in message:
+        if message.get(THOUGHT, "").strip() not in segment or THOUGHT not in message:  # some drop earlier thoughts
             if not segment.startswith(prompt):
                 start = max(start, first + self._shared(before, segment))
             start += len(self.empty_thought) if text.startswith(self.empty_thought, start) else 0

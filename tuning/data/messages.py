@@ -18,7 +18,8 @@ IMAGE_KEYS = ("image", "path", "url", "base64", "image_url")
 THOUGHT, CALLS, WEIGHT = "reasoning_content", "tool_calls", "weight"
 THOUGHT_KEYS = (THOUGHT, "reasoning", "thinking")
 WEIGHT_KEYS = (WEIGHT, "loss", "train")
-READ_KEYS = {"role", "content", "from", "value", CALLS, *THOUGHT_KEYS, *WEIGHT_KEYS}
+PLAIN_KEYS = {"role", "content", "from", "value"}
+READ_KEYS = {*PLAIN_KEYS, CALLS, *THOUGHT_KEYS, *WEIGHT_KEYS}
 
 Message = dict[str, Any]
 """`{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"}, …]}`, and further keys.
@@ -124,6 +125,8 @@ def _read_content(content: Any, where: str) -> list[dict[str, Any]]:
 
 def _read_keys(message: dict, role: str, where: str) -> dict[str, Any]:
     """The further keys of a message: its thought, its weight if that is 0, and what is for the chat template only."""
+    if not any(value is not None for name, value in message.items() if name not in PLAIN_KEYS):
+        return {}
     keys = {name: strip_nulls(value) for name, value in message.items() if name not in READ_KEYS}
     keys = {name: value for name, value in keys.items() if value not in (None, "", [], {})}
     thoughts = [message[name] for name in THOUGHT_KEYS if message.get(name)]

@@ -58,6 +58,8 @@ def describe_unused_columns(files: Iterable[DataFile]) -> list[str]:
 
 def find_ignored_keys(chat: ChatFormat, conversation: Conversation) -> list[str]:
     """The keys of the messages, and of the row's template variables, without which the rendered text stays the same."""
+    if not conversation.template_kwargs and all(len(message) == 2 for message in conversation.messages):
+        return []
     names = {name for message in conversation.messages for name in message} - {"role", "content", CALLS, WEIGHT}
     found = [
         f"chat_template_kwargs {name}" for name in conversation.template_kwargs if not chat.template.mentions(name)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 from typing import Any
 
@@ -16,6 +16,7 @@ from tuning.errors import Attempt, UserError, describe_failure, first_line, try_
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "\ue000probe{}\ue001"  # private-use characters: no template looks for them and no data has them
 MARK = re.compile(PROBE.format(r"(\d+)"))
+CALL_ID = "call00001"  # Mistral's templates demand nine letters and digits
 PRINTED_PARTS = re.compile(r"""['"]type['"]\s*:\s*['"](text|image)['"]""")  # a list of parts that was written as it is
 
 
@@ -23,6 +24,7 @@ class Template:
     """A chat template and the shape in which it takes messages, found by rendering short conversations once.
 
     - `string_roles`: it takes the content of these roles only as a plain string. There an image is its image token.
+      `string_roles_with_tools`: more such roles in a row that has tools (Llama 3.2).
     - `joined_roles`: it renders only some text parts of these roles, so they are joined before rendering.
     - `thought_key`: the key under which it takes an assistant's thought; "" where it takes none.
     - `takes_calls`, `takes_tools`: whether it renders an assistant's tool calls, and the tools of a row.
@@ -40,6 +42,7 @@ class Template:
             **kwargs,
         }
         self.string_roles: frozenset[str] = frozenset()
+        self.string_roles_with_tools: frozenset[str] = frozenset()
         self.joined_roles: frozenset[str] = frozenset()
         self.thought_key, self.calls_as_text = "", False
         self._check_answer()
@@ -47,8 +50,7 @@ class Template:
         self.takes_calls = self._probe_calls()
         if self.takes_calls:
             self._probe_role("tool")
-        tool = {"type": "function", "function": {"name": PROBE.format(0), "parameters": {"type": "object"}}}
-        self.takes_tools = PROBE.format(0) in self.try_render(Conversation([ask("q"), answer("a")], tools=[tool]))
+        self.takes_tools = self._probe_tools()
         for key in THOUGHT_KEYS:
             thinking = {**answer("a"), key: PROBE.format(0)}
             if not self.thought_key and PROBE.format(0) in self.try_render(Conversation([ask("q"), thinking])):
@@ -61,8 +63,9 @@ class Template:
         """
         if self.has_markers:
             options["return_assistant_tokens_mask"] = True
+        string_roles = self.string_roles | self.string_roles_with_tools if conversation.tools else self.string_roles
         rendered, marked = render_jinja_template(
-            conversations=[[self._shape(message) for message in conversation.messages]],
+            conversations=[[self._shape(message, string_roles) for message in conversation.messages]],
             tools=conversation.tools,
             chat_template=self.source,
             **{**self._variables, **conversation.template_kwargs, **options},
@@ -91,8 +94,11 @@ class Template:
         images = [part for part in message["content"] if part["type"] != "text"]
         return {**message, "content": [*images, joined]}
 
-    def _shape(self, message: Message) -> Message:
+    def _shape(self, message: Message, string_roles: Collection[str]) -> Message:
         """The message as the template takes it."""
+        as_string = message["role"] in string_roles or not message["content"]
+        if len(message) == 2 and not as_string:
+            return message
         shaped = {name: value for name, value in message.items() if name not in (WEIGHT, THOUGHT)}
         if THOUGHT in message:
             shaped[self.thought_key or THOUGHT] = message[THOUGHT]
@@ -101,7 +107,7 @@ class Template:
                 {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
                 for call in message[CALLS]
             ]
-        if message["role"] in self.string_roles or not message["content"]:
+        if as_string:
             shaped["content"] = self.content_string(message)
         return shaped
 
@@ -150,14 +156,27 @@ class Template:
             self.joined_roles |= {role}
 
     def _probe_calls(self) -> bool:
+        """Whether the template writes an assistant's calls, and find out how it takes their arguments."""
         name, value = PROBE.format(1), PROBE.format(2)
-        call = {"id": "call00001", "type": "function", "function": {"name": name, "arguments": {"key": value}}}
+        call = {"id": CALL_ID, "type": "function", "function": {"name": name, "arguments": {"key": value}}}
         probe = Conversation([ask("q"), {"role": "assistant", "content": [], CALLS: [call]}])
         for self.calls_as_text in (False, True):
             text = self.try_render(probe)
-            if name in text and value in text and f'\\"{value}' not in text:
+            if (name in text or CALL_ID in text) and value in text and f'\\"{value}' not in text:
                 return True
         self.calls_as_text = False
+        return False
+
+    def _probe_tools(self) -> bool:
+        """Whether the template writes the tools of a row, if need be with all contents as strings."""
+        parameters = {"type": "object", "properties": {"key": {"type": "string", "description": "d"}}}
+        function = {"name": PROBE.format(0), "description": "d", "parameters": parameters}
+        probe = Conversation([ask("q"), answer("a")], tools=[{"type": "function", "function": function}])
+        for roles in (frozenset[str](), frozenset(("system", "user", "assistant"))):
+            self.string_roles_with_tools = roles
+            if PROBE.format(0) in self.try_render(probe):
+                return True
+        self.string_roles_with_tools = frozenset()
         return False
 
 
@@ -203,9 +222,9 @@ def answer(text: str) -> Message:
 def _conversation_around(role: str, parts: Sequence[dict]) -> list[Message]:
     """The shortest ordinary conversation with a message of `role` that has `parts`."""
     question, reply, message = ask("q"), answer("a"), {"role": role, "content": list(parts)}
-    call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+    call = {"id": CALL_ID, "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
     called = {"role": "assistant", "content": [], CALLS: [call]}
-    result = {**message, "tool_call_id": "call00001", "name": "f"}
+    result = {**message, "tool_call_id": CALL_ID, "name": "f"}
     return {
         "system": [message, question, reply],
         "user": [message, reply],
