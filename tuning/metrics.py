@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from statistics import fmean
 from typing import Any
 
+from tuning.boxes import find_boxes, overlap
 from tuning.errors import UserError
 
 
@@ -33,10 +34,21 @@ def check_metrics(names: Sequence[str], option: str = "metrics") -> None:
 
 
 def check_references(names: Sequence[str], references: Iterable[tuple[str, str]]) -> None:
-    """Raise `UserError` for the first reference that one of the scores cannot use. Each comes after its row's place."""
-    if "json_field_accuracy" in names:
-        for where, reference in references:
+    """Raise `UserError` for the first reference that one of the scores cannot use. Each comes after its row's place.
+
+    Scores of boxes need one in any of the references.
+    """
+    of_boxes = [name for name in names if name in NEED_BOXES]
+    if not of_boxes and "json_field_accuracy" not in names:
+        return
+    where, has_boxes = "", False
+    for where, reference in references:
+        has_boxes = has_boxes or bool(find_boxes(reference))
+        if "json_field_accuracy" in names:
             read_reference(reference, where)
+    if of_boxes and where and not has_boxes:
+        what = f"{of_boxes[0]} compares boxes, and no right answer has one."
+        raise UserError(where="metrics", problem=what, fix="Choose other scores, or correct the data.")
 
 
 def score_rows(
@@ -278,6 +290,36 @@ def _count_fields(value: Any) -> int:
     return sum(map(_count_fields, items)) or 1
 
 
+def best_overlaps(prediction: str, reference: str) -> list[float]:
+    """For each box in the reference, the intersection over union with the box in the prediction that fits best.
+
+    Boxes are found in every form that the library writes, and compared in the numbers of the texts. A reference without
+    boxes counts as one, which a prediction without boxes meets. Points do not count.
+    """
+    boxes, expected = find_boxes(prediction), find_boxes(reference)
+    if not expected:
+        return [float(not boxes)]
+    return [max((overlap(box, right) for box in boxes), default=0.0) for right in expected]
+
+
+def iou(prediction: str, reference: str) -> float:
+    """The mean over the boxes of the reference of the best intersection over union.
+
+    Boxes that the prediction has beyond them do not count. Source of the measure: Everingham et al. 2010, section 4.2
+    (https://doi.org/10.1007/s11263-009-0275-4), without the pixel that PASCAL VOC adds to width and height.
+    """
+    return fmean(best_overlaps(prediction, reference))
+
+
+def iou_at_50(prediction: str, reference: str) -> float:
+    """The share of the reference's boxes whose best intersection over union is 0.5 or more.
+
+    With one box per row, its mean is the accuracy at 0.5 of RefCOCO, as
+    https://github.com/QwenLM/Qwen-VL/blob/master/eval_mm/evaluate_grounding.py computes it.
+    """
+    return fmean(best >= 0.5 for best in best_overlaps(prediction, reference))
+
+
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact_match": best_of(exact_match),
     "relaxed_accuracy": best_of(relaxed_accuracy),
@@ -286,5 +328,8 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "token_f1": best_of(token_f1),
     "rouge_l": best_of(rouge_l),
     "json_field_accuracy": best_of(json_field_accuracy),
+    "iou": best_of(iou),
+    "iou_at_50": best_of(iou_at_50),
 }
+NEED_BOXES = ("iou", "iou_at_50")
 NEED_RAPIDFUZZ = ("anls", "rouge_l")

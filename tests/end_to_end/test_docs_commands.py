@@ -37,6 +37,10 @@ def workspace(tmp_path_factory):
     assert [name for name, _ in files] == ["lora.json", "full.json", "config.json"]
     for name, content in files:
         (folder / name).write_text(content, encoding="utf-8")
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Find the <ref-object>."}]}
+    row = {"messages": [question, {"role": "assistant", "content": "<bbox>"}], "images": ["images/cat.png"]}
+    row |= {"objects": {"ref": ["cat"], "bbox": [[10, 10, 50, 30]]}}
+    (folder / "my_data" / "boxes.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     return folder
 
 

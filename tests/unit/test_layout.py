@@ -29,7 +29,7 @@ USED_PACKAGES = {
 # From the lowest layer to the highest. A file may import from its own room and from layers below it, never from
 # another room of its layer.
 LAYERS = [
-    ("errors", "console", "files", "machine"),
+    ("errors", "console", "files", "machine", "boxes"),
     ("exit_codes", "metrics"),
     ("config",),
     ("data", "hub"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuning.errors import UserError
-from tuning.metrics import METRICS, check_metrics, mean_scores, normalize_vqa, score_rows
+from tuning.metrics import METRICS, check_metrics, check_references, mean_scores, normalize_vqa, score_rows
 
 
 def score(metric: str, prediction: str, *references: str) -> float:
@@ -270,3 +270,35 @@ def test_rows_without_a_right_answer_are_a_bug_of_the_caller():
 def test_scores_need_neither_torch_nor_what_is_not_asked_for():
     code = "import sys, tuning.metrics; print([name for name in ('torch', 'rapidfuzz') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "right", "mean", "at_50"),
+    [
+        ("[0, 0, 10, 10]", "[0, 0, 10, 10]", 1, 1),
+        ("It is at (0,0),(10,5).", "<loc0000><loc0000><loc0010><loc0010>", 0.5, 1),  # 0.5 is enough
+        ("[0, 0, 10, 4]", "[0, 0, 10, 10]", 0.4, 0),
+        ("[0, 0, 10, 10] [70, 70, 80, 80]", "[0, 0, 10, 10] [50, 50, 60, 60]", 0.5, 0.5),
+        ("[0, 0, 10, 10]", "[0, 0, 10, 10] [0, 0, 10, 5]", 0.75, 1),  # one box may meet several
+        ("[1, 1, 2, 2] [3, 3, 4, 4] [0, 0, 10, 10]", "[0, 0, 10, 10]", 1, 1),  # others do not count
+        ("there is none", "[0, 0, 10, 10]", 0, 0),
+        ("there is none", "No such thing.", 1, 1),
+        ("[0, 0, 10, 10]", "No such thing.", 0, 0),
+        ("[5, 5]", "No box: [7, 7]", 1, 1),  # points are not boxes
+    ],
+)
+def test_boxes_are_scored_by_their_best_overlap(prediction, right, mean, at_50):
+    assert score("iou", prediction, right) == pytest.approx(mean)
+    assert score("iou_at_50", prediction, right) == pytest.approx(at_50)
+
+
+def test_of_several_references_the_boxes_that_fit_best_count():
+    assert score("iou", "[0, 0, 10, 10]", "[50, 50, 60, 60]", "[0, 0, 10, 5]") == pytest.approx(0.5)
+
+
+def test_scores_of_boxes_need_a_box_in_one_right_answer():
+    check_references(["iou"], [("a", "none"), ("b", "[1, 2, 3, 4]")])
+    check_references(["iou"], [])  # nothing will be scored, which `predict` says
+    check_references(["anls"], [("a", "none")])
+    with pytest.raises(UserError, match="iou_at_50 compares boxes, and no right answer has one"):
+        check_references(["exact_match", "iou_at_50"], [("a", "none"), ("b", "[1, 2]")])

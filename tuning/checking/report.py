@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tuning.data.encode import IGNORED, Encoder
+from tuning.data.grounding import BoxOnImage
 from tuning.data.images import thumbnail
 from tuning.data.sources import Row
 
@@ -37,7 +38,7 @@ class Token:
 
 @dataclass(frozen=True)
 class SampleRow:
-    """A row as the model sees it. `pictures` are data URIs of thumbnails of its images."""
+    """A row as the model sees it. `pictures` are data URIs of thumbnails of its images, `boxes` lie on them."""
 
     row: int
     file: str
@@ -45,6 +46,7 @@ class SampleRow:
     supervised_text: list[str]
     tokens: list[Token]
     pictures: list[str] = field(default_factory=list)
+    boxes: Sequence[BoxOnImage] = ()
 
     def count(self, role: str) -> int:
         return sum(token.role == role for token in self.tokens)
@@ -134,7 +136,7 @@ def show_row(row: Row, encoder: Encoder) -> SampleRow:
     ]
     rendered = encoder.chat.escaper.unescape_text(prepared.chat.text)
     pictures = [thumbnail(image) for image in images]
-    return SampleRow(row.number, row.file, rendered, supervised_texts(tokens), tokens, pictures)
+    return SampleRow(row.number, row.file, rendered, supervised_texts(tokens), tokens, pictures, prepared.boxes)
 
 
 def supervised_texts(tokens: list[Token]) -> list[str]:

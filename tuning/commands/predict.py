@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -55,7 +55,10 @@ COLUMN = 2 + max(map(len, METRICS))  # width of a score on the terminal
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 OF_A_RUN = (CONFIG_FILE, RUN_INFO_FILE, PROGRESS_FILE, STATE_FILE, RUNS_FILE)
 Line = dict[str, Any]
-"""`index`, `file`, `row`, and `prompt`, `question`, `reference`, `references` and `prediction`, or `error`."""
+"""`index`, `file`, `row`, and `prompt`, `question`, `reference`, `references` and `prediction`, or `error`.
+
+`boxes` of a row that has some: see `BoxOnImage`.
+"""
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ class Questions(Dataset):
         if isinstance(question, UserError):
             return line | {"error": str(question)}, None
         line |= {"prompt": question.prompt, "question": question.text, "reference": question.reference}
+        line |= {"boxes": [asdict(box) for box in question.boxes]} if question.boxes else {}
         field = self.references_field
         references = question.references if field is None else read_references(row.columns[field])
         return line | {"references": references}, question.sample
@@ -232,6 +236,8 @@ def fingerprint(options: PredictArguments, data: Source) -> dict[str, Any]:
     path = Path(options.data_path).expanduser()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     same = {entry.name: getattr(options, entry.name) for entry in (*fields(ModelSource), *fields(RowArguments))}
+    if options.bbox_format is None:  # the option is newer than the files of earlier versions
+        del same["bbox_format"]
     return same | {
         "weights": describe_weights(options.model_name_or_path),
         "rows": [data.fingerprint(), describe_files(files)],

@@ -10,6 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from tuning.config.box_formats import BOX_FORMATS
+
 
 def option(
     default: Any,
@@ -113,6 +115,9 @@ class RowArguments(SourceArguments):
     )
     max_messages_per_row: int = option(1000, "Most messages in a row.", minimum=1)
     date_string: str | None = option(None, "Today's date in chat templates (default: the day the run began).")
+    bbox_format: str | None = option(
+        None, "How to write the boxes of the column objects (default: as the model does).", choices=(*BOX_FORMATS,)
+    )
 
     @property
     def run_date(self) -> str:

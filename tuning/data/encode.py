@@ -11,12 +11,24 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tuning.config.box_formats import BoxFormat
 from tuning.data.chat_template import ChatFormat, RenderedChat
+from tuning.data.grounding import FIELD, BoxOnImage, Grounded, ground_row
 from tuning.data.images import ImageRules, load_image, measure_image
 from tuning.data.messages import WEIGHT, Conversation, Message, count_images, keep_first_images
 from tuning.data.pixels import patch_image_processor
+from tuning.data.resized_size import ResizedSize
 from tuning.data.sources import Row
-from tuning.data.token_spans import EXPANSIONS, Span, after_expansion, expansions_of, overlaps
+from tuning.data.token_spans import (
+    EXPANSIONS,
+    Span,
+    add_insertion,
+    after_expansion,
+    expansions_of,
+    grown,
+    is_insertion,
+    overlaps,
+)
 from tuning.data.truncate import cut_answers
 from tuning.errors import UserError, error_field
 
@@ -64,6 +76,7 @@ class Prepared:
     chat: RenderedChat
     images: list[Any]
     dropped_images: int
+    boxes: Sequence[BoxOnImage] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Encoder:
     overlong_rows: str = "error"
     train_on: str = "all"
     image_rules: ImageRules = ImageRules()
+    box_format: BoxFormat | None = None
 
     @functools.cached_property
     def image_names(self) -> frozenset[str]:
@@ -130,7 +144,21 @@ class Encoder:
 
     def prepare(self, row: Row) -> Prepared:
         """Read and render one row, without opening its images. Raises `UserError` with file, row and field."""
-        return self.prepare_conversation(row, row.format.read(row.columns, row.where))
+        grounded = self.ground(row, row.format.read(row.columns, row.where))
+        prepared = self.prepare_conversation(row, grounded.conversation)
+        return replace(prepared, boxes=grounded.boxes) if grounded.boxes else prepared
+
+    def ground(self, row: Row, conversation: Conversation) -> Grounded:
+        """Write the boxes of a row into its texts: see `ground_row`."""
+        if FIELD not in row.format.extra_columns:
+            return Grounded(conversation)
+        return ground_row(
+            row, conversation, self.box_format, self._resized_size, rules=self.image_rules, max_images=self.max_images
+        )
+
+    @functools.cached_property
+    def _resized_size(self) -> ResizedSize:
+        return ResizedSize(self.processor.image_processor)
 
     def prepare_conversation(self, row: Row, conversation: Conversation, *, prompt: bool = False) -> Prepared:
         """Render a conversation that was read from `row`; see `prepare`. `prompt`: as a prompt for the next answer."""
@@ -220,6 +248,10 @@ class Encoder:
             name: value if torch.is_tensor(value) or name == EXPANSIONS else torch.from_numpy(np.asarray(value))
             for name, value in made.items()
         }
+        reported = [len(text), *(len(text) + grown(expansion) for expansion in expansions_of(inputs))][-1]
+        if int(inputs["offset_mapping"].max()) != reported and hasattr(processor, "prepare_inputs_layout"):
+            layout = processor.prepare_inputs_layout(images=list(images) or None, text=[text])[1][0]
+            inputs[EXPANSIONS] = [add_insertion(expansions_of(inputs), text, layout)]
         return escaper.unescape(inputs, text) if escaped else inputs
 
     def tokenizer_options(self, text: str) -> dict[str, bool]:
@@ -238,9 +270,8 @@ class Encoder:
 
     def _find_image_tokens(self, inputs: dict[str, Any]) -> np.ndarray:
         """Which tokens stand for images: expanded placeholders, and placeholders themselves. Boolean `[T]`."""
-        found = overlaps(
-            inputs["offset_mapping"][0].numpy(), [expansion["new_span"] for expansion in expansions_of(inputs)]
-        )
+        spans = [expansion["new_span"] for expansion in expansions_of(inputs) if not is_insertion(expansion)]
+        found = overlaps(inputs["offset_mapping"][0].numpy(), spans)
         if self.image_token_id is not None:
             found |= inputs["input_ids"][0].numpy() == self.image_token_id
         return found

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig
 
+from tuning.config.box_formats import BOX_FORMATS
 from tuning.config.families import find_family
 from tuning.config.options import DataArguments, RowArguments, RunConfig, SourceArguments
 from tuning.console import print0
@@ -195,13 +196,16 @@ def make_encoder(
     for sentence in describe_template(chat, template_kwargs or {}):
         print0(sentence)
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    family = find_family(model_config)
+    bbox_format = data.bbox_format or family.bbox_format
     encoder = Encoder(
         processor,
         chat,
         max_seq_length=data.max_seq_length or context or processor.tokenizer.model_max_length,
-        max_images=data.max_images_per_sample or find_family(model_config).max_images,
+        max_images=data.max_images_per_sample or family.max_images,
         max_messages=data.max_messages_per_row,
         image_rules=image_rules(data),
+        box_format=BOX_FORMATS[bbox_format] if bbox_format else None,
     )
     if isinstance(data, DataArguments):
         encoder = replace(

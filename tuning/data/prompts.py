@@ -6,9 +6,12 @@ from typing import Any
 
 from tuning.data.collator import Collator
 from tuning.data.encode import Encoder, Sample
+from tuning.data.grounding import BOX_MARK, BoxOnImage
 from tuning.data.messages import Message, count_images
 from tuning.data.sources import Row
 from tuning.errors import UserError
+
+ANY_BOX = "[0, 0, 0, 0]"
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Question:
     """A question to a model: the row `number` of `file`.
 
     `text`: the user's last words. `prompt`: all text that the model reads, with a placeholder for each image.
-    `reference`: the row's own answer, if it has one. `references`: all right answers.
+    `reference`: the row's own answer, if it has one. `references`: all right answers. `boxes`: those of the row.
     """
 
     file: str
@@ -26,6 +29,7 @@ class Question:
     reference: str | None
     references: list[str]
     sample: Sample
+    boxes: Sequence[BoxOnImage] = ()
 
 
 def ask(row: Row, encoder: Encoder) -> Question:
@@ -34,8 +38,10 @@ def ask(row: Row, encoder: Encoder) -> Question:
     The prompt ends with the template's generation prompt, as a server writes it. Raises `UserError` with file, row and
     field.
     """
-    whole = row.format.read(row.columns, row.where, needs_answer=False)
-    asked, reference = split_answer(whole.messages)
+    grounded = encoder.ground(row, row.format.read(row.columns, row.where, needs_answer=False))
+    whole = grounded.conversation
+    asked, _ = split_answer(whole.messages)
+    _, reference = split_answer([encoder.chat.escaper.as_decoded(whole.messages[-1])])
     images = whole.images[: len(whole.images) - count_images(whole.messages[len(asked) :])]
     prepared = encoder.prepare_conversation(row, replace(whole, messages=asked, images=images), prompt=True)
     sample = encoder.encode_untrained(prepared)
@@ -48,6 +54,7 @@ def ask(row: Row, encoder: Encoder) -> Question:
         reference=reference,
         references=[] if reference is None else [reference],
         sample=sample,
+        boxes=grounded.boxes,
     )
 
 
@@ -85,14 +92,20 @@ def read_references(value: Any) -> list[str]:
 
 
 def right_answers(rows: Iterable[Row], references_field: str | None = None) -> Iterator[tuple[str, str]]:
-    """Each right answer with its row's place, from a column or from the messages. Skips rows that cannot be read."""
+    """Each right answer with its row's place, from a column or from the messages. Skips rows that cannot be read.
+
+    An answer with marks of boxes has `ANY_BOX` for each.
+    """
     for row in rows:
         if references_field:
             answers: list[str | None] = [*read_references(row.columns[references_field])]
         else:
             try:
-                messages = row.format.read(row.columns, row.where, needs_answer=False).messages
+                conversation = row.format.read(row.columns, row.where, needs_answer=False)
             except UserError:  # `ask` reports it
                 continue
-            answers = [split_answer(messages)[1]]
+            answer = split_answer(conversation.messages)[1]
+            if answer and conversation.objects is not None:  # without a model, its boxes cannot be written
+                answer = answer.replace(BOX_MARK, ANY_BOX)
+            answers = [answer]
         yield from ((row.where, answer) for answer in answers if answer is not None)

@@ -64,6 +64,7 @@ def find_ignored_keys(chat: ChatFormat, conversation: Conversation) -> list[str]
     found = [
         f"chat_template_kwargs {name}" for name in conversation.template_kwargs if not chat.template.mentions(name)
     ]
+    found += ["the column objects"] if conversation.objects is not None else []  # no boxes: see `write_objects`
     whole = chat.template.try_render(conversation) if names else ""
     for name in sorted(names):
         messages = [{key: value for key, value in message.items() if key != name} for message in conversation.messages]

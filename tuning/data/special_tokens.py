@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AddedToken
 
+from tuning.data.grounding import split_written
 from tuning.data.messages import Message
 from tuning.errors import UserError
 
@@ -22,7 +23,8 @@ class SpecialTokenEscaper:
     character in the place of each string before the template is rendered. `escaped_tokenizer` has a token for each
     stand-in, and `unescape` replaces that token by the ids of the string as plain text.
 
-    In answers only special tokens are escaped: others (`<think>`, `<tool_call>`) are for the model to learn.
+    In answers only special tokens are escaped: others (`<think>`, `<tool_call>`) are for the model to learn. What
+    `write_objects` wrote is not escaped: its tokens are meant.
     """
 
     def __init__(self, tokenizer: Any, template: str, image_token: str):
@@ -57,8 +59,14 @@ class SpecialTokenEscaper:
         parts, joined = [], ""
         for part in message["content"]:
             if part["type"] == "text":
-                part = {**part, "text": typed.sub(lambda found: self.stand_ins[found[0]], part["text"])}
-            joined = joined + part["text"] if part["type"] == "text" else ""
+                pieces = [
+                    (text if is_written else typed.sub(lambda found: self.stand_ins[found[0]], text), is_written)
+                    for text, is_written in split_written(part)
+                ]
+                part = {"type": "text", "text": "".join(text for text, _ in pieces)}
+                joined += "".join("\0" if is_written else text for text, is_written in pieces)
+            else:
+                joined = ""
             if found := typed.search(joined):  # what is left can only span two parts
                 raise UserError(
                     where=where,
@@ -76,6 +84,17 @@ class SpecialTokenEscaper:
         if isinstance(value, dict):
             return {name: self._escape_value(inner, typed) for name, inner in value.items()}
         return [self._escape_value(inner, typed) for inner in value] if isinstance(value, list) else value
+
+    def as_decoded(self, message: Message) -> Message:
+        """The message as a decoded answer has it: without the special tokens that `write_objects` wrote."""
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "text":
+                pieces = split_written(part)
+                words = (self._typed_in_answers.sub("", text) if is_written else text for text, is_written in pieces)
+                part = {"type": "text", "text": "".join(words)}
+            parts.append(part)
+        return {**message, "content": parts}
 
     def unescape_text(self, text: str) -> str:
         """The text with the original strings in place of their stand-ins."""

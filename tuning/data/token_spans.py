@@ -19,18 +19,47 @@ def expansions_of(inputs: dict[str, Any]) -> list[dict]:
     return (inputs.get(EXPANSIONS) or [[]])[0]
 
 
+def grown(expansion: dict) -> int:
+    """How many characters later the text goes on after an expansion."""
+    return expansion["new_span"][1] - expansion["span"][1]
+
+
+def is_insertion(expansion: dict) -> bool:
+    """Whether it stands for no placeholder: see `add_insertion`."""
+    return expansion["span"][0] == expansion["span"][1]
+
+
 def after_expansion(spans: Sequence[Span], expansions: Sequence[dict]) -> list[Span]:
     """Move spans of the rendered text to their place in the text with expanded image placeholders.
 
     `expansions` are in order; see `expansions_of`.
     """
     ends = [expansion["span"][1] for expansion in expansions]
-    growth = [0, *(expansion["new_span"][1] - expansion["span"][1] for expansion in expansions)]
+    growth = [0, *map(grown, expansions)]
 
     def move(position: int) -> int:
         return position + growth[int(np.searchsorted(ends, position, side="right"))]
 
     return [(move(start), move(end)) for start, end in spans]
+
+
+def add_insertion(expansions: Sequence[dict], text: str, layout: str) -> list[dict]:
+    """`expansions`, and what a processor inserts into `text` to make `layout`, in which it expands placeholders.
+
+    PaliGemma's inserts the first token after the images, and reports only the images.
+    """
+    start = shared_start(text, layout)
+    length = layout.find(text[start:], start) - start
+    if length <= 0:
+        return list(expansions)
+    before = [expansion for expansion in expansions if expansion["span"][1] <= start]
+    place = start + (grown(before[-1]) if before else 0)
+    inserted = {"span": (start, start), "new_span": (place, place + length)}
+    after = [
+        {**expansion, "span": tuple(end - length for end in expansion["span"])}
+        for expansion in expansions[len(before) :]
+    ]
+    return [*before, inserted, *after]
 
 
 def overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:

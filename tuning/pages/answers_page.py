@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuning.boxes import find_places
+from tuning.pages.pictures import OF_ANSWER, OF_COMPARED, OF_ROW, Mark, draw_marks
 from tuning.pages.render import plural, render
 from tuning.pages.run_record import AnsweredRow
 
@@ -60,14 +62,17 @@ def render_answers(
 ) -> str:
     """The page as HTML, from what `vlm-tuning predict` writes. Rows with the lowest scores come first.
 
-    `show_pictures` returns the pictures of the row with an index, as data URIs.
+    `show_pictures` returns the pictures of the row with an index, as data URIs. The boxes of rows, and those in
+    answers to rows with boxes, are drawn over them.
     """
     models = {column: Path(name).name or name for column, name in summary["models"].items()}
+    kinds = dict(zip(models, (OF_ANSWER, OF_COMPARED), strict=False))
     answered = [line for line in lines if "error" not in line]
     cards = []
     for line in sorted(answered, key=_mean_score)[:MAX_PREDICTIONS]:
         reference = " / ".join(dict.fromkeys(line["references"]))
-        row = AnsweredRow(line["file"], str(line["row"]), line["question"], reference, show_pictures(line["index"]))
+        pictures = draw_marks(show_pictures(line["index"]), find_marks(line, kinds))
+        row = AnsweredRow(line["file"], str(line["row"]), line["question"], reference, pictures)
         texts = [(name, line[column] or "") for column, name in reversed(models.items())]
         cards.append(Card(row, [Answer(name, text, is_right(row, text)) for name, text in texts]))
     return render(
@@ -79,7 +84,31 @@ def render_answers(
         num_left_out=summary["rows_left_out"],
         num_answered=len(answered),
         cards=cards,
+        legend=[
+            (OF_ROW, "box of the row"),
+            *((kind, f"box in the answer of {models[name]}") for name, kind in kinds.items()),
+        ]
+        if any(line.get("boxes") for line in answered)
+        else [],
     )
+
+
+def find_marks(line: Mapping[str, Any], kinds: Mapping[str, str]) -> list[tuple[int, Mark]]:
+    """The boxes of a row and of the answers in the columns of `kinds`, with the numbers of their images.
+
+    A text does not say which image a box is on: it is drawn on that of the row's box in the same place of the answer.
+    """
+    boxes = line.get("boxes") or []
+    if not boxes:
+        return []
+    marks = [(box["image"], Mark(OF_ROW, tuple(box["place"]))) for box in boxes]
+    in_answer = boxes[-len(find_places(line["reference"] or "")) :]
+    for column, kind in kinds.items():
+        for number, place in enumerate(find_places(line[column] or "")):
+            like = in_answer[min(number, len(in_answer) - 1)]
+            shares = tuple(coordinate / like["scale"][index % 2] for index, coordinate in enumerate(place))
+            marks.append((like["image"], Mark(kind, shares)))
+    return marks
 
 
 def _mean_score(line: Mapping[str, Any]) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tuning.checking.report import IMAGE, SUPERVISED, Report, SampleRow, Token
 from tuning.pages.charts import Chart, draw_histogram
+from tuning.pages.pictures import OF_ROW, Mark, Picture, draw_marks
 from tuning.pages.render import format_value, plural, render, to_words
 
 MAX_EXAMPLES = 10  # of each kind of problem
@@ -19,10 +20,12 @@ MAX_SIZES = 8
 class Sample:
     """A sample row with its tokens in the shortest form, as a page may have tens of thousands of them.
 
-    A piece is the tag it gets, its ids, its text, and how many tokens it stands for: image tokens are one piece.
+    `pictures` have its boxes drawn over them. A piece is the tag it gets, its ids, its text, and how many tokens it
+    stands for: image tokens are one piece.
     """
 
     row: SampleRow
+    pictures: list[Picture]
     counts: str
     pieces: list[tuple[str, str, str, int]]
 
@@ -42,8 +45,16 @@ def render_page(report: Report) -> str:
         sizes=sizes.most_common(MAX_SIZES),
         num_images=sizes.total(),
         num_more_sizes=len(sizes) - MAX_SIZES,
-        samples=[Sample(row, count_tokens(row), list(group_tokens(row.tokens))) for row in report.samples],
+        samples=[
+            Sample(row, draw_boxes(row), count_tokens(row), list(group_tokens(row.tokens))) for row in report.samples
+        ],
+        legend=[(OF_ROW, "box of the row")] if any(row.boxes for row in report.samples) else [],
     )
+
+
+def draw_boxes(row: SampleRow) -> list[Picture]:
+    """The pictures of a row with its boxes."""
+    return draw_marks(row.pictures, [(box.image, Mark(OF_ROW, box.place)) for box in row.boxes])
 
 
 def state_verdict(report: Report) -> str:

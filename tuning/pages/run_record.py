@@ -1,6 +1,6 @@
 """The files in output_dir that describe a run, read as pure data. The run's page is made of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tuning.files import (
     read_json,
     read_lines,
 )
+from tuning.pages.pictures import Picture
 
 RUNNING, ENDED, FINISHED = "running", "ended", "finished"
 TRAINING = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb", "data_wait_share")
@@ -49,13 +50,13 @@ class Series:
 
 @dataclass
 class AnsweredRow:
-    """A row and the answers it got, by step. Step 0 is before training. `images` are data URIs."""
+    """A row and the answers it got, by step. Step 0 is before training. `images` are data URIs, or drawn over."""
 
     file: str
     row: str
     question: str
     reference: str
-    images: list[str]
+    images: Sequence[str | Picture]
     answers: dict[int, str] = field(default_factory=dict)
 
 
