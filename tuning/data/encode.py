@@ -22,12 +22,11 @@ from tuning.data.sources import Row
 from tuning.data.token_spans import (
     EXPANSIONS,
     Span,
-    add_insertion,
     after_expansion,
     expansions_of,
-    grown,
     is_insertion,
     overlaps,
+    report_insertion,
 )
 from tuning.data.truncate import cut_answers
 from tuning.errors import UserError, error_field
@@ -248,10 +247,7 @@ class Encoder:
             name: value if torch.is_tensor(value) or name == EXPANSIONS else torch.from_numpy(np.asarray(value))
             for name, value in made.items()
         }
-        reported = [len(text), *(len(text) + grown(expansion) for expansion in expansions_of(inputs))][-1]
-        if int(inputs["offset_mapping"].max()) != reported and hasattr(processor, "prepare_inputs_layout"):
-            layout = processor.prepare_inputs_layout(images=list(images) or None, text=[text])[1][0]
-            inputs[EXPANSIONS] = [add_insertion(expansions_of(inputs), text, layout)]
+        inputs = report_insertion(inputs, text, processor, images)
         return escaper.unescape(inputs, text) if escaped else inputs
 
     def tokenizer_options(self, text: str) -> dict[str, bool]:

@@ -62,6 +62,16 @@ def add_insertion(expansions: Sequence[dict], text: str, layout: str) -> list[di
     return [*before, inserted, *after]
 
 
+def report_insertion(inputs: dict[str, Any], text: str, processor: Any, images: Sequence[Any]) -> dict[str, Any]:
+    """A processor's output for `text`, whose expansions also have what the processor inserts without reporting it."""
+    expansions = expansions_of(inputs)
+    reported = len(text) + (grown(expansions[-1]) if expansions else 0)
+    if int(inputs["offset_mapping"].max()) == reported or not hasattr(processor, "prepare_inputs_layout"):
+        return inputs
+    layout = processor.prepare_inputs_layout(images=list(images) or None, text=[text])[1][0]
+    return inputs | {EXPANSIONS: [add_insertion(expansions, text, layout)]}
+
+
 def overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     """Which tokens, with character `offsets` `[T, 2]`, share a character with any of `spans`. Boolean `[T]`."""
     hit = np.zeros(len(offsets), dtype=bool)
