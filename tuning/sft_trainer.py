@@ -33,6 +33,7 @@ from tuning.model import load
 from tuning.model.build import build_model, plan_model
 from tuning.training import resume
 from tuning.training.final_model import save_final_model
+from tuning.training.optimizer import check_optimizer
 from tuning.training.run_summary import describe_run, write_run_info
 from tuning.training.trackers import make_trackers
 from tuning.training.trainer import SupervisedTrainer
@@ -88,6 +89,7 @@ def configure(config: RunConfig) -> None:
     check_launcher(config)
     if config.answers.eval_generate_rows:
         check_metrics(config.answers.metric_names, "eval_metrics")
+    check_optimizer(config.training)
     configure_libraries(config.training)
     set_seed(config.training.seed)
 

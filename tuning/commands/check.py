@@ -30,7 +30,7 @@ from tuning.model.padding_free import why_padding_is_needed_by_structure
 from tuning.model.parts import freeze_parameters, parameter_table
 from tuning.model.quantize import quantise_skeleton
 from tuning.pages.check_page import render_page
-from tuning.training.optimizer import patch_master_weights
+from tuning.training.optimizer import check_optimizer, patch_master_weights
 
 OPTIONS = RunConfig  # those of train
 SHOWN_PER_KIND = 3
@@ -40,6 +40,7 @@ def check(config: RunConfig) -> Report:
     """Read all rows as training would, estimate the run, and write `check.json` and `check.html`."""
     for note in config.notes:
         print0(note)
+    check_optimizer(config.training)
     model_config = load.load_config(config.model)
     processor = load.load_processor(config.model, model_config)
     encoder = make_encoder(config.data, processor, model_config, config.data.run_date)

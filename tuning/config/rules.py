@@ -111,12 +111,21 @@ def find_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 WRITTEN = ("output_dir", "save_model_dir", "cache_vision_features", "logging_dir")
-PATHS = ("model_name_or_path", "validation_data_path", "data_path", "compare", "chat_template", "image_folder")
+PATHS = (
+    "model_name_or_path",
+    "validation_data_path",
+    "data_path",
+    "compare",
+    "chat_template",
+    "image_folder",
+    "adapter",
+    "base",
+)
 
 
 def find_path_problems(values: Mapping[str, Any]) -> Iterator[str]:
     """Options of any command whose path cannot be one, or does not exist. Hub ids and template texts are others."""
-    for name in (*PATHS, *WRITTEN, "training_data_path", "adapter", "base", "output", "input"):
+    for name in (*PATHS, *WRITTEN, "training_data_path", "output"):
         path = values.get(name)
         if isinstance(path, str) and ("\0" in path or (path.startswith("~") and os.path.expanduser(path) == path)):
             what = "no path has a NUL character" if "\0" in path else "there is no such user"
