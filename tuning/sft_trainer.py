@@ -25,6 +25,7 @@ from tuning.data.from_config import dummy_batch, open_data, open_rows
 from tuning.distributed.failures import name_killed_worker
 from tuning.distributed.launch import SCRIPT, check_launcher, choose_launch_options, configure_libraries, launch
 from tuning.distributed.processes import exit_process
+from tuning.errors import UserError
 from tuning.exit_codes import on_interrupt_say, run_command
 from tuning.files import REPORT_FILE
 from tuning.hub import open_hub, upload_finished
@@ -63,7 +64,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     if progress.finished_steps is not None:
         return report_finished(config, progress)
     date, done = progress.fingerprint["date_string"], progress.global_step
-    data = open_data(config, rows, processor, model_config, date_string=date, steps_done=done)
+    known = load.count_embeddings(processor, model_config)
+    data = open_data(config, rows, processor, model_config, date_string=date, steps_done=done, embeddings=known)
 
     plan = plan_model(config, model_config, partial(dummy_batch, data.encoder))
     trackers, hub = make_trackers(config), open_hub(config)
@@ -75,7 +77,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         write_run_info(summary, config.training)
         with trainer.report:
             metrics = train_model(trainer, config, progress)
-            trainer.rows.report()
+            trainer.rows.report(trainer.supervised_tokens)
             save_final_model(trainer, config, progress, summary)
             steps, report = trainer.state.global_step, Path(config.training.output_dir, REPORT_FILE)
             print0(f"Done: {config.save_model_dir} holds the model after {steps} steps. Look at {report}.")
@@ -124,6 +126,9 @@ def train_model(trainer: SupervisedTrainer, config: RunConfig, progress: resume.
     ):
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.guard.raise_if_stopped(trainer.state)
+    if trainer.state.global_step == 0:
+        what = "no batch could be filled, so no step was taken and nothing is saved."
+        raise UserError(where="training_data_path", problem=what, fix="Set dataloader_drop_last false, or add rows.")
     return metrics | next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
 
 

@@ -112,7 +112,7 @@ class Speaker:
 def make_speaker(options: ChatArguments, ending: threading.Event) -> Speaker:
     """Load a model onto the machine's accelerator, if there is one."""
     loaded = load_answering(options, device=PartialState().device)
-    encoder = make_encoder(RowArguments(), loaded.processor, loaded.config, None)
+    encoder = make_encoder(RowArguments(), loaded.processor, loaded.config, None, embeddings=loaded.embeddings)
     name = Path(options.model_name_or_path).expanduser().resolve().name
     return Speaker(name, loaded, encoder, probe_collator(loaded.processor), options.max_new_tokens, ending)
 

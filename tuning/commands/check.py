@@ -43,7 +43,8 @@ def check(config: RunConfig) -> Report:
     check_optimizer(config.training)
     model_config = load.load_config(config.model)
     processor = load.load_processor(config.model, model_config)
-    encoder = make_encoder(config.data, processor, model_config, config.data.run_date)
+    known = load.count_embeddings(processor, model_config)
+    encoder = make_encoder(config.data, processor, model_config, config.data.run_date, embeddings=known)
 
     source = open_rows(config)
     meter = RowMeter(encoder, decode_images=config.check.decode_images)

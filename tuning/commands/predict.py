@@ -136,7 +136,7 @@ def answer_rows(
 ) -> None:
     """Add the answers to `open_rows`. Each of several processes takes its share of every round of batches."""
     loaded = load_answering(options, device=state.device)
-    encoder = make_encoder(options, loaded.processor, loaded.config, options.date_string)
+    encoder = make_encoder(options, loaded.processor, loaded.config, options.date_string, embeddings=loaded.embeddings)
     collator = probe_collator(encoder.processor)
     batches = share_out(open_rows, options.batch_size, rank=state.process_index, world=state.num_processes)
     questions = Questions(data, encoder, options.references_field)

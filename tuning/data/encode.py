@@ -17,7 +17,7 @@ from tuning.data.pixels import patch_image_processor
 from tuning.data.sources import Row
 from tuning.data.token_spans import EXPANSIONS, Span, after_expansion, expansions_of, overlaps
 from tuning.data.truncate import cut_answers
-from tuning.errors import UserError, error_field
+from tuning.errors import UserError, describe_failure, error_field, try_optional
 
 IGNORED = -100
 """The label of a position that is not trained (PyTorch's and Hugging Face's convention)."""
@@ -68,7 +68,8 @@ class Prepared:
 class Encoder:
     """Encodes rows: renders the conversation, processes text and images, and labels the tokens.
 
-    `overlong_rows` is error, drop or truncate_text.
+    `overlong_rows` is error, drop or truncate_text. `embeddings`: for how many tokens the model has embeddings, where
+    the tokenizer has more tokens; else None.
     """
 
     processor: Any
@@ -79,6 +80,7 @@ class Encoder:
     assistant_only_loss: bool = True
     overlong_rows: str = "error"
     image_rules: ImageRules = ImageRules()
+    embeddings: int | None = None
 
     @functools.cached_property
     def image_names(self) -> frozenset[str]:
@@ -104,7 +106,7 @@ class Encoder:
 
     def encode_prepared(self, prepared: Prepared, images: Sequence[Image.Image]) -> Sample:
         """Process and label a prepared row with its opened images; see `encode`."""
-        inputs = self.process(prepared.chat.text, images)
+        inputs = self._process_row(prepared, images)
         length = inputs["input_ids"].shape[1]
         if length <= self.max_seq_length:
             return self._label(inputs, prepared)
@@ -118,7 +120,7 @@ class Encoder:
 
     def encode_untrained(self, prepared: Prepared) -> Sample:
         """Process a row of which no token is trained, such as a prompt. Raises `UserError` where it is too long."""
-        inputs = self.process(prepared.chat.text, self.open_images(prepared))
+        inputs = self._process_row(prepared, self.open_images(prepared))
         if inputs["input_ids"].shape[1] > self.max_seq_length:
             raise self.too_long(prepared, inputs["input_ids"].shape[1], "Raise max_seq_length, or shorten the row.")
         return self.untrained_sample(inputs, prepared.row.where)
@@ -174,6 +176,46 @@ class Encoder:
             ]
 
     # --- process ---
+
+    def _process_row(self, prepared: Prepared, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """`process` for a row. Raises `UserError` for what the processor refuses, and for tokens unknown to the model.
+
+        Processors check little, and in their own ways: one refuses a picture that is 200 times as long as wide.
+        """
+        attempt = try_optional(lambda: self.process(prepared.chat.text, images))
+        if attempt.value is None:
+            raise self.refused(prepared, attempt.error) from attempt.error
+        self.check_ids(attempt.value["input_ids"][0].numpy(), prepared)
+        return attempt.value
+
+    def check_ids(self, ids: np.ndarray, prepared: Prepared) -> None:
+        """Raises `UserError` for a token of a row that the model has no embedding for."""
+        if self.embeddings is None:
+            return
+        beyond = ids[(ids >= self.embeddings) & (ids != self.image_token_id)]
+        if len(beyond):
+            token = self.processor.tokenizer.convert_ids_to_tokens(int(beyond[0]))
+            raise _text_error(
+                prepared.row,
+                problem=(
+                    f"the token {token!r} has the id {beyond[0]}, but the model has {self.embeddings} embeddings: the"
+                    " tokenizer was extended, the model was not."
+                ),
+                fix="Call the model's resize_token_embeddings(len(tokenizer)) and save it, or use its own tokenizer.",
+                kind="token without an embedding",
+            )
+
+    def refused(self, prepared: Prepared, error: Exception | None) -> UserError:
+        """The error of a row that the processor raised `error` for."""
+        assert error is not None
+        row = prepared.row
+        return UserError(
+            where=row.where,
+            problem=f"the model's processor refuses this row: {describe_failure(error)}.",
+            fix="Change its images or its text, or drop it.",
+            field=row.format.field_of_images if prepared.images else row.format.text_fields[-1],
+            kind="refused by the processor",
+        )
 
     def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
         """The processor's output for one rendered conversation, with both offset maps of its tokens."""

@@ -17,10 +17,11 @@ from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import Collator, probe_collator
 from tuning.data.dataset import EncodedRows, StreamedRows, encode_row
 from tuning.data.dummy_samples import dummy_image_sample
-from tuning.data.encode import Encoder
+from tuning.data.encode import IGNORED, Encoder
 from tuning.data.formats import describe_format
 from tuning.data.images import ImageRules
 from tuning.data.open_source import open_source
+from tuning.data.resizing import find_short_edge
 from tuning.data.sources import DataFile, Mixture, Source, Stream
 from tuning.errors import UserError
 
@@ -56,13 +57,15 @@ def open_data(
     *,
     date_string: str,
     steps_done: int,
+    embeddings: int | None = None,
 ) -> TrainingData:
     """Prepare the training rows and open the validation rows, and try the first rows of both.
 
     `date_string`: today's date in chat templates. `steps_done`: the optimizer steps of an earlier run: streamed rows
-    start after them. Raises `UserError` for a bad row among the first.
+    start after them. `embeddings`: see `Encoder`. Raises `UserError` for a bad row among the first.
     """
-    encoder, skip = make_encoder(config.data, processor, model_config, date_string), config.data.on_bad_row == "skip"
+    encoder = make_encoder(config.data, processor, model_config, date_string, embeddings=embeddings)
+    skip = config.data.on_bad_row == "skip"
     collator = probe_collator(processor)
     if config.training.world_size > 1:  # every batch then has an image: see `dummy_image_sample`
         collator = replace(collator, dummy_image_sample=dummy_image_sample(encoder))
@@ -76,6 +79,7 @@ def open_data(
     if config.data.validation_data_path:
         validation = EncodedRows(open_validation_rows(config), encoder, skip_bad_rows=skip)
         check_first_rows(validation.source, encoder, skip)
+        check_any_row(validation)
     return TrainingData(train, validation, encoder, collator)
 
 
@@ -99,8 +103,38 @@ def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_b
             raise encoded
 
 
+def check_any_row(rows: EncodedRows) -> None:
+    """Raises `UserError` where every validation row is left out. One row that is not is enough: it ends the search."""
+    for number in range(len(rows)):
+        encoded = rows[number]
+        if isinstance(encoded, UserError) or (encoded.sequence["labels"] != IGNORED).any():
+            return
+    raise UserError(
+        where="validation_data_path",
+        problem="no row is left to evaluate on: each is bad, or longer than max_seq_length.",
+        fix="vlm-tuning check lists the reasons.",
+    )
+
+
 def open_rows(config: RunConfig) -> Source | Mixture | Stream:
-    """The training rows of one data path, or of a list of them, mixed by weight; a `Stream` with `streaming`."""
+    """The training rows of one data path, or of a list of them, mixed by weight; a `Stream` with `streaming`.
+
+    Raises `UserError` if `dataloader_drop_last` would drop all of them.
+    """
+    rows, training = _open_rows(config), config.training
+    size = training.train_batch_size * training.world_size
+    if isinstance(rows, Stream) or config.data.max_tokens_per_batch:  # batches are counted later
+        return rows
+    if training.dataloader_drop_last and len(rows) < size:
+        raise UserError(
+            where="dataloader_drop_last",
+            problem=f"{len(rows)} rows do not fill a batch of {size}, so that no step would be taken.",
+            fix="Set it to false, or lower per_device_train_batch_size.",
+        )
+    return rows
+
+
+def _open_rows(config: RunConfig) -> Source | Mixture | Stream:
     data = config.data
     path = data.training_data_path
     entries: list[dict[str, Any]] = path if isinstance(path, list) else [{"path": path}]
@@ -159,9 +193,17 @@ def image_rules(data: SourceArguments) -> ImageRules:
 
 
 def make_encoder(
-    data: RowArguments, processor: Any, model_config: PreTrainedConfig, date_string: str | None
+    data: RowArguments,
+    processor: Any,
+    model_config: PreTrainedConfig,
+    date_string: str | None,
+    *,
+    embeddings: int | None = None,
 ) -> Encoder:
-    """Make the encoder of rows for this model. Prints what it adds to rows and how long they may be."""
+    """Make the encoder of rows for this model. Prints what it adds to rows and how long they may be.
+
+    `embeddings`: see `Encoder`.
+    """
     chat = ChatFormat(processor, date_string=date_string)
     if chat.adds_end_token:
         print0(
@@ -175,7 +217,8 @@ def make_encoder(
         max_seq_length=data.max_seq_length or context or processor.tokenizer.model_max_length,
         max_images=data.max_images_per_sample or find_family(model_config).max_images,
         max_messages=data.max_messages_per_row,
-        image_rules=image_rules(data),
+        image_rules=replace(image_rules(data), short_edge=find_short_edge(processor.image_processor)),
+        embeddings=embeddings,
     )
     if isinstance(data, DataArguments):
         encoder = replace(encoder, assistant_only_loss=data.assistant_only_loss, overlong_rows=data.overlong_rows)

@@ -25,6 +25,11 @@ class LoadedModel:
     processor: Any
     adapter: Adapter | None
 
+    @property
+    def embeddings(self) -> int | None:
+        """For how many tokens the model has embeddings, where its tokenizer has more; else None."""
+        return load.count_embeddings(self.processor, self.config)
+
 
 def load_answering(source: ModelSource, *, device: torch.device | str) -> LoadedModel:
     """Load the model or adapter that `source` names. Raises `UserError` where it or its base cannot be loaded."""

@@ -83,7 +83,7 @@ def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
 
 
 def explain(error: Exception | None) -> str:
-    """Why files of a checkpoint cannot be loaded, in one line: the libraries' own words, if they were meant for users."""
+    """Why files of a checkpoint cannot be loaded, in one line: the library's own words, if meant for users."""
     assert error is not None
     return first_line(error) if isinstance(error, (OSError, ValueError, ImportError)) else describe_failure(error)
 
@@ -136,6 +136,18 @@ def _read_template(template: str) -> str:
     if "{" in template:
         return template
     return read_user_text(template, where=f"chat_template {shorten(template)}", fix="Give a Jinja file or its text.")
+
+
+def count_embeddings(processor: Any, config: PreTrainedConfig) -> int | None:
+    """For how many tokens the model has embeddings, where its tokenizer has more tokens; None where it has none more.
+
+    Many models have rows to spare, and some more than their configuration says: the skeleton is asked then.
+    """
+    last = max(processor.tokenizer.get_vocab().values(), default=0)
+    if last < getattr(config.get_text_config(), "vocab_size", 0):
+        return None
+    rows = build_skeleton(config).get_input_embeddings().weight.shape[0]
+    return rows if last >= rows else None
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
