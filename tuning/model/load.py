@@ -261,7 +261,7 @@ def drop_unused_flags(config: GenerationConfig) -> None:
         config.validate(strict=True)
     except ValueError as error:
         raise UserError(where="generation_config.json", problem=f"{first_line(error)}.", fix="Correct it.") from error
-    print0(f"generation_config.json: {', '.join(unused)} has no effect on how this model answers, and is not saved.")
+    print0(f"generation_config.json: {', '.join(unused)} cannot affect how this model answers, so it is not saved.")
 
 
 @contextmanager
