@@ -18,7 +18,7 @@ from tuning.console import print0
 from tuning.data.batch_sampler import NOT_TRAINED, make_token_batches
 from tuning.data.collator import Collator, probe_collator
 from tuning.data.encode import Encoder, Sample
-from tuning.data.from_config import dummy_batch, make_encoder, open_rows, open_validation_rows
+from tuning.data.from_config import check_batch_is_filled, dummy_batch, make_encoder, open_rows, open_validation_rows
 from tuning.data.row_lengths import RowLengths, RowMeter
 from tuning.errors import UserError, writing
 from tuning.files import write_json, write_text
@@ -47,6 +47,7 @@ def check(config: RunConfig) -> Report:
     encoder = make_encoder(config.data, processor, model_config, config.data.run_date, embeddings=known)
 
     source = open_rows(config)
+    check_batch_is_filled(source, config)
     meter = RowMeter(encoder, decode_images=config.check.decode_images)
     findings = measure_all(source, meter, config.check.max_rows)
     validation = None

@@ -64,6 +64,7 @@ def open_data(
     `date_string`: today's date in chat templates. `steps_done`: the optimizer steps of an earlier run: streamed rows
     start after them. `embeddings`: see `Encoder`. Raises `UserError` for a bad row among the first.
     """
+    check_batch_is_filled(rows, config)
     encoder = make_encoder(config.data, processor, model_config, date_string, embeddings=embeddings)
     skip = config.data.on_bad_row == "skip"
     collator = probe_collator(processor)
@@ -116,25 +117,22 @@ def check_any_row(rows: EncodedRows) -> None:
     )
 
 
-def open_rows(config: RunConfig) -> Source | Mixture | Stream:
-    """The training rows of one data path, or of a list of them, mixed by weight; a `Stream` with `streaming`.
-
-    Raises `UserError` if `dataloader_drop_last` would drop all of them.
-    """
-    rows, training = _open_rows(config), config.training
+def check_batch_is_filled(rows: Source | Mixture | Stream, config: RunConfig) -> None:
+    """Raises `UserError` where `dataloader_drop_last` would drop all rows, so that no step would be taken."""
+    training = config.training
     size = training.train_batch_size * training.world_size
-    if isinstance(rows, Stream) or config.data.max_tokens_per_batch:  # batches are counted later
-        return rows
+    if isinstance(rows, Stream) or config.data.max_tokens_per_batch:  # their batches are counted later
+        return
     if training.dataloader_drop_last and len(rows) < size:
         raise UserError(
             where="dataloader_drop_last",
             problem=f"{len(rows)} rows do not fill a batch of {size}, so that no step would be taken.",
             fix="Set it to false, or lower per_device_train_batch_size.",
         )
-    return rows
 
 
-def _open_rows(config: RunConfig) -> Source | Mixture | Stream:
+def open_rows(config: RunConfig) -> Source | Mixture | Stream:
+    """The training rows of one data path, or of a list of them, mixed by weight; a `Stream` with `streaming`."""
     data = config.data
     path = data.training_data_path
     entries: list[dict[str, Any]] = path if isinstance(path, list) else [{"path": path}]
