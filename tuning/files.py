@@ -65,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
     """Write so that a reader sees the old or the new file, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character of a row is no text
     os.replace(temporary, path)
 
 

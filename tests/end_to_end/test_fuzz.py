@@ -147,16 +147,20 @@ def base(models, tmp_path_factory):
 
 def run(*argv: str) -> str:
     """What a command prints. It must end with 0 or 1, and with a message."""
-    environment, printed = dict(os.environ), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    environment = dict(os.environ)
+    printed, errors = (
+        io.TextIOWrapper(io.BytesIO(), "utf-8", strictness) for strictness in ("strict", "backslashreplace")
+    )
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
             code = cli.main(argv)
             close_progress_bars()
     finally:
         os.environ.clear()
         os.environ.update(environment)
     printed.seek(0)
-    text = printed.read()
+    errors.seek(0)
+    text = printed.read() + errors.read()
     assert code in (0, 1), text
     assert "Traceback" not in text
     assert code == 0 or "Error: " in text

@@ -127,18 +127,28 @@ def find_path_problems(values: Mapping[str, Any]) -> Iterator[str]:
     """Options of any command whose path cannot be one, or does not exist. Hub ids and template texts are others."""
     for name in (*PATHS, *WRITTEN, "training_data_path", "output"):
         path = values.get(name)
-        if isinstance(path, str) and ("\0" in path or (path.startswith("~") and os.path.expanduser(path) == path)):
-            what = "no path has a NUL character" if "\0" in path else "there is no such user"
-            yield f"{name}: {shorten(path)} is not a path: {what}"
+        if isinstance(path, str) and (reason := _why_no_path(path)):
+            yield f"{name}: {shorten(path)} is not a path: {reason}"
     training = values.get("training_data_path")
     entries = training if isinstance(training, list) else [{"path": training}]
     paths = [("training_data_path", entry.get("path")) for entry in entries if isinstance(entry, dict)]
     for name, path in [*((name, values.get(name)) for name in PATHS), *paths]:
-        if not isinstance(path, str) or not path or "\0" in path or (name == "chat_template" and "{" in path):
+        if not isinstance(path, str) or not path or _why_no_path(path) or (name == "chat_template" and "{" in path):
             continue
         is_local = name == "image_folder" or is_local_path(path) or path.endswith((*DATA_SUFFIXES, ".jinja"))
         if is_local and not os.path.exists(os.path.expanduser(path)):
             yield f"{name}: {path} does not exist"
+
+
+def _why_no_path(path: str) -> str:
+    """Why no file can have this path; "" if one can."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return "it has half a character"
+    if "\0" in path:
+        return "it has a NUL character"
+    return "there is no such user" if path.startswith("~") and os.path.expanduser(path) == path else ""
 
 
 def _mixture_problems(entries: Any) -> Iterator[str]:
@@ -256,7 +266,7 @@ def _output_problems(values: Mapping[str, Any]) -> Iterator[str]:
     model = os.path.expanduser(values.get("model_name_or_path") or "")
     for name in WRITTEN:
         folder = os.path.expanduser(values.get(name) or "")
-        if not folder or "\0" in folder:
+        if not folder or _why_no_path(folder):
             continue
         existing = next(parent for parent in (Path(folder), *Path(folder).parents) if os.path.lexists(parent))
         if not os.path.isdir(existing):
