@@ -226,6 +226,12 @@ def load_model(
             problem=f"the weights cannot be loaded: {first_line(error)}.",
             fix="Use a checkpoint whose weights are complete and stored as safetensors.",
         ) from error
+    except ValueError as error:  # settings in its files, or options, that contradict each other
+        raise UserError(
+            where=f"model_name_or_path {name}",
+            problem=f"the model cannot be loaded: {first_line(error)}.",
+            fix="Correct its config.json, its generation_config.json or the option that this names.",
+        ) from error
     for problem, keys in (("lacks", report["missing_keys"]), ("does not fit", report["mismatched_keys"])):
         if keys:
             listed = sorted(str(key) for key in keys)
