@@ -24,6 +24,7 @@ from tuning.files import read_user_text
 TYPES = typing.get_type_hints(TrainingArguments) | {"resume_from_checkpoint": bool | str | None}
 for _kind in SECTIONS.values():
     TYPES |= typing.get_type_hints(_kind)
+TYPES |= {name: dict[str, Any] | None for name in TRAINING_FIELDS if name.endswith("_kwargs")}  # no text but JSON's
 KNOWN = set(OWN_OPTIONS) | set(TRAINING_FIELDS)
 LIMITS = {name: entry.metadata for name, entry in OWN_OPTIONS.items()} | TRAINING_LIMITS
 

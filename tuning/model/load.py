@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,16 @@ def load_model(
             problem=f"the model cannot be loaded: {first_line(error)}.",
             fix="Correct its config.json, its generation_config.json or the option that this names.",
         ) from error
+    check_complete(name, report)
+    keep_bnb_weights_trainable(loaded)
+    drop_unused_flags(loaded.generation_config)
+    if Path(name).expanduser().exists():
+        loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters name it as their base
+    return loaded
+
+
+def check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Raises `UserError` where transformers reports weights that the checkpoint lacks, or that do not fit."""
     for problem, keys in (("lacks", report["missing_keys"]), ("does not fit", report["mismatched_keys"])):
         if keys:
             listed = sorted(str(key) for key in keys)
@@ -243,11 +253,6 @@ def load_model(
                 ),
                 fix="Use a complete checkpoint of this model: these weights would be random.",
             )
-    keep_bnb_weights_trainable(loaded)
-    drop_unused_flags(loaded.generation_config)
-    if Path(name).expanduser().exists():
-        loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters name it as their base
-    return loaded
 
 
 def drop_unused_flags(config: GenerationConfig) -> None:
