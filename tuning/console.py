@@ -7,7 +7,8 @@ import sys
 def print0(text: str) -> None:
     """Print from the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        encoding = sys.stdout.encoding or "utf-8"  # a row may have half a character, and a terminal few of them
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def print_error(message: str, trace: str = "") -> None:
@@ -16,7 +17,7 @@ def print_error(message: str, trace: str = "") -> None:
     line_break = "\n" if os.environ.get("RANK", "0") != "0" else ""  # the first process may have left a bar open
     print(line_break + trace + message, file=sys.stderr, flush=True)
     if log_file := os.environ.get("TERMINATION_LOG_FILE"):
-        with open(log_file, "w", encoding="utf-8") as file:
+        with open(log_file, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(message + "\n")
 
 

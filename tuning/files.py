@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tuning.errors import UserError, first_line
+
 # Files of a run in its output_dir.
 LOG_FILE = "training_logs.jsonl"  # a line of figures for every logging step and every evaluation
 SKIPPED_FILE = "skipped_rows.jsonl"  # the rows that were not trained, and why
@@ -30,6 +32,22 @@ SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # fold
 NOT_OF_A_MODEL = (STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE, SCALER_FILE)
 
 
+def read_user_text(path: str, *, where: str, what: str = "", fix: str = "") -> str:
+    """The text of a file that the user named, in UTF-8. Raises `UserError` if it cannot be read, or is none.
+
+    `where`, `what`, `fix`: see `UserError`; `what` is the subject of the problem, such as "the config file".
+    """
+    subject = f"{what} " if what else ""
+    try:
+        return Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        problem = f"{subject}is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}."
+        raise UserError(where=where, problem=problem, fix="Save it as UTF-8.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(where=where, problem=f"{subject}cannot be read: {reason}.", fix=fix) from error
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None if the file is missing or holds only a part of one."""
     try:
@@ -47,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
     """Write so that a reader sees the old or the new file, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character of a row is no text
     os.replace(temporary, path)
 
 

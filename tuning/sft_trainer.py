@@ -33,6 +33,7 @@ from tuning.model import load
 from tuning.model.build import build_model, plan_model
 from tuning.training import resume
 from tuning.training.final_model import save_final_model
+from tuning.training.optimizer import check_optimizer
 from tuning.training.run_summary import describe_run, write_run_info
 from tuning.training.trackers import make_trackers
 from tuning.training.trainer import SupervisedTrainer
@@ -62,8 +63,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     if progress.finished_steps is not None:
         return report_finished(config, progress)
     date, done = progress.fingerprint["date_string"], progress.global_step
-    stop_tokens = load.read_stop_tokens(config.model, processor)
-    data = open_data(config, rows, processor, model_config, date_string=date, stop_tokens=stop_tokens, steps_done=done)
+    tokens = load.read_tokens(config.model, processor, model_config)
+    data = open_data(config, rows, processor, model_config, tokens=tokens, date_string=date, steps_done=done)
 
     plan = plan_model(config, model_config, partial(dummy_batch, data.encoder))
     trackers, hub = make_trackers(config), open_hub(config)
@@ -75,7 +76,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         write_run_info(summary, config.training)
         with trainer.report:
             metrics = train_model(trainer, config, progress)
-            trainer.rows.report()
+            trainer.rows.report(trainer.supervised_tokens)
             save_final_model(trainer, config, progress, summary)
             steps, report = trainer.state.global_step, Path(config.training.output_dir, REPORT_FILE)
             print0(f"Done: {config.save_model_dir} holds the model after {steps} steps. Look at {report}.")
@@ -89,6 +90,7 @@ def configure(config: RunConfig) -> None:
     check_launcher(config)
     if config.answers.eval_generate_rows:
         check_metrics(config.answers.metric_names, "eval_metrics")
+    check_optimizer(config.training)
     configure_libraries(config.training)
     set_seed(config.training.seed)
 

@@ -289,10 +289,10 @@ def test_training_reads_rows_as_check_does(check, make_options, tmp_path):
     config = build_config(options)
     model_config = load.load_config(config.model)
     processor = load.load_processor(config.model, model_config)
-    stops = load.read_stop_tokens(config.model, processor)
-    assert stops == [END]
+    tokens = load.read_tokens(config.model, processor, model_config)
+    assert tokens.stop == [END]
     data = open_data(
-        config, open_rows(config), processor, model_config, date_string="today", stop_tokens=stops, steps_done=0
+        config, open_rows(config), processor, model_config, date_string="today", tokens=tokens, steps_done=0
     )
     sequence = data.train[0].sequence
     taught = processor.tokenizer.decode(sequence["input_ids"][sequence["labels"] != IGNORED])

@@ -26,7 +26,6 @@ from tuning.data.sources import Row
 from tuning.errors import UserError, is_out_of_memory
 from tuning.model.answering import LoadedModel, load_answering
 from tuning.model.generate import greedy_settings, stream_text
-from tuning.model.load import read_stop_tokens
 from tuning.model.lora import ADAPTER_NAME
 from tuning.pages.chat_page import HOST, serve
 
@@ -119,7 +118,7 @@ def make_speaker(options: ChatArguments, ending: threading.Event) -> Speaker:
         loaded.config,
         None,
         template_kwargs=options.chat_template_kwargs,
-        stop_tokens=read_stop_tokens(loaded.source, loaded.processor),
+        tokens=loaded.tokens,
     )
     name = Path(options.model_name_or_path).expanduser().resolve().name
     return Speaker(name, loaded, encoder, probe_collator(loaded.processor), options.max_new_tokens, ending)

@@ -1,5 +1,6 @@
 """`vlm-tuning check`: read every row as training would, estimate the run, and report problems. Trains nothing."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from tuning.console import print0
 from tuning.data.batch_sampler import NOT_TRAINED, make_token_batches
 from tuning.data.collator import Collator, probe_collator
 from tuning.data.encode import Encoder, Sample
-from tuning.data.from_config import dummy_batch, make_encoder, open_rows, open_validation_rows
+from tuning.data.from_config import check_batch_is_filled, dummy_batch, make_encoder, open_rows, open_validation_rows
 from tuning.data.row_lengths import RowLengths, RowMeter
 from tuning.data.row_warnings import describe_ignored_keys, describe_unused_columns, find_prompt_gap
+from tuning.data.sources import Row
 from tuning.errors import UserError, writing
 from tuning.files import write_json, write_text
 from tuning.model import load
@@ -31,7 +33,7 @@ from tuning.model.padding_free import why_padding_is_needed_by_structure
 from tuning.model.parts import freeze_parameters, parameter_table
 from tuning.model.quantize import quantise_skeleton
 from tuning.pages.check_page import render_page
-from tuning.training.optimizer import patch_master_weights
+from tuning.training.optimizer import check_optimizer, patch_master_weights
 
 OPTIONS = RunConfig  # those of train
 SHOWN_PER_KIND = 3
@@ -42,6 +44,7 @@ def check(config: RunConfig) -> Report:
     """Read all rows as training would, estimate the run, and write `check.json` and `check.html`."""
     for note in config.notes:
         print0(note)
+    check_optimizer(config.training)
     model_config = load.load_config(config.model)
     processor = load.load_processor(config.model, model_config)
     encoder = make_encoder(
@@ -50,10 +53,11 @@ def check(config: RunConfig) -> Report:
         model_config,
         config.data.run_date,
         template_kwargs=config.model.chat_template_kwargs,
-        stop_tokens=load.read_stop_tokens(config.model, processor),
+        tokens=load.read_tokens(config.model, processor, model_config),
     )
 
     source = open_rows(config)
+    check_batch_is_filled(source, config)
     meter = RowMeter(encoder, decode_images=config.check.decode_images)
     findings = measure_all(source, meter, config.check.max_rows)
     validation = None
@@ -61,11 +65,9 @@ def check(config: RunConfig) -> Report:
         validation = measure_all(open_validation_rows(config), meter, config.check.max_rows)
     lengths = findings.lengths()
     find_row = row_finder(source, lengths)
-    some_rows = map(find_row, lengths.spread(ROWS_READ))
-    gaps = dict.fromkeys(filter(None, findings.map_good(lambda row: find_prompt_gap(row, encoder), some_rows)))
-    samples = findings.map_good(
-        lambda row: show_row(row, encoder), map(find_row, lengths.spread(config.check.sample_rows))
-    )
+    gaps = find_prompt_gaps(findings, encoder, map(find_row, lengths.spread(ROWS_READ)))
+    shown = map(find_row, lengths.spread(config.check.sample_rows))
+    samples = findings.map_good(lambda row: show_row(row, encoder), shown)
     heaviest_batch = findings.map_good(encoder.encode, map(find_row, heaviest_rows(config, lengths)))
 
     plan = plan_model(config, model_config, partial(dummy_batch, encoder))
@@ -97,6 +99,12 @@ def check(config: RunConfig) -> Report:
     )
     write_report(report, Path(config.training.output_dir))
     return report
+
+
+def find_prompt_gaps(findings: Findings, encoder: Encoder, rows: Iterable[Row]) -> list[str]:
+    """The differences between the prompts that some rows train and those of a server, each once."""
+    found = findings.map_good(partial(find_prompt_gap, encoder), rows)
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def heaviest_rows(config: RunConfig, lengths: Lengths) -> list[int]:

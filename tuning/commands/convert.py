@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from tuning.config.options import SourceArguments, option
 from tuning.console import print0
-from tuning.data.encode import wrong_number_of_images
 from tuning.data.formats import describe_format
 from tuning.data.from_config import image_rules, open_path
 from tuning.data.images import EncodedImage, ImageRules, find_image
 from tuning.data.messages import Message, count_images
+from tuning.data.row_errors import wrong_number_of_images
 from tuning.data.sources import Row, Source
 from tuning.errors import UserError, error_field, writing
 

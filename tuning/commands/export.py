@@ -25,6 +25,7 @@ from tuning.export.vllm import Serving, plan_transformers, plan_vllm, write_rena
 from tuning.files import CARD_FILE, CONFIG_FILE, read_json, write_text
 from tuning.hub import NOT_OF_THE_MODEL, HubRepo
 from tuning.machine import check_space, free_memory
+from tuning.model.load import read_tokens
 from tuning.model.lora import Adapter, BaseModel, find_adapter, has_processor, load_base
 from tuning.model.saved_weights import open_weights
 from tuning.pages.model_card import is_ours, merge_card
@@ -180,7 +181,8 @@ def report_logits(result: Comparison, rows: int) -> None:
 
 def sample_batches(options: ExportOptions, base: BaseModel) -> list[dict[str, Any]]:
     """The user's first rows, or built-in ones with and without an image, one row per batch."""
-    encoder = make_encoder(options, base.processor, base.config, options.run_date)
+    tokens = read_tokens(base.source, base.processor, base.config)
+    encoder = make_encoder(options, base.processor, base.config, options.run_date, tokens=tokens)
     samples = dummy_samples(encoder)
     if options.data_path:
         source = open_path(options, options.data_path, options.dataset_split)

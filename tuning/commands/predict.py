@@ -45,7 +45,6 @@ from tuning.files import (
 from tuning.machine import default_workers
 from tuning.metrics import METRICS, check_metrics, check_references, score_rows
 from tuning.model.answering import load_answering
-from tuning.model.load import read_stop_tokens
 from tuning.model.lora import find_adapter, load_base
 from tuning.pages.answers_page import render_answers
 from tuning.training.evaluation import answer, share_out
@@ -146,7 +145,7 @@ def answer_rows(
         loaded.config,
         options.date_string,
         template_kwargs=options.chat_template_kwargs,
-        stop_tokens=read_stop_tokens(loaded.source, loaded.processor),
+        tokens=loaded.tokens,
     )
     collator = probe_collator(encoder.processor)
     batches = share_out(open_rows, options.batch_size, rank=state.process_index, world=state.num_processes)

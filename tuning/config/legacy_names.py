@@ -52,6 +52,40 @@ REMOVED = {
     "model_max_length": "Use max_seq_length.",
 }
 
+# What other tools call an option → our name, to suggest where the spelling is too far from it.
+ELSEWHERE = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "lr": "learning_rate",
+    "vision_lr": "vision_tower_learning_rate",
+    "vit_lr": "vision_tower_learning_rate",
+    "merger_lr": "projector_learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "model": "model_name_or_path",
+    "model_id": "model_name_or_path",
+    "data_path": "training_data_path",
+    "dataset": "training_data_path",
+    "dataset_name": "training_data_path",
+    "val_dataset": "validation_data_path",
+    "eval_dataset": "validation_data_path",
+    "template": "chat_template",
+    "cutoff_len": "max_seq_length",
+    "seq_length": "max_seq_length",
+    "use_lora": "peft_method",
+    "train_type": "peft_method",
+    "finetuning_type": "peft_method",
+    "load_in_4bit": "quantization",
+    "freeze_vit": "freeze_vision_tower",
+    "freeze_llm": "freeze_language_model",
+}
+
 
 def _warmup_ratio(value: Any) -> dict[str, Any]:
     # transformers 5 takes a float below 1 in warmup_steps as a share of all steps.

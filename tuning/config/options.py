@@ -5,10 +5,12 @@
 
 from dataclasses import dataclass, field, fields
 from datetime import date
+from multiprocessing import get_all_start_methods
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import trainer_log_levels
 
 from tuning.config.box_formats import BOX_FORMATS
 
@@ -265,12 +267,34 @@ TRAINING_DEFAULTS = {
 # What options of TrainingArguments may be, by the names of `option`. Others are left to transformers.
 TRAINING_LIMITS: dict[str, dict[str, Any]] = {
     "num_train_epochs": {"above": 0},
+    "max_steps": {"minimum": -1},
     "per_device_train_batch_size": {"minimum": 1},
     "per_device_eval_batch_size": {"minimum": 1},
     "gradient_accumulation_steps": {"minimum": 1},
+    "eval_accumulation_steps": {"minimum": 1},
     "learning_rate": {"minimum": 0},
+    "warmup_steps": {"minimum": 0},
     "weight_decay": {"minimum": 0},
+    "adam_beta1": {"minimum": 0, "below": 1},
+    "adam_beta2": {"minimum": 0, "below": 1},
+    "adam_epsilon": {"minimum": 0},
+    "max_grad_norm": {"minimum": 0},
+    "neftune_noise_alpha": {"minimum": 0},
     "seed": {"minimum": 0, "maximum": 2**32 - 1},  # NumPy takes no other
+    "data_seed": {"minimum": 0, "maximum": 2**63 - 1},
+    "logging_steps": {"minimum": 0},
+    "eval_steps": {"minimum": 0},
+    "eval_delay": {"minimum": 0},
+    "save_steps": {"minimum": 0},
+    "save_total_limit": {"minimum": 0},
+    "torch_empty_cache_steps": {"minimum": 1},
+    "dataloader_num_workers": {"minimum": 0},
+    "dataloader_prefetch_factor": {"minimum": 1},
+    "dataloader_multiprocessing_context": {"choices": tuple(get_all_start_methods())},
+    "ddp_bucket_cap_mb": {"minimum": 1},
+    "ddp_timeout": {"minimum": 1},
+    "log_level": {"choices": tuple(trainer_log_levels)},
+    "log_level_replica": {"choices": tuple(trainer_log_levels)},
 }
 
 

@@ -6,10 +6,10 @@ import copy
 import difflib
 import json
 import os
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -17,12 +17,14 @@ from transformers import TrainingArguments
 from tuning.config import legacy_names
 from tuning.config.options import OWN_OPTIONS, SECTIONS, TRAINING_DEFAULTS, TRAINING_FIELDS, TRAINING_LIMITS, RunConfig
 from tuning.config.rules import complete, find_path_problems, find_problems, groups_by_length
-from tuning.config.values import coerce, find_value_problems
-from tuning.errors import UserError
+from tuning.config.values import coerce, find_value_problems, to_json_value
+from tuning.errors import UserError, describe_failure, first_line, try_optional
+from tuning.files import read_user_text
 
 TYPES = typing.get_type_hints(TrainingArguments) | {"resume_from_checkpoint": bool | str | None}
 for _kind in SECTIONS.values():
     TYPES |= typing.get_type_hints(_kind)
+TYPES |= {name: dict[str, Any] | None for name in TRAINING_FIELDS if name.endswith("_kwargs")}  # no text but JSON's
 KNOWN = set(OWN_OPTIONS) | set(TRAINING_FIELDS)
 LIMITS = {name: entry.metadata for name, entry in OWN_OPTIONS.items()} | TRAINING_LIMITS
 
@@ -79,12 +81,9 @@ def _finish_flag(name: str, value: Any, known: Set[str]) -> tuple[str, Any]:
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Read a config file. Raises `UserError` if it cannot be read, is not JSON, or is not an object."""
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        what = f"the config file cannot be read: {error.strerror}."
-        raise UserError(where=str(path), problem=what, fix="Give the path of a JSON file, or flags.") from error
-    return _load_object(text, where=str(path))
+    where = os.fsdecode(path)
+    text = read_user_text(where, where=where, what="the config file", fix="Give the path of a JSON file, or flags.")
+    return _load_object(text, where)
 
 
 def _decode_json(encoded: str) -> dict[str, Any]:
@@ -106,6 +105,9 @@ def _load_object(text: str, where: str) -> dict[str, Any]:
         raise UserError(
             where=place, problem=f"this is not valid JSON: {error.msg}.", fix="Correct the text."
         ) from error
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        what = f"this JSON cannot be read: {first_line(error)}."
+        raise UserError(where=where, problem=what, fix="Correct the text.") from error
     if not isinstance(value, dict):
         what = f"the config must be a JSON object with option names, not a {type(value).__name__}."
         raise UserError(where=where, problem=what, fix='Write the options as {"name": value, …}.')
@@ -132,26 +134,31 @@ def check_options(options: Mapping[str, Any]) -> CheckedOptions:
     type or outside the limits, and rules between options. `options` stay as they are, nested objects included.
     """
     problems: list[str] = []
-    current = _translate_names(copy.deepcopy(dict(options)), problems)
+    current = _translate_names(to_json_value(options), problems)
     values, notes = complete(_coerce_all(current, TYPES, problems))
-    _raise_all([*problems, *find_value_problems(values, LIMITS), *find_problems(values)])
+    problems += find_value_problems(values, LIMITS)
+    _raise_all([*problems, *_not_of_options(find_problems(values), problems)])
     return CheckedOptions(values, notes)
+
+
+def _not_of_options(found: Iterable[str], problems: Iterable[str]) -> list[str]:
+    """The problems `found` that name no option which has one of `problems` already: they follow from that."""
+    names = {name for problem in problems for name in problem.partition(":")[0].split(", ")}
+    return [problem for problem in found if names.isdisjoint(re.findall(r"\w+", problem))]
 
 
 def make_config(options: CheckedOptions) -> RunConfig:
     """The second half of `build_config`: `TrainingArguments` may start this process's device. Raises `UserError`."""
     values = options.values
     sections = {section: _make(kind, values) for section, kind in SECTIONS.items()}
-    training = TRAINING_DEFAULTS | {name: values[name] for name in TRAINING_FIELDS if name in values}
-    try:
-        return RunConfig(
-            **sections,
-            training=TrainingArguments(**training),
-            notes=options.notes,
-            group_by_length=groups_by_length(values),
-        )
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(where="config", problem=str(error)) from error
+    arguments = TRAINING_DEFAULTS | {name: values[name] for name in TRAINING_FIELDS if name in values}
+    training = try_optional(lambda: TrainingArguments(**arguments))  # opens files and packages that the user chose
+    if training.error:
+        is_plain = isinstance(training.error, (ValueError, NotImplementedError))
+        problem = str(training.error) if is_plain else f"{describe_failure(training.error)}."
+        raise UserError(where="config", problem=problem) from training.error
+    assert training.value is not None
+    return RunConfig(**sections, training=training.value, notes=options.notes, group_by_length=groups_by_length(values))
 
 
 def resolve(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> RunConfig:
@@ -198,8 +205,8 @@ def read_command(argv: Sequence[str], kind: Any) -> Any:
     values = _coerce_all(current, types_of, problems)
     problems += find_value_problems(values, {name: entry.metadata for name, entry in entries.items()})
     required = [name for name, entry in entries.items() if entry.metadata["required"]]
-    problems += [f"{positional.get(name, name)}: is required" for name in required if not values.get(name)]
-    _raise_all([*problems, *find_path_problems(values)])
+    missing = [f"{positional.get(name, name)}: is required" for name in required if not values.get(name)]
+    _raise_all([*problems, *_not_of_options([*missing, *find_path_problems(values)], problems)])
     return _make(kind, values)
 
 
@@ -260,5 +267,8 @@ def _translate_names(options: Mapping[str, Any], problems: list[str]) -> dict[st
 
 
 def _nearest(name: str, candidates: set[str]) -> str:
+    elsewhere = legacy_names.ELSEWHERE.get(name)
+    if elsewhere in candidates:
+        return f" Did you mean {elsewhere}?"
     close = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else " --help lists the options."

@@ -1,6 +1,8 @@
 """Rules between options: what is set or ignored for the user, with a note, and what cannot work."""
 
 import difflib
+import os
+import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tuning.config import legacy_names
 from tuning.config.options import OWN_OPTIONS, TRAINING_DEFAULTS, LoraArguments
+from tuning.config.values import shorten
 from tuning.exit_codes import was_launched
 from tuning.files import is_local_path
 from tuning.machine import default_workers
@@ -40,12 +43,20 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...
         listed = ", ".join(f"{name} {value}" for name, value in missing.items())
         notes.append(f"early_stopping_patience: the best model is kept ({listed}).")
         values |= missing
+    if "report_to" in values and values["report_to"] is None:
+        values["report_to"] = "none"
     if values.get("report_to") not in (None, [], "none", ["none"]) and values.get("output_dir"):
         values["run_name"] = values.get("run_name") or Path(values["output_dir"]).absolute().name
     if values.get("dataloader_num_workers") is None:
         values["dataloader_num_workers"] = default_workers()
     if values["dataloader_num_workers"] == 0:
         values["dataloader_persistent_workers"] = False
+        idle = [
+            name for name in ("prefetch_factor", "multiprocessing_context") if values.pop(f"dataloader_{name}", None)
+        ]
+        notes += [
+            f"dataloader_{name} has no effect without worker processes (dataloader_num_workers 0)." for name in idle
+        ]
     if values.get(legacy_names.CHECKPOINTING) and values.get(legacy_names.CHECKPOINTING_KWARGS) is None:
         values[legacy_names.CHECKPOINTING_KWARGS] = {"use_reentrant": False}
     if values.get("streaming"):
@@ -99,20 +110,45 @@ def find_problems(values: Mapping[str, Any]) -> Iterator[str]:
     yield from find_tracker_problems(values.get("report_to"))
 
 
-PATHS = ("model_name_or_path", "validation_data_path", "data_path", "compare", "chat_template", "image_folder")
+WRITTEN = ("output_dir", "save_model_dir", "cache_vision_features", "logging_dir")
+PATHS = (
+    "model_name_or_path",
+    "validation_data_path",
+    "data_path",
+    "compare",
+    "chat_template",
+    "image_folder",
+    "adapter",
+    "base",
+)
 
 
 def find_path_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    """Options of any command that name a file or folder which does not exist. Hub ids and template texts are others."""
+    """Options of any command whose path cannot be one, or does not exist. Hub ids and template texts are others."""
+    for name in (*PATHS, *WRITTEN, "training_data_path", "output"):
+        path = values.get(name)
+        if isinstance(path, str) and (reason := _why_no_path(path)):
+            yield f"{name}: {shorten(path)} is not a path: {reason}"
     training = values.get("training_data_path")
     entries = training if isinstance(training, list) else [{"path": training}]
     paths = [("training_data_path", entry.get("path")) for entry in entries if isinstance(entry, dict)]
     for name, path in [*((name, values.get(name)) for name in PATHS), *paths]:
-        if not isinstance(path, str) or not path or (name == "chat_template" and "{" in path):
+        if not isinstance(path, str) or not path or _why_no_path(path) or (name == "chat_template" and "{" in path):
             continue
         is_local = name == "image_folder" or is_local_path(path) or path.endswith((*DATA_SUFFIXES, ".jinja"))
-        if is_local and not Path(path).expanduser().exists():
+        if is_local and not os.path.exists(os.path.expanduser(path)):
             yield f"{name}: {path} does not exist"
+
+
+def _why_no_path(path: str) -> str:
+    """Why no file can have this path; "" if one can."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return "it has half a character"
+    if "\0" in path:
+        return "it has a NUL character"
+    return "there is no such user" if path.startswith("~") and os.path.expanduser(path) == path else ""
 
 
 def _mixture_problems(entries: Any) -> Iterator[str]:
@@ -141,7 +177,7 @@ def _tuning_problems(values: Mapping[str, Any]) -> Iterator[str]:
     if method in ("pt", "alora"):
         yield f"peft_method: {method} is not supported; use lora, or none for full fine-tuning"
     elif method not in (None, "lora"):
-        yield f"peft_method: {method!r} is unknown; use lora, or none for full fine-tuning"
+        yield f"peft_method: {shorten(method)} is unknown; use lora, or none for full fine-tuning"
     unused = [name for name in LORA_ONLY if values.get(name) is not None]
     if unused and "peft_method" not in values:
         yield f"{', '.join(unused)}: only LoRA uses this; add peft_method lora, or peft_method none to train in full"
@@ -204,11 +240,15 @@ def _answer_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _training_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    if values.get("max_steps") == 0:
+        yield "max_steps: 0 steps train nothing; leave it out to train num_train_epochs"
+    if values.get("deepspeed") and find_spec("deepspeed") is None:
+        yield "deepspeed: is not installed; run pip install deepspeed"
     if values.get("auto_find_batch_size"):
         what = "a process that has no memory left would start again alone, with the same rows"
         yield f"auto_find_batch_size: {what}; lower per_device_train_batch_size, or set max_tokens_per_batch"
     processes = (values.get("accelerate_launch_args") or {}).get("num_processes", 1)
-    if not str(processes).isdigit() or int(processes) < 1:
+    if not re.fullmatch("0*[1-9][0-9]*", str(processes)):
         yield f"accelerate_launch_args: num_processes must be a whole number above 0, got {processes!r}"
     if (values.get(legacy_names.CHECKPOINTING_KWARGS) or {}).get("use_reentrant"):
         yield (
@@ -225,10 +265,15 @@ def _training_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _output_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    model = Path(str(values.get("model_name_or_path") or "")).expanduser()
-    for name in ("output_dir", "save_model_dir"):
-        folder = Path(str(values.get(name) or "")).expanduser()
-        if values.get(name) and (model / "config.json").is_file() and folder.resolve() == model.resolve():
+    model = os.path.expanduser(values.get("model_name_or_path") or "")
+    for name in WRITTEN:
+        folder = os.path.expanduser(values.get(name) or "")
+        if not folder or _why_no_path(folder):
+            continue
+        existing = next(parent for parent in (Path(folder), *Path(folder).parents) if os.path.lexists(parent))
+        if not os.path.isdir(existing):
+            yield f"{name}: {existing} is a file, not a folder"
+        elif os.path.isfile(os.path.join(model, "config.json")) and os.path.realpath(folder) == os.path.realpath(model):
             yield f"{name}: {folder} is the model itself, which would be overwritten; give another folder"
 
 
@@ -248,7 +293,7 @@ def find_tracker_problems(report_to: str | list[str] | None) -> Iterator[str]:
         if name not in TRACKERS:
             close = difflib.get_close_matches(str(name), TRACKERS, n=1)
             advice = f"did you mean {close[0]}?" if close else f"use {', '.join(TRACKERS)}, all or none"
-            yield f"report_to: {name!r} is unknown; {advice}"
+            yield f"report_to: {shorten(name)} is unknown; {advice}"
         elif not is_installed(name):
             yield f"report_to: {name} is not installed; run pip install {PACKAGES.get(name, name)}"
 

@@ -1,14 +1,20 @@
 """One value of an option: the text of a flag or a JSON value → its type, and whether it is within the limits."""
 
+import copy
 import json
 import math
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set, ValuesView
 from enum import Enum
 from typing import Any
 
+import numpy as np
+import torch
+
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+LONGEST = 200  # characters of a value in a message
 TYPE_NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -17,6 +23,26 @@ TYPE_NAMES = {
     dict: "a JSON object",
     list: "a list",
 }
+
+
+def to_json_value(value: Any) -> Any:
+    """A value of a Python program as JSON has it, in a copy: paths, tuples, sets, generators, NumPy's numbers, dtypes.
+
+    What JSON has no value for stays as it is.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        return to_json_value(value.tolist())
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return {to_json_value(key): to_json_value(entry) for key, entry in value.items()}
+    if isinstance(value, Set):  # in an order that does not change from one start to the next
+        return sorted(map(to_json_value, value), key=str)
+    if isinstance(value, (list, tuple, range, Iterator, ValuesView)):
+        return [to_json_value(entry) for entry in value]
+    return copy.deepcopy(value)
 
 
 def coerce(value: Any, kind: Any) -> Any:
@@ -30,17 +56,34 @@ def coerce(value: Any, kind: Any) -> Any:
         converted = _convert(value, candidate)
         if converted is not None:
             return converted
-    raise ValueError(f"expected {describe_type(kind)}, got {value!r}")
+    raise ValueError(f"expected {describe_type(kind)}, got {shorten(value)}")
+
+
+def shorten(value: Any) -> str:
+    """A value in a message: not more of it than a reader needs to find it."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def describe_type(kind: Any) -> str:
     """An annotated type in words, such as "a list or text"; None is left out."""
     named = [candidate for candidate in _alternatives(kind) if candidate is not type(None)]
-    return " or ".join(TYPE_NAMES.get(typing.get_origin(candidate) or candidate, str(candidate)) for candidate in named)
+    return " or ".join(
+        describe_choices(tuple(member.value for member in candidate))
+        if _is_enum(candidate)
+        else TYPE_NAMES.get(typing.get_origin(candidate) or candidate, str(candidate))
+        for candidate in named
+    )
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    """The types that an annotation allows. Where the values of an enum are listed, no other text is."""
+    found = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return tuple(one for one in found if one is not str) if any(map(_is_enum, found)) else found
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def _trying_order(kind: Any) -> int:
@@ -58,10 +101,12 @@ def _convert(value: Any, kind: Any) -> Any:
     if origin in (int, float):
         return _convert_number(value, origin)
     if origin in (dict, list):
-        return _convert_json(value, origin)
+        found = _convert_json(value, origin)
+        is_of_texts = typing.get_args(kind) == (str,)
+        return None if is_of_texts and not all(isinstance(entry, str) for entry in found or ()) else found
     if origin is typing.Literal:
         return value if value in typing.get_args(kind) else None
-    if isinstance(origin, type) and issubclass(origin, Enum):
+    if _is_enum(origin):
         return value if value in [member.value for member in origin] else None
     return value if isinstance(origin, type) and isinstance(value, origin) else None
 
@@ -75,6 +120,8 @@ def _convert_number(value: Any, kind: type) -> Any:
         return None
     if kind is float:
         return number
+    if isinstance(value, int):  # a float would round a large one
+        return value
     return int(number) if number.is_integer() else None
 
 
@@ -82,27 +129,31 @@ def _convert_json(value: Any, kind: type) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not valid JSON: {error}") from error
     return value if isinstance(value, kind) else None
 
 
 def find_value_problems(values: Mapping[str, Any], limits: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Problems of single values. `limits`: option → its choices and limits; see `option`."""
-    checked = {name: value for name, value in values.items() if value is not None and name in limits}
-    found = {name: _find_value_problem(value, limits[name]) for name, value in checked.items()}
+    given = {name: value for name, value in values.items() if value is not None}
+    found = {name: _find_value_problem(value, limits.get(name, {})) for name, value in given.items()}
     return [f"{name}: {problem}" for name, problem in found.items() if problem]
 
 
 def _find_value_problem(value: Any, limits: Mapping[str, Any]) -> str:
     """What is wrong with a value, or nothing."""
     if limits.get("choices"):
-        return "" if value in limits["choices"] else f"{value!r} is unknown; use {describe_choices(limits['choices'])}"
+        return (
+            ""
+            if value in limits["choices"]
+            else f"{shorten(value)} is unknown; use {describe_choices(limits['choices'])}"
+        )
     lowest, highest, above, below = (limits.get(name) for name in ("minimum", "maximum", "above", "below"))
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be finite, got {value}"
     if lowest is highest is above is below is None:
         return ""
-    if not math.isfinite(value):
-        return f"must be finite, got {value}"
     is_inside = (
         (lowest is None or value >= lowest)
         and (highest is None or value <= highest)

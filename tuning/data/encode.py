@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tuning.config.box_formats import BoxFormat
+from tuning.data import row_errors
 from tuning.data.chat_template import ChatFormat, RenderedChat
 from tuning.data.grounding import FIELD, BoxOnImage, Grounded, ground_row
 from tuning.data.images import ImageRules, load_image, measure_image
@@ -29,11 +30,10 @@ from tuning.data.token_spans import (
     report_insertion,
 )
 from tuning.data.truncate import cut_answers
-from tuning.errors import UserError, error_field
+from tuning.errors import error_field, try_optional
 
 IGNORED = -100
 """The label of a position that is not trained (PyTorch's and Hugging Face's convention)."""
-TOO_LONG = "too long"  # the kind of an error
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Encoder:
     """Encodes rows: renders the conversation, processes text and images, and labels the tokens.
 
     `overlong_rows` is error, drop or truncate_text. `train_on`: all answers of a row, or only its last_turn.
+    `embeddings`: for how many tokens the model has embeddings, where the tokenizer has more tokens; else None.
+    `box_format`: how the model writes boxes, if that is known.
     """
 
     processor: Any
@@ -95,6 +97,7 @@ class Encoder:
     train_on: str = "all"
     image_rules: ImageRules = ImageRules()
     box_format: BoxFormat | None = None
+    embeddings: int | None = None
 
     @functools.cached_property
     def image_names(self) -> frozenset[str]:
@@ -120,7 +123,7 @@ class Encoder:
 
     def encode_prepared(self, prepared: Prepared, images: Sequence[Image.Image]) -> Sample:
         """Process and label a prepared row with its opened images; see `encode`."""
-        inputs = self.process(prepared.chat.text, images)
+        inputs = self._process_row(prepared, images)
         length = inputs["input_ids"].shape[1]
         if length <= self.max_seq_length:
             return self._label(inputs, prepared)
@@ -129,14 +132,16 @@ class Encoder:
         excess = length - self.max_seq_length
         cut = cut_answers(inputs, prepared.chat, self._find_image_tokens(inputs), excess)
         if cut is None:
-            raise self.too_long(prepared, length, "Raise max_seq_length: the row is too long even without its answers.")
+            fix = "Raise max_seq_length: the row is too long even without its answers."
+            raise row_errors.too_long(prepared.row, length, self.max_seq_length, fix)
         return self._label(cut.inputs, prepared, cut.not_trained, excess)
 
     def encode_untrained(self, prepared: Prepared) -> Sample:
         """Process a row of which no token is trained, such as a prompt. Raises `UserError` where it is too long."""
-        inputs = self.process(prepared.chat.text, self.open_images(prepared))
+        inputs = self._process_row(prepared, self.open_images(prepared))
         if inputs["input_ids"].shape[1] > self.max_seq_length:
-            raise self.too_long(prepared, inputs["input_ids"].shape[1], "Raise max_seq_length, or shorten the row.")
+            fix = "Raise max_seq_length, or shorten the row."
+            raise row_errors.too_long(prepared.row, inputs["input_ids"].shape[1], self.max_seq_length, fix)
         return self.untrained_sample(inputs, prepared.row.where)
 
     # --- render ---
@@ -165,29 +170,23 @@ class Encoder:
         where = f"{row.where}, field '{text_field}'"
         messages, images = conversation.messages, conversation.images
         if count_images(messages) != len(images):
-            raise wrong_number_of_images(row, count_images(messages), len(images))
+            raise row_errors.wrong_number_of_images(row, count_images(messages), len(images))
         dropped = 0
         if self.max_images is not None:
             dropped = max(0, len(images) - self.max_images)
             images, messages = images[: self.max_images], keep_first_images(messages, self.max_images)
         if len(messages) > self.max_messages:
-            raise UserError(
-                where=where,
-                problem=f"{len(messages)} messages are more than max_messages_per_row {self.max_messages}.",
-                fix="Split the row, or raise max_messages_per_row.",
-                field=text_field,
-                kind="too many messages",
-            )
+            raise row_errors.too_many_messages(row, len(messages), self.max_messages)
         conversation = replace(conversation, messages=messages, images=images)
         with error_field(text_field):
             chat = self.chat.render_prompt(conversation, where) if prompt else self.chat.render(conversation, where)
         placeholders = self.chat.count_placeholders(chat.text)
         if placeholders not in (None, len(images)):
-            raise wrong_number_of_images(row, placeholders, len(images))
-        chosen = chat if prompt else self._choose_answers(chat, messages, where)
+            raise row_errors.wrong_number_of_images(row, placeholders, len(images))
+        chosen = chat if prompt else self._choose_answers(row, chat, messages)
         return Prepared(row, conversation, chosen, images, dropped)
 
-    def _choose_answers(self, chat: RenderedChat, messages: list[Message], where: str) -> RenderedChat:
+    def _choose_answers(self, row: Row, chat: RenderedChat, messages: list[Message]) -> RenderedChat:
         """The chat with the spans of those answers only that are trained."""
         answers = [message for message in messages if message["role"] == "assistant"]
         trained = [message.get(WEIGHT, 1) != 0 for message in answers]
@@ -196,12 +195,7 @@ class Encoder:
         if all(trained):
             return chat
         if len(chat.spans) != len(answers):  # only with {% generation %} markers
-            raise UserError(
-                where=where,
-                problem=f"the chat template marks {len(chat.spans)} spans in {len(answers)} answers as trained.",
-                fix="Set a chat_template that marks each answer once, to leave answers out.",
-                kind="answers that cannot be left out",
-            )
+            raise row_errors.not_left_out(row, len(chat.spans), len(answers))
         return replace(
             chat,
             spans=list(itertools.compress(chat.spans, trained)),
@@ -226,6 +220,28 @@ class Encoder:
             ]
 
     # --- process ---
+
+    def _process_row(self, prepared: Prepared, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """`process` for a row. Raises `UserError` for what the processor refuses, and for tokens unknown to the model.
+
+        Processors check little, and in their own ways: one refuses a picture that is 200 times as long as wide.
+        """
+        attempt = try_optional(lambda: self.process(prepared.chat.text, images))
+        if attempt.value is None:
+            assert attempt.error is not None
+            has_images = bool(prepared.images)
+            raise row_errors.refused(prepared.row, attempt.error, has_images=has_images) from attempt.error
+        self.check_ids(attempt.value["input_ids"][0].numpy(), prepared)
+        return attempt.value
+
+    def check_ids(self, ids: np.ndarray, prepared: Prepared) -> None:
+        """Raises `UserError` for a token of a row that the model has no embedding for."""
+        if self.embeddings is None:
+            return
+        beyond = ids[(ids >= self.embeddings) & (ids != self.image_token_id)]
+        if len(beyond):
+            token = self.processor.tokenizer.convert_ids_to_tokens(int(beyond[0]))
+            raise row_errors.unknown_token(prepared.row, token, int(beyond[0]), self.embeddings)
 
     def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
         """The processor's output for one rendered conversation, with both offset maps of its tokens."""
@@ -284,7 +300,7 @@ class Encoder:
         trained &= sequence["attention_mask"].numpy().astype(bool)
         trained[0] = False  # no token comes before the first one to predict it from
         if not trained.any():
-            raise self.nothing_trained(prepared)
+            raise row_errors.nothing_trained(prepared.row)
         sequence["labels"] = torch.where(torch.from_numpy(trained), sequence["input_ids"], IGNORED)
         return Sample(sequence, images, prepared.row.where, prepared.dropped_images, cut_tokens)
 
@@ -318,46 +334,9 @@ class Encoder:
         sequence = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, IGNORED)}
         return Sample(sequence, {}, where, skipped=skipped)
 
-    # --- rows that cannot be trained ---
-
     def _leave_out(self, prepared: Prepared, length: int) -> Sample:
-        error = self.too_long(prepared, length)
+        error = row_errors.too_long(prepared.row, length, self.max_seq_length)
         if self.overlong_rows == "error":
             raise error
         skipped = Skipped(prepared.row.number, error.field, str(error), bad=False)
         return self.placeholder(prepared.row.where, skipped)
-
-    def too_long(self, prepared: Prepared, length: int, fix: str = "") -> UserError:
-        """The error of a row of `length` tokens."""
-        return _text_error(
-            prepared.row,
-            problem=f"{length} tokens are more than max_seq_length {self.max_seq_length}.",
-            fix=fix or "Raise max_seq_length, shorten the row, or set overlong_rows drop or truncate_text.",
-            kind=TOO_LONG,
-        )
-
-    def nothing_trained(self, prepared: Prepared) -> UserError:
-        """The error of a row without a supervised token."""
-        return _text_error(
-            prepared.row,
-            problem="no token of this row would be trained.",
-            fix="Check the answer and the chat template.",
-            kind="nothing to train",
-        )
-
-
-def _text_error(row: Row, *, problem: str, fix: str, kind: str) -> UserError:
-    field = row.format.text_fields[-1]
-    return UserError(where=f"{row.where}, field '{field}'", problem=problem, fix=fix, field=field, kind=kind)
-
-
-def wrong_number_of_images(row: Row, placeholders: int, images: int) -> UserError:
-    """The error of a row that has not one image for each placeholder."""
-    fields = [f"'{name}'" for name in (row.format.text_fields[0], row.format.image_field) if name]
-    return UserError(
-        where=f"{row.where}, field{'s'[: len(fields) - 1]} {' and '.join(fields)}",
-        problem=f"the messages have {placeholders} image placeholders, but there are {images} images.",
-        fix='Give one {"type": "image"} part for each image.',
-        field=row.format.field_of_images,
-        kind="wrong number of images",
-    )

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from tuning.config.box_formats import BOX_FORMATS
 from tuning.config.families import find_family
+from tuning.config.model_tokens import ModelTokens
 from tuning.config.options import DataArguments, RowArguments, RunConfig, SourceArguments
 from tuning.console import print0
 from tuning.data.batch_sampler import data_seed
@@ -18,16 +19,18 @@ from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import Collator, probe_collator
 from tuning.data.dataset import EncodedRows, StreamedRows, encode_row
 from tuning.data.dummy_samples import dummy_image_sample
-from tuning.data.encode import Encoder
+from tuning.data.encode import IGNORED, Encoder
 from tuning.data.formats import describe_format
 from tuning.data.images import ImageRules
 from tuning.data.open_source import open_source
+from tuning.data.resized_size import find_short_edge
 from tuning.data.row_warnings import describe_rows, describe_unused_columns, spread_rows
 from tuning.data.sources import DataFile, Mixture, Source, Stream
 from tuning.errors import UserError, try_optional
 
 TYPICAL_IMAGE = (1024, 768)
 ROWS_CHECKED_FIRST, ROWS_READ = 4, 64
+NO_TOKENS = ModelTokens()  # where nothing is known of them
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,22 @@ def open_data(
     model_config: PreTrainedConfig,
     *,
     date_string: str,
-    stop_tokens: Sequence[str],
+    tokens: ModelTokens,
     steps_done: int,
 ) -> TrainingData:
     """Prepare the training rows and open the validation rows, and try the first rows of both.
 
-    `date_string`: today's date in chat templates. `stop_tokens`: at which the model stops. `steps_done`: the optimizer
-    steps of an earlier run: streamed rows start after them. Raises `UserError` for a bad row among the first.
+    `date_string`: today's date in chat templates. `tokens`: what the checkpoint says of its tokens. `steps_done`: the
+    optimizer steps of an earlier run: streamed rows start after them. Raises `UserError` for a bad row among the first.
     """
+    check_batch_is_filled(rows, config)
     encoder = make_encoder(
         config.data,
         processor,
         model_config,
         date_string,
         template_kwargs=config.model.chat_template_kwargs,
-        stop_tokens=stop_tokens,
+        tokens=tokens,
     )
     skip = config.data.on_bad_row == "skip"
     collator = probe_collator(processor)
@@ -90,6 +94,7 @@ def open_data(
     if config.data.validation_data_path:
         validation = EncodedRows(open_validation_rows(config), encoder, skip_bad_rows=skip)
         check_first_rows(validation.source, encoder, skip)
+        check_any_row(validation)
     return TrainingData(train, validation, encoder, collator)
 
 
@@ -111,6 +116,33 @@ def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_b
         encoded = encode_row(row, encoder, skip_bad_rows)
         if isinstance(encoded, UserError):
             raise encoded
+
+
+def check_any_row(rows: EncodedRows) -> None:
+    """Raises `UserError` where every validation row is left out. One row that is not is enough: it ends the search."""
+    for number in range(len(rows)):
+        encoded = rows[number]
+        if isinstance(encoded, UserError) or (encoded.sequence["labels"] != IGNORED).any():
+            return
+    raise UserError(
+        where="validation_data_path",
+        problem="no row is left to evaluate on: each is bad, or longer than max_seq_length.",
+        fix="vlm-tuning check lists the reasons.",
+    )
+
+
+def check_batch_is_filled(rows: Source | Mixture | Stream, config: RunConfig) -> None:
+    """Raises `UserError` where `dataloader_drop_last` would drop all rows, so that no step would be taken."""
+    training = config.training
+    size = training.train_batch_size * training.world_size
+    if isinstance(rows, Stream) or config.data.max_tokens_per_batch:  # their batches are counted later
+        return
+    if training.dataloader_drop_last and len(rows) < size:
+        raise UserError(
+            where="dataloader_drop_last",
+            problem=f"{len(rows)} rows do not fill a batch of {size}, so that no step would be taken.",
+            fix="Set it to false, or lower per_device_train_batch_size.",
+        )
 
 
 def open_rows(config: RunConfig) -> Source | Mixture | Stream:
@@ -179,18 +211,18 @@ def make_encoder(
     date_string: str | None,
     *,
     template_kwargs: Mapping[str, Any] | None = None,
-    stop_tokens: Sequence[str] = (),
+    tokens: ModelTokens = NO_TOKENS,
 ) -> Encoder:
     """Make the encoder of rows for this model. Prints what it adds to rows and how long they may be.
 
-    `template_kwargs`: variables for the chat template. `stop_tokens`: at which the model stops. Raises `UserError`
-    where the chat template cannot be used, or does not fit the processor.
+    `template_kwargs`: variables for the chat template. `tokens`: what the checkpoint says of its tokens. Raises
+    `UserError` where the chat template cannot be used, or does not fit the processor.
     """
     chat = ChatFormat(
         processor,
         date_string=date_string,
         template_kwargs=template_kwargs,
-        stop_tokens=stop_tokens,
+        stop_tokens=tokens.stop,
         train_empty_thoughts=isinstance(data, DataArguments) and data.train_empty_thoughts,
     )
     for sentence in describe_template(chat, template_kwargs or {}):
@@ -204,8 +236,9 @@ def make_encoder(
         max_seq_length=data.max_seq_length or context or processor.tokenizer.model_max_length,
         max_images=data.max_images_per_sample or family.max_images,
         max_messages=data.max_messages_per_row,
-        image_rules=image_rules(data),
+        image_rules=replace(image_rules(data), short_edge=find_short_edge(processor.image_processor)),
         box_format=BOX_FORMATS[bbox_format] if bbox_format else None,
+        embeddings=tokens.embeddings,
     )
     if isinstance(data, DataArguments):
         encoder = replace(
@@ -215,9 +248,9 @@ def make_encoder(
             train_on=data.train_on,
         )
     check_placeholders(encoder)
-    tokens = encoder.count_image_tokens(Image.new("RGB", TYPICAL_IMAGE))
+    cost = encoder.count_image_tokens(Image.new("RGB", TYPICAL_IMAGE))
     width, height = TYPICAL_IMAGE
-    print0(f"A {width}×{height} image costs {tokens} image tokens; a row may have {encoder.max_seq_length} tokens.")
+    print0(f"A {width}×{height} image costs {cost} image tokens; a row may have {encoder.max_seq_length} tokens.")
     return encoder
 
 

@@ -30,7 +30,8 @@ class ImageRules:
 
     `folder`: relative paths start here and may not lead out of it. None stands for the data file's folder.
     `allow_outside` allows paths that lead out of it, `allow_remote` addresses in the network. `max_pixels` and
-    `max_bytes` limit one image, before it is decoded.
+    `max_bytes` limit one image, before it is decoded. `short_edge`: the model's processor resizes the short side of
+    every image to so many pixels (see `find_short_edge`); the resized image must stay within `max_pixels`, too.
     """
 
     folder: str | None = None
@@ -38,6 +39,7 @@ class ImageRules:
     allow_remote: bool = False
     max_pixels: int = 100_000_000
     max_bytes: int = 100_000_000
+    short_edge: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,34 @@ def _open(content: Image.Image | Path | bytes, where: str, rules: ImageRules) ->
             image = Image.open(content if isinstance(content, Path) else io.BytesIO(content))
     if image.format == "EPS":  # a PostScript program: Pillow would let Ghostscript run it
         raise UnidentifiedImageError
-    if image.width * image.height > rules.max_pixels:
+    _check_pixels(image.width, image.height, where, rules)
+    return image
+
+
+def _check_pixels(width: int, height: int, where: str, rules: ImageRules) -> None:
+    """Raises `UserError` for an image with too many pixels, as it is stored or as the processor would resize it."""
+    has = f"the image has {width}×{height} pixels"
+    if width * height > rules.max_pixels:
         raise UserError(
             where=where,
-            problem=(
-                f"the image has {image.width}×{image.height} pixels, more than max_image_pixels {rules.max_pixels}."
-            ),
+            problem=f"{has}, more than max_image_pixels {rules.max_pixels}.",
             fix="Make it smaller, drop the row, or raise max_image_pixels.",
             kind="image too large",
         )
-    return image
+    if not rules.short_edge or not width or not height:
+        return
+    edge, short = rules.short_edge, min(width, height)
+    resized = round(width * edge / short), round(height * edge / short)
+    if resized[0] * resized[1] > rules.max_pixels:
+        raise UserError(
+            where=where,
+            problem=(
+                f"{has}, and the model's processor would resize its short side to {edge}, which makes"
+                f" {resized[0]}×{resized[1]} pixels, more than max_image_pixels {rules.max_pixels}."
+            ),
+            fix="Crop or pad it to a less thin shape, drop the row, or raise max_image_pixels.",
+            kind="image too large",
+        )
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""How large an image processor makes a picture, without processing each one."""
+"""How large an image processor makes a picture: at the end, and at most on the way."""
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tuning.errors import UserError
+from tuning.errors import UserError, try_optional
 
+PROBES = (8, 64), (4, 128)  # of equal area: if the second becomes larger, the reason is that it is thinner
+GROWTH = 3  # the second is 4 times as thin as the first
 COMPARED_SIZES = ((640, 480), (333, 1000), (50, 40))
 SMART_RESIZE = ["height", "width", "factor", "min_pixels", "max_pixels"]
 Size = tuple[int, int]
@@ -80,3 +83,33 @@ class ResizedSize:
         shape = np.shape(made["pixel_values"])
         is_cut = getattr(processor, "do_center_crop", None) or getattr(processor, "do_pad", None)
         return None if len(shape) != 4 or shape[0] != 1 or is_cut else (shape[3], shape[2])
+
+
+def find_short_edge(image_processor: Any) -> int | None:
+    """The length to which a processor resizes the short side of a picture, however long the other side becomes.
+
+    CLIP's does so with `size` {"shortest_edge": 336}: 1×4000 pixels become 336×1,344,000 before it crops them. None
+    where the resized picture has a limit. We find out by trying: processors read `size` in many ways.
+    """
+    tried = try_optional(lambda: [_largest_resized(image_processor, size) for size in PROBES])
+    if not tried.value:
+        return None
+    first, thinner = tried.value
+    width, height = PROBES[0]
+    return round(math.sqrt(first * width / height)) if first and thinner > GROWTH * first else None
+
+
+def _largest_resized(image_processor: Any, size: tuple[int, int]) -> int:
+    """The most pixels that `image_processor` resizes a blank picture to."""
+    found = [0]
+
+    class Recording(type(image_processor)):  # type: ignore[misc]
+        def resize(self, *args: Any, **options: Any) -> Any:
+            resized = super().resize(*args, **options)
+            found.append(math.prod(resized.shape[-2:]))
+            return resized
+
+    recording: Any = object.__new__(Recording)
+    recording.__dict__.update(vars(image_processor))
+    recording(Image.new("RGB", size), return_tensors="pt")
+    return max(found)

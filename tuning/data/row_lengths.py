@@ -12,13 +12,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from tuning.data import row_errors
 from tuning.data.batch_sampler import NOT_TRAINED
 from tuning.data.encode import Encoder, Prepared
 from tuning.data.images import measure_image
 from tuning.data.row_warnings import find_ignored_keys
 from tuning.data.sources import DataFile, Mixture, Row, Source
 from tuning.data.token_spans import overlaps
-from tuning.errors import UserError
+from tuning.errors import UserError, try_optional
 
 CHUNK = 64  # rows that a worker measures at a time
 FEW_CHUNKS = 4  # starting worker processes for so few would take longer than measuring
@@ -83,7 +84,10 @@ class RowMeter:
                 measured[index] = Measured(file, row.number, error=error)
         tokenized = self._tokenize([prepared.chat.text for prepared, _ in good.values()])
         for (index, (prepared, sizes)), (ids, offsets) in zip(good.items(), tokenized, strict=True):
-            measured[index] = self._count(file, prepared, sizes, ids, offsets)
+            try:
+                measured[index] = self._count(file, prepared, sizes, ids, offsets)
+            except UserError as error:
+                measured[index] = Measured(file, prepared.row.number, error=error)
         return [measured[index] for index in range(len(rows))]
 
     def _measure_images(self, prepared: Prepared) -> list[tuple[int, int]]:
@@ -109,8 +113,12 @@ class RowMeter:
 
     def _count(self, file: int, prepared: Prepared, sizes: list, ids: np.ndarray, offsets: np.ndarray) -> Measured:
         encoder, chat = self.encoder, prepared.chat
+        encoder.check_ids(ids, prepared)
         placeholders = ids == encoder.image_token_id
-        image_tokens = sum(self.image_cost(size) for size in sizes)
+        cost = try_optional(lambda: sum(self.image_cost(size) for size in sizes))  # the processor may refuse a size
+        if cost.error is not None:
+            raise row_errors.refused(prepared.row, cost.error, has_images=True) from cost.error
+        image_tokens = cost.value or 0
         tokens = len(ids) - int(placeholders.sum()) + image_tokens
         trained = encoder.find_trained(offsets, chat)
         trained &= ~placeholders
@@ -135,9 +143,9 @@ class RowMeter:
                 return replace(row, tokens=encoder.max_seq_length, supervised_tokens=left, cut=True)
             if encoder.overlong_rows == "drop":
                 return replace(row, left_out=True)
-            return Measured(file, prepared.row.number, error=encoder.too_long(prepared, tokens))
+            raise row_errors.too_long(prepared.row, tokens, encoder.max_seq_length)
         if not trained.any():
-            return Measured(file, prepared.row.number, error=encoder.nothing_trained(prepared))
+            raise row_errors.nothing_trained(prepared.row)
         return row
 
     def _estimate(self, row: Row, file: int) -> Measured:
@@ -148,9 +156,10 @@ class RowMeter:
             sizes = [measure_image(image, row.folder, row.where, encoder.image_rules) for image in images]
         except UserError as error:
             return Measured(file, row.number, error=error)
+        cost = try_optional(lambda: sum(self.image_cost(size, rough=True) for size in sizes))
         texts = (part.get("text") or "" for message in conversation.messages for part in message["content"])
         tokens = sum(len(words.encode(errors="replace")) for words in texts) // BYTES_PER_TOKEN
-        tokens += sum(self.image_cost(size, rough=True) for size in sizes)
+        tokens += cost.value or 0  # encoding the row names what the processor refuses
         limit = encoder.max_seq_length
         left_out = tokens > limit and encoder.overlong_rows == "drop"
         return Measured(file, row.number, tokens=min(limit, max(tokens, NOT_TRAINED + 1)), left_out=left_out)

@@ -125,7 +125,7 @@ def _describe_joined_token(chat: ChatFormat, rendered: RenderedChat, asked: str)
     )
 
 
-def find_prompt_gap(row: Row, encoder: Encoder) -> str:
+def find_prompt_gap(encoder: Encoder, row: Row) -> str:
     """As `describe_prompt_gap`, for a row."""
     return describe_prompt_gap(encoder.chat, encoder.prepare(row).conversation)
 

@@ -58,6 +58,12 @@ def check_launcher(config: RunConfig) -> None:
     """
     processes = config.run.accelerate_launch_args.get("num_processes", 1)
     check_processes(config.training.world_size)
+    if config.training.fsdp and config.training.world_size == 1:
+        raise UserError(
+            where=f"fsdp {config.training.fsdp}",
+            problem="shards a model over several processes, and there is one.",
+            fix='Set accelerate_launch_args, such as {"num_processes": 2}, or remove fsdp.',
+        )
     if str(processes) != "1" and not was_launched():
         raise UserError(
             where="accelerate_launch_args",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tuning.errors import UserError, first_line
 from tuning.export.checkpoint_keys import KeyRules
 from tuning.model.load import build_skeleton
-from tuning.model.lora import ADAPTER_NAME, Adapter, load_adapter, wrap
-from tuning.model.saved_weights import SavedWeights, StoredTensor
+from tuning.model.lora import ADAPTER_NAME, Adapter, load_adapter, read_adapter_config, wrap
+from tuning.model.saved_weights import SavedWeights, StoredTensor, open_weights
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The formats that weights are merged in and cast to. Tensors in any other format are copied."""
@@ -118,7 +118,7 @@ def adapt_skeleton(config: PreTrainedConfig, adapter: Adapter) -> AdaptedSkeleto
     own = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
     rules, tied = KeyRules(skeleton), find_tied(skeleton)
     adapted = wrap(skeleton, adapter)
-    saved = SavedWeights(adapter.folder)
+    saved = open_weights(adapter.folder)
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(adapted.named_parameters(remove_duplicate=False)):
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
@@ -194,7 +194,7 @@ def breaks_tie(group: set[str], changes: Mapping[str, LoraLayer | torch.Tensor])
 
 def check_mergeable(adapter: Adapter) -> None:
     """Raises `UserError` for a kind of adapter that does more than change weights."""
-    config = PeftConfig.from_pretrained(str(adapter.folder))
+    config = read_adapter_config(adapter.folder)
     where = f"{adapter.folder}/adapter_config.json"
     if not isinstance(config, LoraConfig):
         raise UserError(where=where, problem=f"peft_type {config.peft_type} cannot be merged; only LoRA can.")

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tuning.config.model_tokens import ModelTokens
 from tuning.config.options import ModelSource
 from tuning.model import load
 from tuning.model.attention import choose_attention
-from tuning.model.lora import Adapter, BaseModel, add_adapter, find_adapter, load_base
+from tuning.model.lora import Adapter, BaseModel, add_adapter, find_adapter, load_base, read_adapter_config
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import find_parts
 from tuning.model.quantize import Quantization, plan_quantization
@@ -28,6 +29,11 @@ class LoadedModel:
     processor: Any
     adapter: Adapter | None
     source: ModelSource
+
+    @property
+    def tokens(self) -> ModelTokens:
+        """What the checkpoint says of its tokens."""
+        return load.read_tokens(self.source, self.processor, self.config)
 
 
 def load_answering(source: ModelSource, *, device: torch.device | str) -> LoadedModel:
@@ -65,7 +71,7 @@ def _plan_quantization(
         skeleton,
         find_parts(skeleton),
         base.source.quantization,
-        modules_to_save=PeftConfig.from_pretrained(str(adapter.folder)).modules_to_save if adapter else None,
+        modules_to_save=read_adapter_config(adapter.folder).modules_to_save if adapter else None,
         compute=dtype,
         device=device,
     )

@@ -1,7 +1,8 @@
 """Load a checkpoint: its configuration, its processor, and the model with all of its weights."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,13 @@ from transformers import (
 from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from tuning.config.model_tokens import ModelTokens
 from tuning.config.options import ModelSource
+from tuning.config.values import shorten
+from tuning.console import print0
 from tuning.distributed.fsdp import receives_weights
-from tuning.errors import UserError, first_line, try_optional
+from tuning.errors import UserError, describe_failure, first_line, try_optional
+from tuning.files import read_user_text
 from tuning.model.quantize import Quantization, keep_bnb_weights_trainable
 
 
@@ -34,14 +39,14 @@ def load_config(model: ModelSource) -> PreTrainedConfig:
         raise UserError(
             where=name, problem="this is a LoRA adapter, not a model.", fix="Merge it first: vlm-tuning export."
         )
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    attempt = try_optional(lambda: AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code))
+    config = attempt.value
+    if config is None:
         raise UserError(
             where=f"model_name_or_path {name}",
-            problem=f"the model cannot be loaded: {first_line(error)}.",
+            problem=f"the model cannot be loaded: {explain(attempt.error)}.",
             fix="Give a local folder with a config.json, or a hub id.",
-        ) from error
+        ) from attempt.error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not model.trust_remote_code:
         raise UserError(
             where=f"model_name_or_path {name}",
@@ -58,14 +63,14 @@ def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
     counts image tokens by it. Raises `UserError` for a setting that the processor does not have.
     """
     name = model.model_name_or_path
-    try:
-        processor = AutoProcessor.from_pretrained(
-            name, trust_remote_code=model.trust_remote_code, **model.processor_kwargs
-        )
-    except (OSError, ValueError, TypeError) as error:
+    attempt = try_optional(
+        lambda: AutoProcessor.from_pretrained(name, trust_remote_code=model.trust_remote_code, **model.processor_kwargs)
+    )
+    if attempt.error:
         raise UserError(
-            where=f"model_name_or_path {name}", problem=f"its processor cannot be loaded: {first_line(error)}."
-        ) from error
+            where=f"model_name_or_path {name}", problem=f"its processor cannot be loaded: {explain(attempt.error)}."
+        ) from attempt.error
+    processor: Any = attempt.value
     if not hasattr(processor, "image_processor"):
         raise UserError(
             where=f"model_name_or_path {name}",
@@ -74,9 +79,13 @@ def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
         )
     _complete(processor, config)
     _apply_settings(model.processor_kwargs, processor, config)
-    if model.chat_template:
-        processor.chat_template = _read_template(model.chat_template)
+    _set_template(processor, _read_template(model.chat_template) if model.chat_template else "")
     return processor
+
+
+def read_tokens(model: ModelSource, processor: Any, config: PreTrainedConfig) -> ModelTokens:
+    """What the checkpoint says of its tokens."""
+    return ModelTokens(read_stop_tokens(model, processor), count_embeddings(processor, config))
 
 
 def read_stop_tokens(model: ModelSource, processor: Any) -> list[str]:
@@ -86,6 +95,25 @@ def read_stop_tokens(model: ModelSource, processor: Any) -> list[str]:
     ids = found.value.eos_token_id if found.value else None
     ids = [ids] if isinstance(ids, int) else ids or []
     return [token for token in processor.tokenizer.convert_ids_to_tokens(ids) if token]
+
+
+def explain(error: Exception | None) -> str:
+    """Why files of a checkpoint cannot be loaded, in one line: the library's own words, if meant for users."""
+    assert error is not None
+    return first_line(error) if isinstance(error, (OSError, ValueError, ImportError)) else describe_failure(error)
+
+
+def _set_template(processor: Any, template: str) -> None:
+    """Let processor and tokenizer have one and the same chat template: `template`, or the checkpoint's.
+
+    A checkpoint may store one in tokenizer_config.json and another one beside it. Training takes the processor's, and
+    a save would write either. Programs that load the saved model must find the trained one, wherever they look.
+    """
+    chosen = (
+        template or getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    )
+    if chosen:
+        processor.chat_template = processor.tokenizer.chat_template = chosen
 
 
 def _complete(processor: Any, config: PreTrainedConfig) -> None:
@@ -122,10 +150,19 @@ def _apply_settings(settings: dict[str, Any], processor: Any, config: PreTrained
 def _read_template(template: str) -> str:
     if "{" in template:
         return template
-    try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(where=f"chat_template {template}", problem=f"cannot be read: {error.strerror}.") from error
+    return read_user_text(template, where=f"chat_template {shorten(template)}", fix="Give a Jinja file or its text.")
+
+
+def count_embeddings(processor: Any, config: PreTrainedConfig) -> int | None:
+    """For how many tokens the model has embeddings, where its tokenizer has more tokens; None where it has none more.
+
+    Many models have rows to spare, and some more than their configuration says: the skeleton is asked then.
+    """
+    last = max(processor.tokenizer.get_vocab().values(), default=0)
+    if last < getattr(config.get_text_config(), "vocab_size", 0):
+        return None
+    rows = build_skeleton(config).get_input_embeddings().weight.shape[0]
+    return rows if last >= rows else None
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -204,6 +241,22 @@ def load_model(
             problem=f"the weights cannot be loaded: {first_line(error)}.",
             fix="Use a checkpoint whose weights are complete and stored as safetensors.",
         ) from error
+    except ValueError as error:  # settings in its files, or options, that contradict each other
+        raise UserError(
+            where=f"model_name_or_path {name}",
+            problem=f"the model cannot be loaded: {first_line(error)}.",
+            fix="Correct its config.json, its generation_config.json or the option that this names.",
+        ) from error
+    check_complete(name, report)
+    keep_bnb_weights_trainable(loaded)
+    drop_unused_flags(loaded.generation_config)
+    if Path(name).expanduser().exists():
+        loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters name it as their base
+    return loaded
+
+
+def check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Raises `UserError` where transformers reports weights that the checkpoint lacks, or that do not fit."""
     for problem, keys in (("lacks", report["missing_keys"]), ("does not fit", report["mismatched_keys"])):
         if keys:
             listed = sorted(str(key) for key in keys)
@@ -215,14 +268,26 @@ def load_model(
                 ),
                 fix="Use a complete checkpoint of this model: these weights would be random.",
             )
-    keep_bnb_weights_trainable(loaded)
+
+
+def drop_unused_flags(config: GenerationConfig) -> None:
+    """Remove generation flags that have no effect: transformers refuses to save a changed config that has some.
+
+    Published checkpoints name a temperature without `do_sample`, for example. How the model answers stays the same.
+    Raises `UserError` for a config that contradicts itself: the trained model could not be saved with it.
+    """
     try:
-        loaded.generation_config.validate(strict=True)
-    except ValueError:  # some published checkpoints set sampling options without do_sample, and could not be saved
-        loaded.generation_config.do_sample = True
-    if Path(name).expanduser().exists():
-        loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters name it as their base
-    return loaded
+        config.validate(strict=True)
+        return
+    except ValueError as error:
+        unused = re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE)
+    for name in unused:
+        setattr(config, name, None)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise UserError(where="generation_config.json", problem=f"{first_line(error)}.", fix="Correct it.") from error
+    print0(f"generation_config.json: {', '.join(unused)} cannot affect how this model answers, so it is not saved.")
 
 
 @contextmanager

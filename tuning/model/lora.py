@@ -11,18 +11,21 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from tuning.config.options import LoraArguments, ModelSource
-from tuning.errors import UserError
+from tuning.errors import UserError, describe_failure, first_line, try_optional
 from tuning.model import load
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, Parts
 from tuning.model.saved_weights import open_weights
 
 ADAPTER_NAME = "default"  # what PEFT calls an adapter unless another name is given
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
+OTHER_BASE = "Name the model that the adapter was trained on, as it was then."
 PLAIN_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
@@ -148,18 +151,38 @@ def _wrap_with_peft(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Load the adapter weights in `folder` into an adapted model. Raises `UserError` if they do not fit."""
-    saved = dict(open_weights(folder))
+    saved = _rename_old_keys(dict(open_weights(folder)), model)
     try:
         outcome = set_peft_model_state_dict(model, saved)
     except (KeyError, RuntimeError) as error:  # PEFT looks modules_to_save up; PyTorch compares shapes
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(where=str(folder), problem=f"the adapter does not fit the model: {reason}") from error
+        reason = str(error).splitlines()[-1].strip().rstrip(".")
+        raise UserError(
+            where=str(folder), problem=f"the adapter does not fit the model: {reason}.", fix=OTHER_BASE
+        ) from error
     expected = get_peft_model_state_dict(model)
     if wrong := sorted([*outcome.unexpected_keys, *(expected.keys() - saved.keys())]):
         listed = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
         raise UserError(
-            where=str(folder), problem=f"the adapter is for another model or other modules than this one: {listed}."
+            where=str(folder),
+            problem=f"the adapter is for another model or other modules than this one: {listed}.",
+            fix=OTHER_BASE,
         )
+
+
+def _rename_old_keys(saved: dict[str, torch.Tensor], model: PeftModel) -> dict[str, torch.Tensor]:
+    """The weights of an adapter under the names of today: transformers 4.52 moved the parts of these models.
+
+    The rules are those by which transformers loads a base model that was saved before.
+    """
+    expected = get_peft_model_state_dict(model)
+    prefix, base = "base_model.model.", model.get_base_model()
+    rules = [rule for rule in get_model_conversion_mapping(base) if type(rule) is WeightRenaming]
+
+    def rename(key: str) -> str:
+        renamed = prefix + rename_source_key(key.removeprefix(prefix), rules, [])[0]
+        return renamed if key not in expected and renamed in expected else key
+
+    return {rename(key): weight for key, weight in saved.items()}
 
 
 # Saved adapters.
@@ -188,7 +211,11 @@ def find_adapter(name: str, base: str | None = None) -> Adapter | None:
     Raises `UserError` if its weights are not stored as safetensors, or if it names no base model.
     """
     local = Path(name).expanduser()
-    config_file = find_adapter_config_file(str(local) if local.exists() else name)
+    try:
+        config_file = find_adapter_config_file(str(local) if local.exists() else name)
+    except OSError as error:  # not a hub id
+        what = f"there is no such folder, and no such hub id: {first_line(error)}."
+        raise UserError(where=name, problem=what, fix="Give the folder that training wrote, or a hub id.") from error
     if config_file is None:
         return None
     folder = Path(config_file).parent
@@ -197,14 +224,27 @@ def find_adapter(name: str, base: str | None = None) -> Adapter | None:
         weights = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, **OPTIONAL)
     if weights is None or not Path(weights).is_file():
         raise UserError(where=name, problem=f"the adapter has no {ADAPTER_SAFE_WEIGHTS_NAME}.")
-    base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not base:
+    base = base or read_adapter_config(folder).base_model_name_or_path
+    if not isinstance(base, str) or not base:
         raise UserError(
             where=f"{folder}/adapter_config.json",
-            problem="base_model_name_or_path is empty.",
+            problem="base_model_name_or_path names no model.",
             fix="Set it to the model that the adapter was trained on.",
         )
     return Adapter(folder, base)
+
+
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """The adapter_config.json of an adapter. Raises `UserError` if PEFT cannot read it."""
+    attempt = try_optional(lambda: PeftConfig.from_pretrained(str(folder)))
+    if attempt.error:
+        raise UserError(
+            where=f"{folder}/adapter_config.json",
+            problem=f"this is not an adapter that PEFT can read: {describe_failure(attempt.error)}.",
+            fix="Give the folder that training wrote, complete, and install a PEFT that knows its kind.",
+        ) from attempt.error
+    assert attempt.value is not None
+    return attempt.value
 
 
 def has_processor(folder: Path) -> bool:
@@ -261,8 +301,13 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
 
 def wrap(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """Give a model the layers of a saved adapter, without its weights. Raises `UserError` for a missing module."""
-    try:
-        return _wrap_with_peft(model, PeftConfig.from_pretrained(str(adapter.folder)))
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(where=str(adapter.folder), problem=f"the adapter does not fit the model: {reason}") from error
+    config = read_adapter_config(adapter.folder)
+    attempt = try_optional(lambda: _wrap_with_peft(model, config))  # PEFT checks few of the values in the file
+    if attempt.error:
+        is_plain = isinstance(attempt.error, ValueError)
+        reason = first_line(attempt.error) if is_plain else describe_failure(attempt.error)
+        raise UserError(
+            where=str(adapter.folder), problem=f"the adapter does not fit the model: {reason}.", fix=OTHER_BASE
+        ) from attempt.error
+    assert attempt.value is not None
+    return attempt.value

@@ -16,6 +16,7 @@ from tuning.data.batch_sampler import (
     RowBatches,
     RowOrder,
     SharedBatches,
+    TokenBatches,
     begin_epoch,
     make_row_batches,
     make_token_batches,
@@ -74,6 +75,13 @@ class DataLoading(TrainerCallback):
             self._train_loader = self._make_loader(rows, batch_size=training.train_batch_size)
         else:
             self._train_batches = self._make_batches(rows)
+            endless = isinstance(self._train_batches, TokenBatches) and self._train_batches.endless
+            if not endless and not len(self._train_batches):  # transformers would ask for max_steps, or take no step
+                raise UserError(
+                    where="training_data_path",
+                    problem="no batch is left to train on, so that no step would be taken.",
+                    fix="vlm-tuning check lists rows that are left out; dataloader_drop_last drops the last batch.",
+                )
             self._train_loader = self._make_loader(rows, batch_sampler=self._train_batches)
         return self._train_loader
 

@@ -18,10 +18,11 @@ from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.data.collator import Collator
 from tuning.data.dummy_samples import dummy_image_sample
-from tuning.data.encode import TOO_LONG, Encoder, Sample
+from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import TrainingData, source_of
 from tuning.data.images import thumbnail
 from tuning.data.prompts import Question, ask, join_on_the_right, right_answers
+from tuning.data.row_errors import TOO_LONG
 from tuning.data.sources import Row
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError, describe_failure, try_optional

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers.optimization import Adafactor
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import Adafactor, get_scheduler
+from transformers.trainer_optimizer import is_optimizer_factory
 
 from tuning.config.options import RunArguments
+from tuning.errors import UserError, describe_failure, first_line, try_optional
 from tuning.model.parts import PROJECTOR, VISION_TOWER, Parts
 
 MASTER = "master"  # the name of the master weight in the optimizer's state
@@ -135,6 +138,50 @@ def _split(groups: Shares, limit: float) -> Iterator[Shares]:
             share[number].append(parameter)
             size += parameter.numel()
     yield share
+
+
+def check_optimizer(training: TrainingArguments) -> None:
+    """Make the optimizer and the schedule of a run for one small weight. Raises `UserError` where that fails.
+
+    A package may be missing, or an argument may be none of theirs. The run itself makes them after it has loaded the
+    model. Optimizers that look into the model are made there only.
+    """
+    if training.deepspeed:  # makes its own
+        return
+    asked = try_optional(lambda: Trainer.get_optimizer_cls_and_kwargs(training))
+    looks_into_model = any(name in str(training.optim) for name in ("galore", "apollo", "lomo"))
+    if looks_into_model and not isinstance(asked.error, ImportError):
+        return
+    where = f"optim {getattr(training.optim, 'value', training.optim)}"
+    if asked.value is None:
+        raise _cannot_be_made(where, asked.error)
+    kind, options = asked.value
+    if is_optimizer_factory(kind):
+        return
+    made = try_optional(lambda: kind([nn.Parameter(torch.zeros(2, 2))], **options))
+    if made.value is None:
+        raise _cannot_be_made(where, made.error)
+    steps = training.max_steps if training.max_steps > 0 else 100
+    schedule = try_optional(
+        lambda: get_scheduler(
+            training.lr_scheduler_type,
+            made.value,
+            num_warmup_steps=training.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+    )
+    if schedule.error:
+        name = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+        raise _cannot_be_made(f"lr_scheduler_type {name}, lr_scheduler_kwargs", schedule.error)
+
+
+def _cannot_be_made(where: str, error: Exception | None) -> UserError:
+    assert error is not None
+    reason = first_line(error) if isinstance(error, (ValueError, ImportError)) else describe_failure(error)
+    made = UserError(where=where, problem=f"cannot be used: {reason}.", fix="Correct the option, or leave it out.")
+    made.__cause__ = error
+    return made
 
 
 def steps_in_backward(optim: Any) -> bool:

@@ -83,8 +83,11 @@ class SkippedRows:
                 fix="Correct them (vlm-tuning check lists them all), or raise max_bad_fraction.",
             )
 
-    def report(self) -> None:
-        """Print what all processes left out. Raises `UserError` if no row was trained."""
+    def report(self, supervised_tokens: int | None) -> None:
+        """Print what all processes left out. Raises `UserError` if no row was trained.
+
+        `supervised_tokens`: how many the run has trained, also before it was resumed; None if that is unknown.
+        """
         counts = [self.dropped_images, self.rows_seen, self.saw_supervised_tokens]
         images, seen, supervised = self.processes.all_gather_ints(counts).sum(dim=0).tolist()
         cut = len(set(gather_object(list(self.cut_rows))))
@@ -94,7 +97,7 @@ class SkippedRows:
             print0(f"{len(self.skipped)} rows were left out; {self.file.path} names them.")
         if cut:
             print0(f"The answers of {cut} rows were cut to max_seq_length.")
-        if seen and not supervised:
+        if supervised_tokens == 0 or (supervised_tokens is None and seen and not supervised):
             raise UserError(
                 where=str(self.file.path),
                 problem="every row was left out, so nothing was trained and nothing is saved.",

@@ -44,6 +44,8 @@ from tuning.training.row_log import SkippedRows
 from tuning.training.self_check import SelfCheck
 from tuning.training.step_guard import StepGuard, StepState
 
+SUPERVISED = "supervised_tokens"  # the name of a number that a checkpoint keeps
+
 
 class SupervisedTrainer(ResumableTrainer):
     """Trains a model whose forward was replaced by `patch_supervised_loss` on the batches of `DataLoading`.
@@ -177,9 +179,22 @@ class SupervisedTrainer(ResumableTrainer):
         all_supervised, left_out, seen, all_images = self.processes.raise_on_all_ranks(error, *mine).sum(dim=0)
         self.rows.sync(int(left_out), self.train_dataset, int(seen))
         self.meter.data_arrived(tokens, supervised)
+        self.supervised_tokens = (self.supervised_tokens or 0) + int(all_supervised)
         number, is_supervised, has_images = self.state.global_step + 1, bool(all_supervised), bool(all_images)
         self.step.begin(number, infos, is_supervised=is_supervised, has_images=has_images)
         return batches, all_supervised
+
+    @property
+    def supervised_tokens(self) -> int | None:
+        """The supervised tokens of the whole run, also before it was resumed: kept with the state of a checkpoint.
+
+        None where an earlier version began the run.
+        """
+        return self.state.stateful_callbacks.get(SUPERVISED, {}).get("tokens")
+
+    @supervised_tokens.setter
+    def supervised_tokens(self, tokens: int) -> None:
+        self.state.stateful_callbacks[SUPERVISED] = {"tokens": tokens}
 
     def _take_info(self, batch: dict[str, Any], evaluating: bool = False) -> BatchInfo:
         info = take_info(batch)
