@@ -52,6 +52,7 @@ from tuning.training.evaluation import answer, share_out
 PROGRAM = ("-m", "tuning.cli", "predict")  # what a launcher starts
 COLUMN = 2 + max(map(len, METRICS))  # width of a score on the terminal
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+NEW_OPTIONS = ("bbox_format", "chat_template_kwargs")  # answers of earlier versions were given without them
 OF_A_RUN = (CONFIG_FILE, RUN_INFO_FILE, PROGRESS_FILE, STATE_FILE, RUNS_FILE)
 Line = dict[str, Any]
 """`index`, `file`, `row`, and `prompt`, `question`, `reference`, `references` and `prediction`, or `error`.
@@ -235,8 +236,7 @@ def fingerprint(options: PredictArguments, data: Source) -> dict[str, Any]:
     path = Path(options.data_path).expanduser()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     same = {entry.name: getattr(options, entry.name) for entry in (*fields(ModelSource), *fields(RowArguments))}
-    if options.bbox_format is None:  # the option is newer than the files of earlier versions
-        del same["bbox_format"]
+    same = {name: value for name, value in same.items() if value or name not in NEW_OPTIONS}
     return same | {
         "weights": describe_weights(options.model_name_or_path),
         "rows": [data.fingerprint(), describe_files(files)],

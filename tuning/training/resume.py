@@ -30,7 +30,7 @@ SAME_DATA = (
 )
 SAME_ENCODING = (
     *("max_seq_length", "overlong_rows", "max_images_per_sample", "assistant_only_loss", "chat_template"),
-    *("chat_template_kwargs", "train_on", "train_empty_thoughts"),
+    *("chat_template_kwargs", "train_on", "train_empty_thoughts", "bbox_format"),
 )
 SAME_MODEL = ("model_name_or_path", "dtype", "quantization", "processor_kwargs")
 SAME_FREEZING = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
