@@ -25,7 +25,6 @@ from tuning.data.from_config import dummy_batch, open_data, open_rows
 from tuning.distributed.failures import name_killed_worker
 from tuning.distributed.launch import SCRIPT, check_launcher, choose_launch_options, configure_libraries, launch
 from tuning.distributed.processes import exit_process
-from tuning.errors import UserError
 from tuning.exit_codes import on_interrupt_say, run_command
 from tuning.files import REPORT_FILE
 from tuning.hub import open_hub, upload_finished
@@ -77,7 +76,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         write_run_info(summary, config.training)
         with trainer.report:
             metrics = train_model(trainer, config, progress)
-            trainer.rows.report(trainer.supervised_tokens)
+            trainer.report_rows()
             save_final_model(trainer, config, progress, summary)
             steps, report = trainer.state.global_step, Path(config.training.output_dir, REPORT_FILE)
             print0(f"Done: {config.save_model_dir} holds the model after {steps} steps. Look at {report}.")
@@ -126,9 +125,6 @@ def train_model(trainer: SupervisedTrainer, config: RunConfig, progress: resume.
     ):
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.guard.raise_if_stopped(trainer.state)
-    if trainer.state.global_step == 0:
-        what = "no batch could be filled, so no step was taken and nothing is saved."
-        raise UserError(where="training_data_path", problem=what, fix="Set dataloader_drop_last false, or add rows.")
     return metrics | next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
 
 
