@@ -76,7 +76,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
         write_run_info(summary, config.training)
         with trainer.report:
             metrics = train_model(trainer, config, progress)
-            trainer.rows.report(trainer.supervised_tokens)
+            trainer.report_rows()
             save_final_model(trainer, config, progress, summary)
             steps, report = trainer.state.global_step, Path(config.training.output_dir, REPORT_FILE)
             print0(f"Done: {config.save_model_dir} holds the model after {steps} steps. Look at {report}.")

@@ -252,4 +252,10 @@ def run(config: RunConfig) -> None:
             problem=f"{bad_rows:,} row{'s' if bad_rows > 1 else ''} cannot be trained.",
             fix="Fix the rows that this file names.",
         )
+    if not report.lengths["total"].size:
+        raise UserError(
+            where=str(Path(config.training.output_dir, "check.json")),
+            problem="no row is left to train on.",
+            fix="Look there for the rows that are left out, and raise max_seq_length.",
+        )
     print0("No problems.")

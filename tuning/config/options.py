@@ -100,7 +100,9 @@ class SourceArguments:
     image_folder: str | None = option(None, "Folder that relative image paths start from (default: the data file's).")
     allow_outside_paths: bool = option(False, "Also read image files that lie outside image_folder.")
     allow_remote_images: bool = option(False, "Download images whose path is an http(s) address.")
-    max_image_pixels: int = option(100_000_000, "Refuse an image with more pixels.", minimum=1)
+    max_image_pixels: int = option(
+        100_000_000, "Refuse an image with more pixels, as stored or as resized for the model.", minimum=1
+    )
     max_image_megabytes: float = option(100.0, "Refuse an image whose file has more MB (10⁶ bytes).", above=0)
 
 

@@ -196,6 +196,16 @@ class SupervisedTrainer(ResumableTrainer):
     def supervised_tokens(self, tokens: int) -> None:
         self.state.stateful_callbacks[SUPERVISED] = {"tokens": tokens}
 
+    def report_rows(self) -> None:
+        """Print which rows were left out. Raises `UserError` where nothing was trained: the model is still the base."""
+        if self.state.global_step == 0:
+            raise UserError(
+                where="training_data_path",
+                problem="no batch could be filled, so no step was taken and nothing is saved.",
+                fix="Set dataloader_drop_last false, or add rows.",
+            )
+        self.rows.report(self.supervised_tokens)
+
     def _take_info(self, batch: dict[str, Any], evaluating: bool = False) -> BatchInfo:
         info = take_info(batch)
         if info.error is not None:

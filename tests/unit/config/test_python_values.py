@@ -130,6 +130,8 @@ def test_names_of_other_tools_lead_to_ours(required, name, meant):
         ("dataloader_multiprocessing_context", "thread", "is unknown; use"),
         ("lr_scheduler_type", "cosin", "expected linear, cosine"),
         ("optim", "adamw_torc", "expected adamw_torch"),
+        ("eval_on_start", True, "needs evaluations; give validation_data_path"),
+        ("lr_scheduler_kwargs", " ", "expected a JSON object, got ' '"),
         ("log_level", "loud", "is unknown; use"),
         ("deepspeed", "zero3.json", "is not installed; run pip install deepspeed"),
         ("report_to", 5, "expected"),
