@@ -100,14 +100,7 @@ class StepGuard(TrainerCallback):
             raise out_of_memory(config.training, step.batches, step.number, is_lora, budget) from error
 
     def raise_if_stopped(self, state: TrainerState) -> None:
-        """Raises `RunEnded`, which says how to resume, where the run was stopped before its end.
-
-        Raises `UserError` where it ended without a step.
-        """
-        if state.global_step == 0 and not self.step.stop_reason:
-            what = "no batch could be filled, so no step was taken and nothing is saved."
-            fix = "Set dataloader_drop_last false, or add rows."
-            raise UserError(where="training_data_path", problem=what, fix=fix)
+        """Raises `RunEnded`, which says how to resume, where the run was stopped before its end."""
         if not self.step.stop_reason or state.global_step >= state.max_steps:
             return
         training = self.config.training
