@@ -10,6 +10,7 @@ from tuning.console import print0
 from tuning.data.splits import SPLIT_OF_ALIAS
 from tuning.errors import UserError
 
+WHOLE = "whole"  # the files of a folder whose names speak of no split
 SHOWN = 8  # names of files in a sentence
 
 
@@ -17,7 +18,8 @@ def find_splits(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
     """The data files below `folder` by split, in the order of their names.
 
     A file's own name counts before those of its folders. Files whose names speak of no split are training data, unless
-    others are called train: then they belong to no split. Hidden files and folders are passed over.
+    others are called train: then they belong to no split. Where no name speaks of a split, all are `WHOLE`. Hidden
+    files and folders are passed over.
     """
     files = [file for file in _visible_files(folder) if file.name.lower().endswith(tuple(suffixes))]
     if not files:
@@ -25,10 +27,12 @@ def find_splits(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
             where=str(folder), problem=f"the folder has no {', '.join(suffixes)} file.", fix="Give another folder."
         )
     splits: dict[str, list[Path]] = {}
-    unnamed = []
+    unnamed: list[Path] = []
     for file in files:
         split = _split_in_name(file.relative_to(folder))
         (splits.setdefault(split, []) if split else unnamed).append(file)
+    if not splits:
+        return {WHOLE: unnamed}
     if unnamed and "train" not in splits:
         splits["train"] = unnamed
     return dict(sorted(splits.items()))

@@ -122,6 +122,7 @@ def detect_format(
     LLaVA, ShareGPT and prompt/completion files, and `more_images` for images. Rows that need no image need no such
     column. Raises `UserError` with the list of columns where none fits. It names the command that converts `path`.
     """
+    text_fields: tuple[str, ...]
     if text_field in names:
         text_fields, name = (text_field,), "messages"
     elif text_field == DEFAULT_TEXT_FIELD and "conversations" in names:

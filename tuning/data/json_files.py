@@ -54,8 +54,9 @@ def _read_document(data: bytes, file: Path) -> Iterator[dict[str, Any]]:
             problem=f"the file cannot be read as {kind}: {fault.msg} (line {fault.lineno}, column {fault.colno}).",
             fix="Repair the file.",
         ) from fault
+    has_surrogates = _has_surrogates(data)
     for number, row in enumerate(value if isinstance(value, list) else [value]):
-        yield _check_row(row, f"{file}, row {number}", has_surrogates=_has_surrogates(data))
+        yield _check_row(row, f"{file}, row {number}", has_surrogates=has_surrogates)
 
 
 def parse_row(text: bytes, where: str) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _check_row(value: Any, where: str, *, has_surrogates: bool) -> dict[str, Any
         except UnicodeEncodeError as fault:
             raise UserError(
                 where=where,
-                problem=f"a text has half a character, \\u{ord(fault.object[fault.start]):04x}, which no tokenizer reads.",
+                problem=f"a text has half a character: \\u{ord(fault.object[fault.start]):04x} without its other half.",
                 fix="Repair the text: it was cut inside a character.",
                 kind="unreadable",
             ) from fault

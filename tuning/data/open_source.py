@@ -15,7 +15,7 @@ from pyarrow import parquet
 from pyarrow import schema as arrow_schema
 
 from tuning.console import print0
-from tuning.data.data_folder import find_splits, print_files
+from tuning.data.data_folder import WHOLE, find_splits, print_files
 from tuning.data.formats import DEFAULT_IMAGE_FIELD, RowFormat, detect_format, fit_format
 from tuning.data.row_files import READERS, open_converted, open_streamed, pick_columns
 from tuning.data.sources import UNREADABLE, DataFile, Source, read_file, unreadable
@@ -71,10 +71,10 @@ def open_source(
 def check_image_field(files: Sequence[DataFile], image_field: str) -> None:
     """Raise `UserError` where no file has the column of images that the user named."""
     if image_field != DEFAULT_IMAGE_FIELD and not any(file.format.image_field == image_field for file in files):
-        names = ", ".join(dict.fromkeys(name for file in files for name in file.format.columns))
+        names = ", ".join(dict.fromkeys(name for file in files for name in file.names))
         raise UserError(
             where=files[0].name,
-            problem=f"there is no column '{image_field}', and the rows have no images: read {names}.",
+            problem=f"there is no column '{image_field}', only: {names}.",
             fix="Set dataset_image_field.",
         )
 
@@ -93,13 +93,14 @@ def _open_single(file: Path, name: str, split: str | None, streaming: bool) -> l
 
 def _open_folder(folder: Path, split: str | None, default_split: str, streaming: bool) -> list[DataFile]:
     splits, read = find_splits(folder, SUFFIXES), list[Path]()
-    wanted = "train" if split is None and list(splits) == ["train"] else split or default_split
+    if WHOLE in splits:
+        splits, default_split = {"train": splits[WHOLE]}, "train"
 
     def open_split(name: str) -> list[DataFile]:
         read.extend(splits[name])
         return [_open_file(file, str(file), streaming) for file in splits[name]]
 
-    files = read_splits(wanted, str(folder), list(splits), open_split)
+    files = read_splits(split or default_split, str(folder), list(splits), open_split)
     print_files(folder, read)
     return files
 
@@ -219,8 +220,14 @@ def _prepare(
     names, first = _read_first(file)
     more_images = FILE_NAMES if Path(file.name).name.lower().startswith("metadata.") else ()
     if format is None:
-        fields = {"text_field": text_field, "image_field": image_field, "more_images": more_images}
-        found = detect_format(names, first, **fields, where=file.name, path=path)
+        found = detect_format(
+            *(names, first),
+            text_field=text_field,
+            image_field=image_field,
+            where=file.name,
+            path=path,
+            more_images=more_images,
+        )
     else:
         found = fit_format(format, names, first, where=file.name, more_images=more_images)
     if missing := [name for name in more_fields if name not in names]:
@@ -233,7 +240,8 @@ def _prepare(
         if found.image_field is None and format is None:  # the column may come later than the first rows
             found = replace(found, image_field=image_field)
         columns = list(dict.fromkeys([*found.columns, *more_fields]))
-        return replace(file, rows=pick_columns(file.rows, columns, {DEFAULT_IMAGE_FIELD: "image"}), format=found)
+        rows = pick_columns(file.rows, columns, {DEFAULT_IMAGE_FIELD: "image"})
+        return replace(file, rows=rows, format=found, names=names)
     rows = file.rows.select_columns(list(dict.fromkeys([*found.columns, *more_fields])))
     if found.image_field and isinstance((rows.features or {}).get(found.image_field), ARRAYS):
         raise UserError(
@@ -241,7 +249,7 @@ def _prepare(
             problem=f"the column '{found.image_field}' has arrays of numbers.",
             fix="Save it as the Image feature of `datasets`, or as encoded bytes.",
         )
-    return replace(file, rows=rows, format=found)
+    return replace(file, rows=rows, format=found, names=names)
 
 
 def _is_streamed_by_us(rows: Any) -> bool:

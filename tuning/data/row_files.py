@@ -6,6 +6,7 @@ fail where later rows differ, and turn an answer such as "42" into a number wher
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,7 +56,9 @@ class JsonText:
         return None if value is None else json.loads(value)
 
 
-register_feature(JsonText, "JsonText")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the function is experimental
+    register_feature(JsonText, "JsonText")
 
 
 def open_converted(file: Path, reader: Reader) -> datasets.Dataset:

@@ -43,7 +43,8 @@ class DataFile:
     """The rows of one file (or hub dataset), the folder that relative image paths start from, and their format.
 
     `numbers`: the numbers of those rows that belong to the data, in rising order, where it is not all of them. `split`:
-    the split that the rows come from, where a saved or hub dataset has several under one name.
+    the split that the rows come from, where a saved or hub dataset has several under one name. `names`: all columns of
+    the file, of which `rows` has those that are used.
     """
 
     name: str
@@ -52,6 +53,7 @@ class DataFile:
     format: RowFormat = RowFormat()
     numbers: Sequence[int] | np.ndarray | None = None
     split: str = ""
+    names: Sequence[str] = ()
 
     @property
     def size(self) -> int:

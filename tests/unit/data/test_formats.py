@@ -69,14 +69,14 @@ FORMS = {
         asked(text("q"), IMAGE),
         [URI],
         0,
-        "messages in 'messages', images inside the messages.",
+        "messages in 'messages', images inside the messages, if any.",
     ),
     "image_url string": (
         {"messages": chat([{"type": "image_url", "image_url": "x.png"}, text("q")])},
         asked(IMAGE, text("q")),
         ["x.png"],
         0,
-        "messages in 'messages', images inside the messages.",
+        "messages in 'messages', images inside the messages, if any.",
     ),
     **{
         f"part with {name}": (
@@ -84,7 +84,7 @@ FORMS = {
             asked(IMAGE, text("q")),
             [image],
             0,
-            "messages in 'messages', images inside the messages.",
+            "messages in 'messages', images inside the messages, if any.",
         )
         for name, value, image in [
             ("image", "x.png", "x.png"),
@@ -302,10 +302,14 @@ def test_wrong_prompt_or_completion_is_named(prompt, completion, field, message)
 def test_unknown_columns_list_those_there_are():
     with pytest.raises(UserError, match="there is no column 'messages', only: question, reply, images") as caught:
         detect([{"question": "q", "reply": "a", "images": None}])
-    assert (caught.value.where, caught.value.fix) == ("rows.json", "Set dataset_text_field.")
+    assert caught.value.where == "rows.json"
+    assert caught.value.fix.endswith(
+        ": vlm-tuning convert rows.json rows_converted.jsonl --question_column question --answer_column reply"
+        " --image_column images"
+    )
     with pytest.raises(UserError, match="there is no column 'images', only: messages, photo") as caught:
         detect([{"messages": chat([IMAGE, text("q")]), "photo": "x.png"}])
-    assert caught.value.fix == "Set dataset_image_field."
+    assert caught.value.fix == "Set dataset_image_field photo."
 
 
 def test_named_columns_are_never_replaced_by_others():
