@@ -11,7 +11,7 @@ from tuning.data.json_files import parse_list
 from tuning.errors import UserError
 
 QUESTIONS = ("question", "query", "instruction", "prompt", "user", "human", "problem", "input", "text_input")
-ANSWERS = ("answer", "response", "reply", "output", "completion", "assistant", "gpt", "solution", "target", "label", "caption")
+ANSWERS = ("answer", "response", "reply", "output", "completion", "assistant", "gpt", "target", "label", "caption")
 IMAGES = ("image", "images", "img", "picture", "photo", "file_name", "filename", "path")
 IMAGE_MARK = "<image>"
 
