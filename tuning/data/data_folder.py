@@ -14,14 +14,20 @@ WHOLE = "whole"  # the files of a folder whose names speak of no split
 SHOWN = 8  # names of files in a sentence
 
 
-def find_splits(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
-    """The data files below `folder` by split, in the order of their names.
+def list_files(folder: Path) -> list[Path]:
+    """All files below `folder` in the order of their names, without hidden ones."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    hidden = (".", "__MACOSX")
+    return sorted(path for path in paths if not any(part.startswith(hidden) for part in path.relative_to(folder).parts))
+
+
+def find_splits(folder: Path, present: Sequence[Path], suffixes: Sequence[str]) -> dict[str, list[Path]]:
+    """The data files among those `present` in `folder`, by split.
 
     A file's own name counts before those of its folders. Files whose names speak of no split are training data, unless
-    others are called train: then they belong to no split. Where no name speaks of a split, all are `WHOLE`. Hidden
-    files and folders are passed over.
+    others are called train: then they belong to no split. Where no name speaks of a split, all are `WHOLE`.
     """
-    files = [file for file in _visible_files(folder) if file.name.lower().endswith(tuple(suffixes))]
+    files = [file for file in present if file.name.lower().endswith(tuple(suffixes))]
     if not files:
         raise UserError(
             where=str(folder), problem=f"the folder has no {', '.join(suffixes)} file.", fix="Give another folder."
@@ -38,19 +44,12 @@ def find_splits(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
     return dict(sorted(splits.items()))
 
 
-def print_files(folder: Path, read: Sequence[Path]) -> None:
-    """Print which files of a folder are read, and which others there are, but for images."""
-    images = Image.registered_extensions()
-    known = set(read)
-    others = [file for file in _visible_files(folder) if file not in known and file.suffix.lower() not in images]
+def print_files(folder: Path, present: Sequence[Path], read: Sequence[Path]) -> None:
+    """Print which of the files `present` in a folder are read, and which others there are, but for images."""
+    images, known = Image.registered_extensions(), set(read)
+    others = [file for file in present if file not in known and file.suffix.lower() not in images]
     left_out = f" Left out: {_list(folder, others)}." if others else ""
     print0(f"Files of {folder} that are read: {_list(folder, read)}.{left_out}")
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    hidden = (".", "__MACOSX")
-    return sorted(path for path in paths if not any(part.startswith(hidden) for part in path.relative_to(folder).parts))
 
 
 def _list(folder: Path, files: Sequence[Path]) -> str:

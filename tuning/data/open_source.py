@@ -15,7 +15,7 @@ from pyarrow import parquet
 from pyarrow import schema as arrow_schema
 
 from tuning.console import print0
-from tuning.data.data_folder import WHOLE, find_splits, print_files
+from tuning.data.data_folder import WHOLE, find_splits, list_files, print_files
 from tuning.data.formats import DEFAULT_IMAGE_FIELD, RowFormat, detect_format, fit_format
 from tuning.data.row_files import READERS, open_converted, open_streamed, pick_columns
 from tuning.data.sources import UNREADABLE, DataFile, Source, read_file, unreadable
@@ -92,7 +92,8 @@ def _open_single(file: Path, name: str, split: str | None, streaming: bool) -> l
 
 
 def _open_folder(folder: Path, split: str | None, default_split: str, streaming: bool) -> list[DataFile]:
-    splits, read = find_splits(folder, SUFFIXES), list[Path]()
+    present, read = list_files(folder), list[Path]()
+    splits = find_splits(folder, present, SUFFIXES)
     if WHOLE in splits:
         splits, default_split = {"train": splits[WHOLE]}, "train"
 
@@ -101,7 +102,7 @@ def _open_folder(folder: Path, split: str | None, default_split: str, streaming:
         return [_open_file(file, str(file), streaming) for file in splits[name]]
 
     files = read_splits(split or default_split, str(folder), list(splits), open_split)
-    print_files(folder, read)
+    print_files(folder, present, read)
     return files
 
 
