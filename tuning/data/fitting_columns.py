@@ -1,5 +1,6 @@
 """What to tell a user whose columns fit no format that we read."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,11 +42,13 @@ def _converted_name(path: str) -> str:
 
 
 def _guess(usual: Sequence[str], names: Sequence[str]) -> str | None:
-    """The column that has a usual name, or one with it as a word."""
-    for word in usual:
-        for name in names:
-            if name.lower() in (word, f"{word}s") or word in name.lower().split("_"):
-                return shlex.quote(name)
+    """The column that has a usual name, or else one with it as a word, also in the plural."""
+    words = {name: [word.removesuffix("s") for word in re.split(r"[\W_]+", name.lower())] for name in names}
+    for is_whole in (True, False):
+        for word in usual:
+            for name in names:
+                if name.lower() in (word, f"{word}s") if is_whole else word in words[name]:
+                    return shlex.quote(name)
     return None
 
 

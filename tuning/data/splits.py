@@ -43,7 +43,9 @@ def find_split(split: str, known: Sequence[str], name: str) -> str:
     same = [other for other in known if SPLIT_OF_ALIAS.get(other, other) == SPLIT_OF_ALIAS.get(split, split)]
     if split not in known and not same:
         raise UserError(
-            where=name, problem=f"there is no split '{split}', only: {', '.join(known)}.", fix="Set dataset_split."
+            where=name,
+            problem=f"there is no split '{split}', only: {', '.join(known)}.",
+            fix="Set dataset_split, or give the files of the split you want.",
         )
     return split if split in known else same[0]
 
