@@ -86,7 +86,7 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
     config = build_config({**options, "output_dir": str(folder / "out")})
     model_config = load.load_config(config.model)
     encoder = make_encoder(config.data, load.load_processor(config.model, model_config), model_config, "01 Jan 2026")
-    source, meter = open_rows(config), RowMeter(encoder)
+    source, meter = open_rows(config).train, RowMeter(encoder)
     stop, peak = threading.Event(), [0]
     threading.Thread(target=watch_memory, args=(stop, peak), daemon=True).start()
     time.sleep(0.2)

@@ -58,7 +58,9 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     processor = load.load_processor(config.model, model_config)
 
     rows = open_rows(config)
-    fingerprint = resume.run_fingerprint(config, rows=rows.fingerprint(), architecture=load.describe(model_config))
+    fingerprint = resume.run_fingerprint(
+        config, rows=rows.train.fingerprint(), architecture=load.describe(model_config)
+    )
     progress = resume.find_progress(config, fingerprint)  # fresh, resumed or finished
     if progress.finished_steps is not None:
         return report_finished(config, progress)

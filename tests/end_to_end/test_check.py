@@ -69,7 +69,7 @@ def test_rows_are_counted_as_training_encodes_them(layout, make_options, write_r
     config = build_config(make_options(layout, training_data_path=path))
     model_config = load.load_config(config.model)
     encoder = make_encoder(config.data, load.load_processor(config.model, model_config), model_config, "01 Jan 2026")
-    source = open_rows(config)
+    source = open_rows(config).train
     for measured in RowMeter(encoder).measure(list(source)):
         sample = encoder.encode(source[measured.number])
         ids, labels = sample.sequence["input_ids"], sample.sequence["labels"]

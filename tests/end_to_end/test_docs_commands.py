@@ -35,6 +35,7 @@ def workspace(tmp_path_factory):
     files = re.findall(r"Save this as `(.*?)`:\n\n```json\n(.*?)```", text, flags=re.DOTALL)
     files.append(("config.json", blocks(ROOT / "README.md", "json")[0]))
     assert [name for name, _ in files] == ["lora.json", "full.json", "config.json"]
+    files.append(("questions.csv", "question,answer,image\nWhich animal is it?,A cat.,my_data/images/cat.png\n"))
     for name, content in files:
         (folder / name).write_text(content, encoding="utf-8")
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Find the <ref-object>."}]}

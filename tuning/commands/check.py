@@ -19,7 +19,7 @@ from tuning.console import print0
 from tuning.data.batch_sampler import NOT_TRAINED, make_token_batches
 from tuning.data.collator import Collator, probe_collator
 from tuning.data.encode import Encoder, Sample
-from tuning.data.from_config import check_batch_is_filled, dummy_batch, make_encoder, open_rows, open_validation_rows
+from tuning.data.from_config import check_batch_is_filled, dummy_batch, make_encoder, open_rows
 from tuning.data.row_lengths import RowLengths, RowMeter
 from tuning.data.row_warnings import describe_ignored_keys, describe_unused_columns, find_prompt_gap
 from tuning.data.sources import Row
@@ -56,13 +56,14 @@ def check(config: RunConfig) -> Report:
         tokens=load.read_tokens(config.model, processor, model_config),
     )
 
-    source = open_rows(config)
+    rows = open_rows(config)
+    source = rows.train
     check_batch_is_filled(source, config)
     meter = RowMeter(encoder, decode_images=config.check.decode_images)
     findings = measure_all(source, meter, config.check.max_rows)
     validation = None
-    if config.data.validation_data_path:
-        validation = measure_all(open_validation_rows(config), meter, config.check.max_rows)
+    if rows.validation is not None:
+        validation = measure_all(rows.validation, meter, config.check.max_rows)
     lengths = findings.lengths()
     find_row = row_finder(source, lengths)
     gaps = find_prompt_gaps(findings, encoder, map(find_row, lengths.spread(ROWS_READ)))
@@ -124,7 +125,12 @@ def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Enc
         return None
     measured = RowLengths(source, encoder, exact=True)
     measured.known[:] = NOT_TRAINED
-    measured.known[np.take(measured.ends, lengths.file) + lengths.number] = lengths.tokens
+    for number, file in enumerate(measured.source.files):
+        of_file = lengths.file == number
+        places = lengths.number[of_file]
+        if file.numbers is not None:
+            places = np.searchsorted(np.asarray(file.numbers), places)
+        measured.known[measured.ends[number] + places] = lengths.tokens[of_file]
     return make_token_batches(config.training, len(source), measured, budget, padded=padded).count_items()
 
 

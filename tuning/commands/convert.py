@@ -1,14 +1,15 @@
 """`vlm-tuning convert`: turn a dataset of any format that training reads into the documented one.
 
-Images stay as they are stored, byte for byte.
+Also one whose columns have a question and an answer under any name. Images stay as they are stored, byte for byte.
 """
 
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from tqdm import tqdm
 
 from tuning.config.options import SourceArguments, option
 from tuning.console import print0
-from tuning.data.formats import describe_format
-from tuning.data.from_config import image_rules, open_path
+from tuning.data.formats import RowFormat, describe_format
+from tuning.data.from_config import check_config_name, image_rules, open_path
 from tuning.data.images import EncodedImage, ImageRules, find_image
 from tuning.data.messages import Message, count_images
 from tuning.data.row_errors import wrong_number_of_images
-from tuning.data.sources import Row, Source
+from tuning.data.sources import Row, Source, read_file
 from tuning.errors import UserError, error_field, writing
 
 
@@ -33,6 +34,18 @@ from tuning.errors import UserError, error_field, writing
 class ConvertArguments(SourceArguments):
     data_path: str = option("", "The data, in any format that training reads.", required=True, positional="IN")
     output: str = option("", "File to write: .jsonl or .parquet.", required=True, positional="OUT")
+    question_column: str | None = option(None, "Column with the question, where the data has no messages.")
+    answer_column: str | None = option(None, "Column with the answer to it.")
+    image_column: str | None = option(None, "Column with the image or images (default: images or image).")
+    question: str | None = option(None, "The question of every row, where no column has it.")
+
+    @property
+    def format(self) -> RowFormat | None:
+        """The format that the columns describe, if they are given."""
+        if self.answer_column is None:
+            return None
+        columns = (self.question_column, self.answer_column) if self.question_column else (self.answer_column,)
+        return RowFormat(columns, self.image_column, name="question and answer" if self.question_column else "answer")
 
 
 OPTIONS = ConvertArguments
@@ -52,14 +65,16 @@ def convert(options: ConvertArguments) -> int:
         what = f"convert cannot write {out.suffix or 'this kind of'} files."
         raise UserError(where=str(out), problem=what, fix="Use .jsonl or .parquet.")
     _refuse_existing(out)
-    source = open_path(options, options.data_path, options.dataset_split)
+    _check_columns(options)
+    check_config_name(options, [options.data_path])
+    source = open_path(options, options.data_path, options.dataset_split, format=options.format)
     for sentence in dict.fromkeys(_describe_formats(source, options)):
         print0(f"Rows: {sentence}")
     rules = image_rules(options)
     with writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         writer = make_writer(out, Path(folder))
         for row in tqdm(_read_rows(source), total=len(source), desc="converting rows", unit="row"):
-            writer.write(*read_row(row, rules))
+            writer.write(*read_row(row if options.format is None else _as_pair(row, options), rules))
         writer.finish()
     return len(source)
 
@@ -82,11 +97,36 @@ def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedIm
     return messages, images
 
 
+def _check_columns(options: ConvertArguments) -> None:
+    """Raise `UserError` unless question and answer are both given, or none of them."""
+    questions = [name for name in ("question_column", "question") if getattr(options, name) is not None]
+    given = [*questions, *(name for name in ("answer_column", "image_column") if getattr(options, name) is not None)]
+    if given and (len(questions) != 1 or options.answer_column is None):
+        raise UserError(
+            where=", ".join(given),
+            problem="a row needs one question and one answer.",
+            fix="Give answer_column, and either question_column or question.",
+        )
+
+
+def _as_pair(row: Row, options: ConvertArguments) -> Row:
+    """The row with the question of all rows, if there is one, and with numbers as text."""
+    columns = {
+        name: str(value) if name in row.format.text_fields and isinstance(value, (int, float)) else value
+        for name, value in row.columns.items()
+    }
+    if options.question is None:
+        return replace(row, columns=columns)
+    format = replace(row.format, text_fields=("question", *row.format.text_fields))
+    return replace(row, columns={**columns, "question": options.question}, format=format)
+
+
 def _read_rows(source: Source) -> Iterator[Row]:
-    """All rows in order. `datasets` iterates several times as fast as it reads by index."""
-    for file in source.files:
-        for number, columns in enumerate(file.rows):
-            yield file.row(number, columns)
+    """All rows in order."""
+    for row in itertools.chain.from_iterable(map(read_file, source.files)):
+        if isinstance(row, UserError):
+            raise row
+        yield row
 
 
 def _describe_formats(source: Source, data: SourceArguments) -> Iterator[str]:

@@ -23,7 +23,7 @@ from tuning.config.parse import to_flags
 from tuning.console import print0
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder, Sample
-from tuning.data.from_config import image_rules, make_encoder, open_path, print_formats
+from tuning.data.from_config import check_config_name, image_rules, make_encoder, open_path, print_formats
 from tuning.data.images import load_image, thumbnail
 from tuning.data.prompts import ask_or_error, read_references, right_answers
 from tuning.data.sources import Row, Source
@@ -63,9 +63,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class PredictArguments(RowArguments, ModelSource):
-    data_path: str = option(
-        "", "Rows to answer: a .json, .jsonl, .parquet or .arrow file, a folder, or a hub id.", required=True
-    )
+    data_path: str = option("", "Rows to answer: any file that training reads, a folder, or a hub id.", required=True)
     output: str = option("predictions.jsonl", "File for the answers, one JSON object per line.")
     metrics: list[str] | str | None = option(None, "Scores to compute, such as exact_match, anls or relaxed_accuracy.")
     references_field: str | None = option(None, "Column with the right answers, if a row has several.")
@@ -101,6 +99,7 @@ def predict(options: PredictArguments) -> None:
     os.environ["ACCELERATE_USE_FSDP"] = "false"  # every process has the whole model
     state = PartialState(cpu=not torch.accelerator.is_available())
     check_processes(state.num_processes)
+    check_config_name(options, [options.data_path])
     more_fields = [options.references_field] if options.references_field else []
     data = open_path(options, options.data_path, options.dataset_split, more_fields=more_fields)
     print_formats(data.files, options)

@@ -95,7 +95,7 @@ class SourceArguments:
 
     dataset_text_field: str = option("messages", "Column with the messages.")
     dataset_image_field: str = option("images", "Column with the image or images.")
-    dataset_split: str | None = option(None, "Split to read (default: train).")
+    dataset_split: str | None = option(None, "Split to read, or a part of one, such as train[:50%] (default: train).")
     dataset_config_name: str | None = option(None, "Configuration of a hub dataset.")
     image_folder: str | None = option(None, "Folder that relative image paths start from (default: the data file's).")
     allow_outside_paths: bool = option(False, "Also read image files that lie outside image_folder.")
@@ -133,10 +133,14 @@ class RowArguments(SourceArguments):
 class DataArguments(RowArguments):
     training_data_path: str | list[Any] | None = option(
         None,
-        "A .json, .jsonl, .parquet or .arrow file, a folder, a hub id, or a list of {path, weight, split}.",
+        "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .tar), a folder, a hub id, or a list of"
+        " {path, weight, split}.",
         required=True,
     )
     validation_data_path: str | None = option(None, "Data for evaluation: a file, a folder or a hub id.")
+    validation_split: float | None = option(
+        None, "Hold out this share (below 1) or number of the training rows for evaluation.", above=0
+    )
     dataset_kwargs: dict[str, Any] = option({}, "Accepted for compatibility; skip_prepare_dataset is always true.")
     padding_free: bool | str = option(
         "auto",

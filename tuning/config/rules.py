@@ -20,7 +20,13 @@ from tuning.machine import default_workers
 
 REQUIRED = (*(name for name, entry in OWN_OPTIONS.items() if entry.metadata["required"]), "output_dir")
 LORA_ONLY = tuple(name for name in LoraArguments.__dataclass_fields__ if name != "peft_method")
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+DATA_SUFFIXES = (
+    *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".tar"),
+    *(".json.gz", ".jsonl.gz", ".ndjson.gz", ".csv.gz", ".tsv.gz"),
+)
+
+
+VALIDATION = ("validation_data_path", "validation_split")  # each gives rows to evaluate on
 
 
 def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -36,9 +42,10 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...
         notes.append("dataset_kwargs: skip_prepare_dataset is always true here; rows are prepared during training.")
     if "peft_method" in values and str(values["peft_method"]).lower() in ("none", ""):
         values["peft_method"] = None
-    if "eval_strategy" not in values and values.get("validation_data_path"):
+    validation = [name for name in VALIDATION if values.get(name)]
+    if "eval_strategy" not in values and validation:
         values["eval_strategy"] = "epoch"
-        notes.append("eval_strategy was not given: evaluating on validation_data_path after every epoch.")
+        notes.append(f"eval_strategy was not given: evaluating on {validation[0]} after every epoch.")
     if missing := _missing_for_early_stopping(values):
         listed = ", ".join(f"{name} {value}" for name, value in missing.items())
         notes.append(f"early_stopping_patience: the best model is kept ({listed}).")
@@ -208,8 +215,21 @@ def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"train_sampling_strategy: {what}; it does not go with allow_remote_images"
     if strategy == "batch_rebalance":
         yield "train_sampling_strategy: batch_rebalance would encode every row before training; use random"
-    if values.get("eval_strategy", "no") != "no" and not values.get("validation_data_path"):
-        yield f"eval_strategy: {values['eval_strategy']} needs validation_data_path"
+    if values.get("eval_strategy", "no") != "no" and not any(map(values.get, VALIDATION)):
+        yield f"eval_strategy: {values['eval_strategy']} needs validation_data_path or validation_split"
+    yield from _validation_split_problems(values)
+
+
+def _validation_split_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    split = values.get("validation_split")
+    if not isinstance(split, (int, float)) or isinstance(split, bool):
+        return
+    if split > 1 and not float(split).is_integer():
+        yield f"validation_split: must be a share below 1 or a whole number of rows, got {split!r}"
+    if values.get("validation_data_path"):
+        yield "validation_split, validation_data_path: both give the rows to evaluate on; give one of them"
+    if values.get("streaming"):
+        yield "validation_split: needs the number of rows; it does not go with streaming, give validation_data_path"
 
 
 def _budget_problems(values: Mapping[str, Any]) -> Iterator[str]:
@@ -230,9 +250,9 @@ def _budget_problems(values: Mapping[str, Any]) -> Iterator[str]:
 def _answer_problems(values: Mapping[str, Any]) -> Iterator[str]:
     for name in ("eval_generate_rows", "early_stopping_patience"):
         if values.get(name) and values.get("eval_strategy", "no") == "no":
-            yield f"{name}: needs evaluations; give validation_data_path"
+            yield f"{name}: needs evaluations; give validation_data_path or validation_split"
     if values.get("eval_on_start") and not (values.get("validation_data_path") or values.get("validation_split")):
-        yield "eval_on_start: needs evaluations; give validation_data_path"
+        yield "eval_on_start: needs evaluations; give validation_data_path or validation_split"
     metrics = values.get("eval_metrics", "exact_match") if values.get("eval_generate_rows") else []
     known = ["loss", *([metrics] if isinstance(metrics, str) else metrics)]
     best = values.get("metric_for_best_model")

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tuning.data.fitting_columns import check_needs_no_image, no_text_column
 from tuning.data.images import list_images
+from tuning.data.json_files import parse_list
 from tuning.data.messages import (
     IMAGE_STRING,
     WEIGHT,
@@ -56,11 +58,11 @@ class RowFormat:
             messages = self._read_pair(columns, stored, where)
         else:
             field = self.text_fields[0]
-            place = f"{where}, field '{field}'"
+            value, place = columns[field], f"{where}, field '{field}'"
+            if isinstance(value, str):  # a table has only texts
+                value = parse_list(value) or value
             with error_field(field):
-                messages = read_messages(
-                    columns[field], place, image_strings=self.image_strings, needs_answer=needs_answer
-                )
+                messages = read_messages(value, place, image_strings=self.image_strings, needs_answer=needs_answer)
         extras = {name: columns[name] for name in self.extra_columns if columns.get(name) not in (None, "", [], {})}
         if "system" in extras:
             messages = _add_system_message(messages, extras["system"], f"{where}, field 'system'")
@@ -162,52 +164,85 @@ def _read_turns(value: Any, role: str, where: str, field: str) -> list[Any]:
 
 
 def detect_format(
-    names: Sequence[str], first_rows: Sequence[Mapping[str, Any]], *, text_field: str, image_field: str, where: str
+    names: Sequence[str],
+    first_rows: Sequence[Mapping[str, Any]],
+    *,
+    text_field: str,
+    image_field: str,
+    where: str,
+    path: str = "",
+    more_images: Sequence[str] = (),
 ) -> RowFormat:
     """Find the format of a dataset from its columns `names` and its first rows.
 
     Uses `text_field` and `image_field` where they exist. Where they do not and have their default, uses the columns of
-    LLaVA, ShareGPT and prompt/completion files. Raises `UserError` with the list of columns where none fits.
+    LLaVA, ShareGPT and prompt/completion files, and `more_images` for images. Rows that need no image need no such
+    column. Raises `UserError` with the list of columns where none fits. It names the command that converts `path`.
     """
-    text_fields, name = _find_text_fields(names, text_field, where)
-    values = [row[field] for row in first_rows for field in text_fields]
+    text_fields: tuple[str, ...]
+    if text_field in names:
+        text_fields, name = (text_field,), "messages"
+    elif text_field == DEFAULT_TEXT_FIELD and "conversations" in names:
+        text_fields, name = ("conversations",), "conversations"
+    elif text_field == DEFAULT_TEXT_FIELD and {"prompt", "completion"} <= set(names):
+        text_fields, name = ("prompt", "completion"), "prompt and completion"
+    else:
+        raise no_text_column(names, first_rows, text_field, where=where, path=path or where)
+    values = _values_of(text_fields, first_rows)
     if any("from" in message and message["from"] is not None for value in values for message in _messages_of(value)):
         name = "conversations with from and value"
-    format = RowFormat(text_fields, None, name=name)
-    if image_field in names:
-        format = replace(format, image_field=image_field)
-    elif image_field == DEFAULT_IMAGE_FIELD and "image" in names:
-        format = replace(format, image_field="image")
-    elif not any(_has_own_image(part) for value in values for part in _parts_of(value)):
-        raise _missing("dataset_image_field", image_field, names, where)
+    usual = ("image", *more_images) if image_field == DEFAULT_IMAGE_FIELD else ()
+    found = next((field for field in (image_field, *usual) if field in names), None)
+    format = RowFormat(text_fields, found, name=name)
+    if found is None and not any(_has_own_image(part) for value in values for part in _parts_of(value)):
+        check_needs_no_image(names, first_rows, text_fields, image_field, where)
+    return _add_details(format, names, first_rows)
+
+
+def fit_format(
+    format: RowFormat,
+    names: Sequence[str],
+    first_rows: Sequence[Mapping[str, Any]],
+    *,
+    where: str,
+    more_images: Sequence[str] = (),
+) -> RowFormat:
+    """A format that the user described, for a file with the columns `names`.
+
+    Without a column of images, takes a usual one. Raises `UserError` where a column is missing.
+    """
+    usual = (DEFAULT_IMAGE_FIELD, "image", *more_images)
+    image_field = format.image_field or next((field for field in usual if field in names), None)
+    format = replace(format, image_field=image_field)
+    for field in format.columns:
+        if field not in names:
+            raise UserError(
+                where=where,
+                problem=f"there is no column '{field}', only: {', '.join(names)}.",
+                fix="Name another column.",
+            )
+    return _add_details(format, names, first_rows)
+
+
+def _add_details(format: RowFormat, names: Sequence[str], first_rows: Sequence[Mapping[str, Any]]) -> RowFormat:
+    """The format with the further columns that belong to a conversation, and what `<image>` means in it."""
     extras = tuple(name for name in EXTRA_COLUMNS if name in names and name not in format.columns)
     return replace(format, image_strings=_uses_image_strings(format, first_rows), extra_columns=extras)
 
 
-def _find_text_fields(names: Sequence[str], text_field: str, where: str) -> tuple[tuple[str, ...], str]:
-    if text_field in names:
-        return (text_field,), "messages"
-    if text_field == DEFAULT_TEXT_FIELD and "conversations" in names:
-        return ("conversations",), "conversations"
-    if text_field == DEFAULT_TEXT_FIELD and {"prompt", "completion"} <= set(names):
-        return ("prompt", "completion"), "prompt and completion"
-    raise _missing("dataset_text_field", text_field, names, where)
-
-
-def _missing(option: str, field: str, names: Sequence[str], where: str) -> UserError:
-    found = ", ".join(names)
-    return UserError(where=where, problem=f"there is no column '{field}', only: {found}.", fix=f"Set {option}.")
-
-
 def describe_format(format: RowFormat, text_field: str, image_field: str) -> str | None:
     """One sentence about a detected format. None for messages and images in the columns that the options name."""
-    if format == RowFormat((text_field,), image_field):
+    if replace(format, extra_columns=()) == RowFormat((text_field,), image_field):
         return None
-    extras = "".join(f", with '{name}'" for name in format.extra_columns)
-    images = f"images in '{format.image_field}'" if format.image_field else "images inside the messages"
+    images = f"images in '{format.image_field}'" if format.image_field else "images inside the messages, if any"
     strings = f", {IMAGE_STRING} in the text marks their places" if format.image_strings else ""
     fields = " and ".join(f"'{field}'" for field in format.text_fields)
-    return f"{format.name} in {fields}, {images}{strings}{extras}."
+    return f"{format.name} in {fields}, {images}{strings}."
+
+
+def _values_of(text_fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[Any]:
+    values = [row[field] for row in rows for field in text_fields]
+    return [parse_list(value) or value for value in values] if len(text_fields) == 1 else values
 
 
 def _messages_of(value: Any) -> Iterable[Message]:
@@ -233,7 +268,7 @@ def _uses_image_strings(format: RowFormat, first_rows: Sequence[Mapping[str, Any
         return True
     fitting = 0
     for row in first_rows:
-        values = [row[field] for field in format.text_fields]
+        values = _values_of(format.text_fields, [row])
         if any(part.get("type") in ("image", "image_url") for value in values for part in _parts_of(value)):
             return False
         stored = len(list_images(row[format.image_field])) if format.image_field else 0

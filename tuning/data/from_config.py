@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from tuning.data.dataset import EncodedRows, StreamedRows, encode_row
 from tuning.data.dummy_samples import dummy_image_sample
 from tuning.data.encode import IGNORED, Encoder
 from tuning.data.formats import describe_format
+from tuning.data.held_out import hold_out
 from tuning.data.images import ImageRules
-from tuning.data.open_source import open_source
+from tuning.data.open_source import check_image_field, open_source
 from tuning.data.resized_size import find_short_edge
 from tuning.data.row_warnings import describe_rows, describe_unused_columns, spread_rows
-from tuning.data.sources import DataFile, Mixture, Source, Stream
+from tuning.data.sources import DataFile, Mixture, Row, Source, Stream
 from tuning.errors import UserError, try_optional
 
 TYPICAL_IMAGE = (1024, 768)
@@ -48,6 +50,14 @@ class TrainingData:
         return source_of(self.train).files
 
 
+@dataclass(frozen=True)
+class RunRows:
+    """The rows of a run before they are encoded. `validation` is None without validation data."""
+
+    train: Source | Mixture | Stream
+    validation: Source | None
+
+
 def source_of(rows: EncodedRows | StreamedRows) -> Source | Mixture | Stream:
     """The rows before they are encoded."""
     return rows.stream if isinstance(rows, StreamedRows) else rows.source
@@ -55,7 +65,7 @@ def source_of(rows: EncodedRows | StreamedRows) -> Source | Mixture | Stream:
 
 def open_data(
     config: RunConfig,
-    rows: Source | Mixture | Stream,
+    rows: RunRows,
     processor: Any,
     model_config: PreTrainedConfig,
     *,
@@ -63,12 +73,12 @@ def open_data(
     tokens: ModelTokens,
     steps_done: int,
 ) -> TrainingData:
-    """Prepare the training rows and open the validation rows, and try the first rows of both.
+    """Prepare the rows of a run, and try the first of them.
 
     `date_string`: today's date in chat templates. `tokens`: what the checkpoint says of its tokens. `steps_done`: the
     optimizer steps of an earlier run: streamed rows start after them. Raises `UserError` for a bad row among the first.
     """
-    check_batch_is_filled(rows, config)
+    check_batch_is_filled(rows.train, config)
     encoder = make_encoder(
         config.data,
         processor,
@@ -81,19 +91,18 @@ def open_data(
     collator = probe_collator(processor)
     if config.training.world_size > 1:  # every batch then has an image: see `dummy_image_sample`
         collator = replace(collator, dummy_image_sample=dummy_image_sample(encoder))
-    check_first_rows(rows, encoder, skip)
-    some_rows = itertools.islice(rows, ROWS_CHECKED_FIRST) if isinstance(rows, Stream) else spread_rows(rows, ROWS_READ)
-    for warning in [*describe_unused_columns(rows.files), *describe_rows(some_rows, encoder)]:
+    check_first_rows(rows.train, encoder, skip)
+    for warning in [*describe_unused_columns(rows.train.files), *describe_rows(_some_rows(rows.train), encoder)]:
         print0(f"Warning: {warning}")
     train = (
-        _stream_rows(rows, config, steps_done)
-        if isinstance(rows, Stream)
-        else EncodedRows(rows, encoder, skip_bad_rows=skip)
+        _stream_rows(rows.train, config, steps_done)
+        if isinstance(rows.train, Stream)
+        else EncodedRows(rows.train, encoder, skip_bad_rows=skip)
     )
     validation = None
-    if config.data.validation_data_path:
-        validation = EncodedRows(open_validation_rows(config), encoder, skip_bad_rows=skip)
-        check_first_rows(validation.source, encoder, skip)
+    if rows.validation is not None:
+        validation = EncodedRows(rows.validation, encoder, skip_bad_rows=skip)
+        check_first_rows(rows.validation, encoder, skip)
         check_any_row(validation)
     return TrainingData(train, validation, encoder, collator)
 
@@ -116,6 +125,11 @@ def check_first_rows(source: Source | Mixture | Stream, encoder: Encoder, skip_b
         encoded = encode_row(row, encoder, skip_bad_rows)
         if isinstance(encoded, UserError):
             raise encoded
+
+
+def _some_rows(rows: Source | Mixture | Stream) -> Iterable[Row | UserError]:
+    """A few rows from all over the data, or the first ones of a stream."""
+    return itertools.islice(rows, ROWS_CHECKED_FIRST) if isinstance(rows, Stream) else spread_rows(rows, ROWS_READ)
 
 
 def check_any_row(rows: EncodedRows) -> None:
@@ -145,45 +159,69 @@ def check_batch_is_filled(rows: Source | Mixture | Stream, config: RunConfig) ->
         )
 
 
-def open_rows(config: RunConfig) -> Source | Mixture | Stream:
-    """The training rows of one data path, or of a list of them, mixed by weight; a `Stream` with `streaming`."""
+def open_rows(config: RunConfig) -> RunRows:
+    """The rows of one data path, or of a list of them, mixed by weight, and those to evaluate on.
+
+    With `streaming` the training rows are a `Stream`. With `validation_split` some of the rows are held out.
+    """
     data = config.data
     path = data.training_data_path
     entries: list[dict[str, Any]] = path if isinstance(path, list) else [{"path": path}]
+    check_config_name(data, [entry["path"] for entry in entries])
     sources = [
-        open_path(data, entry["path"], entry.get("split") or data.dataset_split, streaming=data.streaming)
+        open_path(
+            *(data, entry["path"], entry.get("split") or data.dataset_split),
+            streaming=data.streaming,
+            needs_image_field=len(entries) == 1,
+        )
         for entry in entries
     ]
-    print_formats([file for source in sources for file in source.files], data)
+    files = [file for source in sources for file in source.files]
+    check_image_field(files, data.dataset_image_field)
+    print_formats(files, data)
     weights = [entry["weight"] for entry in entries] if entries[0].get("weight") else None
     if data.streaming:  # the sizes of files are unknown: those of one dataset share its weight equally
         pairs = zip(sources, weights or [], strict=False)
         shared = [weight / len(source.files) for source, weight in pairs for _ in source.files]
-        return Stream([file for source in sources for file in source.files], shared or None)
+        return RunRows(Stream(files, shared or None), open_validation_rows(config))
+    validation = open_validation_rows(config)
+    if data.validation_split is not None:
+        held_out = hold_out(sources, data.validation_split, data_seed(config.training))
+        sources, validation = held_out.train, held_out.validation
+        trained = sum(len(source) for source in sources)
+        print0(f"validation_split: {len(validation):,} rows are held out, {trained:,} rows are trained.")
     if weights:
-        return Mixture(sources, weights)
-    return Source([file for source in sources for file in source.files])
+        return RunRows(Mixture(sources, weights), validation)
+    return RunRows(Source([file for source in sources for file in source.files]), validation)
 
 
-def open_validation_rows(config: RunConfig) -> Source:
+def open_validation_rows(config: RunConfig) -> Source | None:
     """The rows of `validation_data_path`: the validation split of a folder or hub dataset."""
-    assert config.data.validation_data_path is not None
-    return open_path(config.data, config.data.validation_data_path, "validation", streaming=False)
+    if not config.data.validation_data_path:
+        return None
+    return open_path(config.data, config.data.validation_data_path, None, default_split="validation")
 
 
-def open_path(
-    data: SourceArguments, path: str, split: str | None, *, streaming: bool = False, more_fields: Sequence[str] = ()
-) -> Source:
-    """The rows of one path. `more_fields`: columns to keep in addition to those of the conversation."""
+def open_path(data: SourceArguments, path: str, split: str | None, **options: Any) -> Source:
+    """The rows of one path. `options`: see `open_source`."""
     return open_source(
         path,
         text_field=data.dataset_text_field,
         image_field=data.dataset_image_field,
         split=split,
         config_name=data.dataset_config_name,
-        streaming=streaming,
-        more_fields=more_fields,
+        **options,
     )
+
+
+def check_config_name(data: SourceArguments, paths: Sequence[str]) -> None:
+    """Raise `UserError` where `dataset_config_name` has no effect: only datasets of the Hub have configurations."""
+    if data.dataset_config_name and all(Path(path).expanduser().exists() for path in paths):
+        raise UserError(
+            where=f"dataset_config_name {data.dataset_config_name}",
+            problem=f"has no effect on {paths[0]}: only datasets of the Hub have configurations.",
+            fix="Leave it out.",
+        )
 
 
 def print_formats(files: Iterable[DataFile], data: SourceArguments) -> None:

@@ -16,11 +16,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tuning.data.image_download import fetch_image
+from tuning.data.json_files import parse_list
 from tuning.errors import UserError, first_line, try_optional
 
 T = TypeVar("T")
 THUMBNAIL = (320, 320)
 ORIENTATION = 0x0112  # the EXIF tag; with 5 to 8, width and height change places (CIPA DC-008)
+URL_SAFE = str.maketrans("-_", "+/")
 PNG_EXIF = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 
@@ -55,9 +57,11 @@ class EncodedImage:
 
 
 def list_images(value: Any) -> list[Any]:
-    """The stored images of a row as a list. `value` is None, one image, or several."""
+    """The stored images of a row as a list. `value` is None, one image, or several, also as the text of a list."""
     if value is None:
         return []
+    if isinstance(value, str):
+        return parse_list(value) or [value]
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -267,8 +271,13 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def _decode_base64(text: str) -> bytes:
+    """The bytes in base64 text, in the usual or the URL-safe alphabet, or none."""
+    text = "".join(text.split())
+    if ("-" in text or "_" in text) and "+" not in text and "/" not in text:
+        text = text.translate(URL_SAFE).rstrip("=")
+        text += "=" * (-len(text) % 4)  # which addresses leave out
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         return b""
 

@@ -1,27 +1,32 @@
 """Opens data: files, folders, saved datasets, or datasets of the hub. Images stay as they are stored."""
 
-import functools
-import json
-import re
+import glob
+import zlib
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetsError
-from datasets.features import Image, Json, List
+from datasets.features import Array2D, Array3D, Array4D, Array5D, Image, List
+from pyarrow import parquet
+from pyarrow import schema as arrow_schema
 
-from tuning.data.formats import detect_format
+from tuning.console import print0
+from tuning.data.data_folder import WHOLE, find_splits, list_files, print_files
+from tuning.data.formats import DEFAULT_IMAGE_FIELD, EXTRA_COLUMNS, RowFormat, detect_format, fit_format
+from tuning.data.row_files import READERS, open_converted, open_streamed, pick_columns
 from tuning.data.sources import UNREADABLE, DataFile, Source, read_file, unreadable
+from tuning.data.splits import SPLIT_OF_ALIAS, read_splits
 from tuning.errors import UserError, first_line
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+SUFFIXES = (*READERS, ".parquet", ".arrow")
 FIRST_ROWS, SPREAD = 16, 48  # the format is detected from the first rows, and from some of all over the data
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
+FIRST_STREAMED_ROWS = 1000  # of files that we stream ourselves: as many as are shuffled
+ARRAYS = (Array2D, Array3D, Array4D, Array5D)
+FILE_NAMES = ("file_name", "file_names")  # the columns of images in a metadata file of an ImageFolder
 
 
 def open_source(
@@ -30,135 +35,143 @@ def open_source(
     text_field: str,
     image_field: str,
     split: str | None = None,
+    default_split: str = "train",
     config_name: str | None = None,
     streaming: bool = False,
     more_fields: Sequence[str] = (),
+    format: RowFormat | None = None,
+    needs_image_field: bool = True,
 ) -> Source:
-    """Open `path`: a .json/.jsonl/.parquet/.arrow file, a folder of them, a `save_to_disk` folder, or a hub id.
+    """Open `path`: a file with one of `SUFFIXES`, a folder of them, a `save_to_disk` folder, or a hub id.
 
-    `datasets` converts JSON and parquet to Arrow once and then maps the file into memory. With `streaming` it reads
-    them as they are, and the files have no length. `more_fields`: columns to keep besides the conversation's. Raises
+    A file is converted to Arrow once and then mapped into memory. With `streaming` it is read as it is, and has no
+    length. `split`: such as `validation` or `train[:50%]`. Without it, reads `default_split` where there are splits,
+    and otherwise all rows. `more_fields`: columns to keep besides the conversation's. `format`: of the rows, instead
+    of detecting it. `needs_image_field`: a column of images that the user named must be in one of the files. Raises
     `UserError` where there is nothing to read, a file is broken, or a column is missing.
     """
     local = Path(path).expanduser()
     if local.is_file():
-        files = [_open_file(local, path, streaming)]
+        files = _open_single(local, path, split, streaming)
     elif local.is_dir() and ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
-        files = [_open_saved(local, split, streaming)]
+        files = _open_saved(local, split, default_split, streaming)
     elif local.is_dir():
-        files = [_open_file(file, str(file), streaming) for file in _files_of_split(local, split or "train")]
+        files = _open_folder(local, split, default_split, streaming)
     else:
-        files = [_open_hub(path, split or "train", config_name, streaming)]
-    prepared = [_prepare(file, text_field, image_field, more_fields) for file in files]
+        open_split = partial(_open_hub, path, config_name, streaming)
+        files = read_splits(split or default_split, path, None, open_split)
+    prepared = [_prepare(file, text_field, image_field, more_fields, format, path) for file in files]
     if all(next(read_file(file), None) is None for file in prepared):
         raise _no_rows(path)
+    if needs_image_field and format is None:
+        check_image_field(prepared, image_field)
     return Source(prepared)
 
 
+def check_image_field(files: Sequence[DataFile], image_field: str) -> None:
+    """Raise `UserError` where no file has the column of images that the user named."""
+    if image_field != DEFAULT_IMAGE_FIELD and not any(file.format.image_field == image_field for file in files):
+        names = ", ".join(dict.fromkeys(name for file in files for name in file.names))
+        raise UserError(
+            where=files[0].name,
+            problem=f"there is no column '{image_field}', only: {names}.",
+            fix="Set dataset_image_field.",
+        )
+
+
+def _open_single(file: Path, name: str, split: str | None, streaming: bool) -> list[DataFile]:
+    """A file, which is the split train, and also the split that its name says."""
+    opened = [_open_file(file, name, streaming)]
+    if split is None:
+        return opened
+    named = [
+        word for word in file.name.lower().replace("-", "_").replace(".", "_").split("_") if word in SPLIT_OF_ALIAS
+    ]
+    known = list(dict.fromkeys(["train", *(SPLIT_OF_ALIAS[word] for word in named)]))
+    return read_splits(split, name, known, lambda _: opened)
+
+
+def _open_folder(folder: Path, split: str | None, default_split: str, streaming: bool) -> list[DataFile]:
+    present, read = list_files(folder), list[Path]()
+    splits = find_splits(folder, present, SUFFIXES)
+    if WHOLE in splits:
+        splits, default_split = {"train": splits[WHOLE]}, "train"
+
+    def open_split(name: str) -> list[DataFile]:
+        read.extend(splits[name])
+        return [_open_file(file, str(file), streaming) for file in splits[name]]
+
+    files = read_splits(split or default_split, str(folder), list(splits), open_split)
+    print_files(folder, present, read)
+    return files
+
+
 def _open_file(file: Path, name: str, streaming: bool) -> DataFile:
-    builder = BUILDERS.get(file.suffix)
-    if builder is None:
+    suffix = next((suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)), None)
+    if suffix is None:
         raise UserError(
             where=name,
             problem=f"{file.suffix or 'this kind of'} files cannot be read.",
-            fix=f"Use one of {', '.join(BUILDERS)}.",
+            fix=f"Use one of {', '.join(SUFFIXES)}.",
         )
     if not file.stat().st_size:
         raise UserError(where=name, problem="the file is empty.", fix="Give a file with rows.")
     try:
-        if builder == "arrow":
+        if suffix in READERS:
+            rows = (open_streamed if streaming else open_converted)(file, READERS[suffix])
+        elif suffix == ".arrow":
             rows = datasets.Dataset.from_file(str(file))
             rows = rows.to_iterable_dataset() if streaming else rows
-        elif builder == "json" and not streaming:
-            rows = _load_json(file)
         else:
-            rows = datasets.load_dataset(builder, data_files=[str(file)], split="train", streaming=streaming)
-    except (DatasetsError, ValueError, OSError) as error:
-        raise _unreadable_file(file, name, error) from error
+            rows = _open_parquet(file, streaming)
+    except (DatasetsError, ValueError, OSError, EOFError, zlib.error) as error:
+        raise _unreadable_file(suffix, name, error) from error
     return DataFile(name, rows, file.parent)
 
 
-def _load_json(file: Path) -> datasets.Dataset:
-    """The rows of a JSON file, with the types that `datasets` finds in its first 10 MB.
-
-    Columns keep their JSON where later rows have other types, or where text was read as dates.
-    """
-    load = functools.partial(datasets.load_dataset, "json", data_files=[str(file)], split="train")
-    try:
-        rows = load()
-    except datasets.exceptions.DatasetGenerationError:
-        names = _names_in_json(file)
-        if not names:
-            raise
-        return load(features=datasets.Features({name: Json() for name in names}))
-    dated = [name for name, feature in rows.features.items() if "Value('timestamp" in repr(feature)]
-    return load(features=datasets.Features({**rows.features, **{name: Json() for name in dated}})) if dated else rows
+def _open_parquet(file: Path, streaming: bool) -> Any:
+    if "::" in str(file):
+        raise UserError(where=str(file), problem="`datasets` cannot read a path with '::'.", fix="Rename it.")
+    pattern = glob.escape(str(file))  # `datasets` takes every path for a pattern
+    load = partial(datasets.load_dataset, "parquet", data_files=[pattern], split="train", streaming=streaming)
+    strange = _strange_columns(file)
+    if not strange:
+        return load()
+    listed = ", ".join(f"'{name}' ({kind})" for name, kind in strange.items())
+    print0(f"{file}: `datasets` has no type for these columns, which are left out: {listed}.")
+    columns = [name for name in parquet.read_schema(file).names if name not in strange]
+    schema = arrow_schema([field for field in parquet.read_schema(file) if field.name in columns])
+    return load(columns=columns, features=datasets.Features.from_arrow_schema(schema))
 
 
-def _names_in_json(file: Path) -> list[str]:
-    """The keys of all rows, or none where a row is not an object. Raises `ValueError` where the file is not JSON."""
-    with open(file, encoding="utf-8-sig") as text:
-        rows = map(json.loads, filter(str.strip, text)) if file.suffix == ".jsonl" else json.load(text)
-        names: dict[str, None] = {}
-        for row in rows:
-            if not isinstance(row, dict):
-                return []
-            names.update(dict.fromkeys(row))
-    return list(names)
+def _strange_columns(file: Path) -> dict[str, str]:
+    """The columns that `datasets` has no type for, such as maps, and their types."""
+    strange = {}
+    for field in parquet.read_schema(file):
+        try:
+            datasets.Features.from_arrow_schema(arrow_schema([field]))
+        except ValueError:
+            strange[field.name] = str(field.type)
+    return strange
 
 
 def _no_rows(name: str) -> UserError:
     return UserError(where=name, problem="there are no rows.", fix="Give data with at least one row.")
 
 
-def _unreadable_file(file: Path, name: str, error: Exception) -> UserError:
-    """The error of a file that `datasets` cannot open. In a file of JSON lines, names the first bad line."""
+def _unreadable_file(suffix: str, name: str, error: Exception) -> UserError:
+    """The error of a file that cannot be opened."""
+    cause = error.__cause__ or error
+    if isinstance(cause, UserError):  # of a reader of ours, which names the row
+        return cause
     if "corresponds to no data" in str(error):
         return _no_rows(name)
-    if file.suffix == ".jsonl":
-        with open(file, encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(line for line in lines if line.strip()):
-                try:
-                    json.loads(line)
-                except json.JSONDecodeError as fault:
-                    return UserError(
-                        where=f"{name}, row {number}",
-                        problem=f"the line is not valid JSON: {fault.msg} (column {fault.colno}).",
-                        fix="Repair the line.",
-                    )
-    reason = first_line(error.__cause__ or error)
     return UserError(
-        where=name, problem=f"the file cannot be read as {file.suffix[1:]}: {reason}.", fix="Repair the file."
+        where=name, problem=f"the file cannot be read as {suffix[1:]}: {first_line(cause)}.", fix="Repair the file."
     )
 
 
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """The data files below `folder`. Where file names contain splits, only those of `split`."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix in BUILDERS and not file.name.startswith("."))
-    named = {file: _split_in_name(file.relative_to(folder)) for file in files}
-    if any(named.values()):
-        chosen = [file for file in files if named[file] == split]
-        if files and not chosen:
-            found = ", ".join(sorted({word for word in named.values() if word}))
-            raise _no_split(str(folder), split, found)
-        files = chosen
-    if not files:
-        raise UserError(
-            where=str(folder), problem=f"the folder has no {', '.join(BUILDERS)} file.", fix="Give another folder."
-        )
-    return files
-
-
-def _no_split(name: str, split: str, found: str) -> UserError:
-    return UserError(where=name, problem=f"there is no split '{split}', only: {found}.", fix="Set dataset_split.")
-
-
-def _split_in_name(path: Path) -> str | None:
-    words = set(re.split(r"[^a-z]+", str(path).lower()))
-    return next((split for split, aliases in SPLIT_WORDS.items() if words & set(aliases)), None)
-
-
-def _open_saved(folder: Path, split: str | None, streaming: bool) -> DataFile:
+def _open_saved(folder: Path, split: str | None, default_split: str, streaming: bool) -> list[DataFile]:
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, IndexError) as error:  # IndexError: saved without a row
@@ -167,19 +180,19 @@ def _open_saved(folder: Path, split: str | None, streaming: bool) -> DataFile:
             problem=f"the folder cannot be read as a saved dataset: {error}.",
             fix="Save the dataset again, with at least one row.",
         ) from error
-    rows = _pick_split(saved, str(folder), split or "train")
-    return DataFile(str(folder), rows.to_iterable_dataset() if streaming else rows, folder)
+    is_split = isinstance(saved, datasets.DatasetDict)
+
+    def open_split(name: str) -> list[DataFile]:
+        rows = saved[name] if is_split else saved
+        rows = rows.to_iterable_dataset() if streaming else rows
+        return [DataFile(str(folder), rows, folder, split=name if is_split else "")]
+
+    if split is None and not is_split:
+        return open_split("train")
+    return read_splits(split or default_split, str(folder), list(saved) if is_split else ["train"], open_split)
 
 
-def _pick_split(loaded: datasets.Dataset | datasets.DatasetDict, name: str, split: str) -> datasets.Dataset:
-    if isinstance(loaded, datasets.Dataset):
-        return loaded
-    if split not in loaded:
-        raise _no_split(name, split, ", ".join(loaded))
-    return loaded[split]
-
-
-def _open_hub(name: str, split: str, config_name: str | None, streaming: bool) -> DataFile:
+def _open_hub(name: str, config_name: str | None, streaming: bool, split: str) -> list[DataFile]:
     try:
         rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
@@ -188,30 +201,60 @@ def _open_hub(name: str, split: str, config_name: str | None, streaming: bool) -
             problem=f"there is no such file or folder, and the hub dataset could not be loaded: {first_line(error)}.",
             fix="Check the name, dataset_config_name and dataset_split.",
         ) from error
-    return DataFile(name, rows, Path(datasets.config.HF_CACHE_HOME))  # the folder of downloaded image files
+    folder = Path(datasets.config.HF_CACHE_HOME)  # of downloaded image files
+    return [DataFile(name, rows, folder, split=split)]
 
 
-def _prepare(file: DataFile, text_field: str, image_field: str, more_fields: Sequence[str]) -> DataFile:
-    """Detect the format of the rows, and keep images as stored: they are decoded later, one by one."""
-    streaming = isinstance(file.rows, datasets.IterableDataset)
-    rows = _undecoded(file.rows)
-    try:
-        first = list(rows.take(FIRST_ROWS)) if streaming else list(rows.select(_choose_rows(len(rows))))
-    except UNREADABLE as error:
-        raise unreadable(file.name, error) from error
-    names = list(first[0]) if streaming and first else rows.column_names or []
-    if not names:
-        raise _no_rows(file.name)
-    format = detect_format(names, first, text_field=text_field, image_field=image_field, where=file.name)
+def _prepare(
+    file: DataFile,
+    text_field: str,
+    image_field: str,
+    more_fields: Sequence[str],
+    format: RowFormat | None,
+    path: str,
+) -> DataFile:
+    """Detect the format of the rows, and keep images as stored: they are decoded later, one by one.
+
+    `path`: what the user gave, for errors.
+    """
+    file = replace(file, rows=_undecoded(file.rows))
+    names, first = _read_first(file)
+    more_images = FILE_NAMES if Path(file.name).name.lower().startswith("metadata.") else ()
+    if format is None:
+        found = detect_format(
+            *(names, first),
+            text_field=text_field,
+            image_field=image_field,
+            where=file.name,
+            path=path,
+            more_images=more_images,
+        )
+    else:
+        found = fit_format(format, names, first, where=file.name, more_images=more_images)
     if missing := [name for name in more_fields if name not in names]:
         raise UserError(
             where=file.name,
             problem=f"there is no column '{missing[0]}', only: {', '.join(names)}.",
             fix="Give another column.",
         )
-    columns = list(dict.fromkeys([*format.columns, *more_fields]))
-    unused = {name: _count_values(rows, name) for name in names if name not in columns}
-    return DataFile(file.name, rows.select_columns(columns), file.folder, format, unused)
+    if _is_streamed_by_us(file.rows):
+        if found.image_field is None and format is None:  # the column may come later than the first rows
+            found = replace(found, image_field=image_field)
+        extras = tuple(name for name in EXTRA_COLUMNS if name in found.extra_columns or name not in found.columns)
+        found = replace(found, extra_columns=extras)  # so may these
+    columns = list(dict.fromkeys([*found.columns, *more_fields]))
+    unused = {name: _count_values(file.rows, name) for name in names if name not in columns}
+    file = replace(file, format=found, names=names, unused=unused)
+    if _is_streamed_by_us(file.rows):
+        return replace(file, rows=pick_columns(file.rows, columns, {DEFAULT_IMAGE_FIELD: "image"}))
+    rows = file.rows.select_columns(columns)
+    if found.image_field and isinstance((rows.features or {}).get(found.image_field), ARRAYS):
+        raise UserError(
+            where=file.name,
+            problem=f"the column '{found.image_field}' has arrays of numbers.",
+            fix="Save it as the Image feature of `datasets`, or as encoded bytes.",
+        )
+    return replace(file, rows=rows)
 
 
 def _count_values(rows: Any, name: str) -> int:
@@ -219,6 +262,28 @@ def _count_values(rows: Any, name: str) -> int:
     if isinstance(rows, datasets.IterableDataset):
         return 0
     return len(rows) - rows.data.column(name).null_count
+
+
+def _is_streamed_by_us(rows: Any) -> bool:
+    return isinstance(rows, datasets.IterableDataset) and rows.features is None
+
+
+def _read_first(file: DataFile) -> tuple[list[str], list[dict[str, Any]]]:
+    """The names of the columns, and a few rows with all of them."""
+    rows = file.rows
+    count = FIRST_STREAMED_ROWS if _is_streamed_by_us(rows) else FIRST_ROWS
+    try:
+        if isinstance(rows, datasets.IterableDataset):
+            first = list(rows.take(count))
+            names = list(dict.fromkeys(name for row in first for name in row))
+        else:
+            first = [file.read(place).columns for place in _choose_rows(file.size)]
+            names = list(rows.column_names or [])
+    except UNREADABLE as error:
+        raise unreadable(file.name, error) from error
+    if not names:
+        raise _no_rows(file.name)
+    return names, [{name: row.get(name) for name in names} for row in first]
 
 
 def _choose_rows(count: int) -> list[int]:

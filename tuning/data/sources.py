@@ -3,19 +3,24 @@
 import bisect
 import itertools
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 
 from tuning.data.formats import RowFormat
 from tuning.errors import UserError, first_line
 
 # What `datasets` raises for files that it cannot read. It checks no row before it is read.
-UNREADABLE = (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, TypeError)
+UNREADABLE = (
+    *(pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, TypeError),
+    *(EOFError, zlib.error),  # of files that are compressed
+)
 
 
 @dataclass(frozen=True)
@@ -37,23 +42,49 @@ class Row:
 class DataFile:
     """The rows of one file (or hub dataset), the folder that relative image paths start from, and their format.
 
-    `unused`: the columns that are not read, and how many rows have them (0: not known).
+    `numbers`: the numbers of those rows that belong to the data, in rising order, where it is not all of them. `split`:
+    the split that the rows come from, where a saved or hub dataset has several under one name. `names`: all columns of
+    the file, of which `rows` has those that are used. `unused`: the others, and how many rows have them (0: not known).
     """
 
     name: str
     rows: Any  # datasets.Dataset, or IterableDataset where rows are streamed
     folder: Path | None
     format: RowFormat = RowFormat()
+    numbers: Sequence[int] | np.ndarray | None = None
+    split: str = ""
+    names: Sequence[str] = ()
     unused: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """The number of rows, or 0 where it is not known because they are streamed."""
+        if self.numbers is not None:
+            return len(self.numbers)
         return len(self.rows) if isinstance(self.rows, datasets.Dataset) else 0
 
     def row(self, number: int, columns: Mapping[str, Any]) -> Row:
         """The row `number` with these columns."""
         return Row(columns, self.name, number, self.folder, self.format)
+
+    def read(self, place: int) -> Row:
+        """The row at `place` among those that belong to the data."""
+        number = place if self.numbers is None else int(self.numbers[place])
+        return self.row(number, self.rows[number])
+
+    def read_many(self, places: Sequence[int]) -> list[Row]:
+        """The rows at these places. `datasets` reads columns several times as fast as single rows."""
+        numbers = places if self.numbers is None else np.asarray(self.numbers)[list(places)].tolist()
+        columns = self.rows[numbers]
+        return [
+            self.row(number, {name: values[place] for name, values in columns.items()})
+            for place, number in enumerate(numbers)
+        ]
+
+    def keep(self, places: Sequence[int] | np.ndarray) -> "DataFile":
+        """The same file with only the rows at these places, which rise."""
+        numbers = places if self.numbers is None else np.asarray(self.numbers)[np.asarray(places, dtype=np.int64)]
+        return replace(self, numbers=numbers)
 
 
 class Source:
@@ -67,20 +98,20 @@ class Source:
         return self._ends[-1]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The number of the file that has this row, and the row's number in it."""
+        """The number of the file that has this row, and the row's place among the rows that we read of it."""
         number = bisect.bisect_right(self._ends, index)
         return number, index - (self._ends[number - 1] if number else 0)
 
     def __getitem__(self, index: int) -> Row:
-        number, row = self.locate(index)
-        return self.files[number].row(row, self.files[number].rows[row])
+        number, place = self.locate(index)
+        return self.files[number].read(place)
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.__getitem__, range(len(self)))
 
     def fingerprint(self) -> list[list]:
         """Name and number of rows of every file, to see whether the data has changed."""
-        return [[file.name, len(file.rows)] for file in self.files]
+        return [[file.name, file.size] for file in self.files]
 
 
 class Mixture:
@@ -111,8 +142,8 @@ class Mixture:
         return before + file, row
 
     def __getitem__(self, index: int) -> Row:
-        number, row = self.locate(index)
-        return self.files[number].row(row, self.files[number].rows[row])
+        number, place = self.locate(index)
+        return self.files[number].read(place)
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.__getitem__, range(len(self)))
@@ -159,6 +190,9 @@ def read_file(file: DataFile) -> Iterator[Row | UserError]:
     while True:
         try:
             row = next(rows, None)
+        except UserError as error:  # of a reader of ours, which names the row
+            yield error
+            return
         except UNREADABLE as error:
             yield unreadable(file.name, error)
             return
@@ -182,6 +216,7 @@ def _read_rows(file: DataFile) -> Iterator[Row]:
         # Read row by row, it would give each worker process of a DataLoader other files, and most processes none.
         batches = file.rows.iter(batch_size=1)
         rows = ({name: values[0] for name, values in batch.items()} for batch in batches)
-    else:
-        rows = file.rows
-    return (file.row(number, columns) for number, columns in enumerate(rows))
+        return (file.row(number, columns) for number, columns in enumerate(rows))
+    if file.numbers is None:  # `datasets` iterates several times as fast as it reads by number
+        return (file.row(number, columns) for number, columns in enumerate(file.rows))
+    return map(file.read, range(file.size))

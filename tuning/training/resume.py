@@ -11,6 +11,7 @@ from typing import Any
 
 from tuning.config.options import RunConfig, default_options
 from tuning.console import print0
+from tuning.data.batch_sampler import data_seed
 from tuning.distributed.processes import Processes
 from tuning.errors import RunEnded, UserError, writing
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
@@ -26,7 +27,7 @@ from tuning.training.checkpoint_files import (
 
 SAME_DATA = (
     *("training_data_path", "dataset_text_field", "dataset_image_field", "dataset_split", "dataset_config_name"),
-    *("streaming", "on_bad_row", "image_folder"),
+    *("streaming", "on_bad_row", "image_folder", "validation_split"),
 )
 SAME_ENCODING = (
     *("max_seq_length", "overlong_rows", "max_images_per_sample", "assistant_only_loss", "chat_template"),
@@ -48,6 +49,8 @@ def run_fingerprint(config: RunConfig, *, rows: list, architecture: str) -> dict
     options = config.to_dict()
     lora = SAME_LORA if config.lora.peft_method else ("peft_method",)
     same = {name: options[name] for name in (*SAME_MODEL, *SAME_FREEZING, *lora, *SAME_DATA, *SAME_ENCODING)}
+    if config.data.validation_split is not None:
+        same["seed of validation_split"] = data_seed(config.training)
     same |= _rows_of_a_step(config)
     schedule = {name: options[name] for name in SCHEDULE}
     same |= {"rows": rows, "architecture": architecture, "schedule": schedule, "date_string": config.data.run_date}

@@ -269,7 +269,7 @@ class SupervisedTrainer(ResumableTrainer):
         summed = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").cpu()
         tokens = int(summed[1].item())
         if not tokens:
-            raise UserError(where="validation_data_path", problem="no token of the validation rows is supervised.")
+            raise UserError(where="validation rows", problem="no token of them is supervised.")
         metrics = {"loss": summed[0].item() / tokens, "tokens": tokens} | scores
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)

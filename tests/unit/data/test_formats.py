@@ -69,14 +69,14 @@ FORMS = {
         asked(text("q"), IMAGE),
         [URI],
         0,
-        "messages in 'messages', images inside the messages.",
+        "messages in 'messages', images inside the messages, if any.",
     ),
     "image_url string": (
         {"messages": chat([{"type": "image_url", "image_url": "x.png"}, text("q")])},
         asked(IMAGE, text("q")),
         ["x.png"],
         0,
-        "messages in 'messages', images inside the messages.",
+        "messages in 'messages', images inside the messages, if any.",
     ),
     **{
         f"part with {name}": (
@@ -84,7 +84,7 @@ FORMS = {
             asked(IMAGE, text("q")),
             [image],
             0,
-            "messages in 'messages', images inside the messages.",
+            "messages in 'messages', images inside the messages, if any.",
         )
         for name, value, image in [
             ("image", "x.png", "x.png"),
@@ -308,10 +308,14 @@ def test_wrong_prompt_or_completion_is_named(prompt, completion, field, message)
 def test_unknown_columns_list_those_there_are():
     with pytest.raises(UserError, match="there is no column 'messages', only: question, reply, images") as caught:
         detect([{"question": "q", "reply": "a", "images": None}])
-    assert (caught.value.where, caught.value.fix) == ("rows.json", "Set dataset_text_field.")
+    assert caught.value.where == "rows.json"
+    assert caught.value.fix.endswith(
+        ": vlm-tuning convert rows.json rows_converted.jsonl --question_column question --answer_column reply"
+        " --image_column images"
+    )
     with pytest.raises(UserError, match="there is no column 'images', only: messages, photo") as caught:
         detect([{"messages": chat([IMAGE, text("q")]), "photo": "x.png"}])
-    assert caught.value.fix == "Set dataset_image_field."
+    assert caught.value.fix == "Set dataset_image_field photo."
 
 
 def test_named_columns_are_never_replaced_by_others():
@@ -392,3 +396,95 @@ def test_rows_far_on_may_be_of_another_type(tmp_path, suffix):
 
 def test_one_image_or_a_list_is_read_alike():
     assert list_images("x.png") == list_images(["x.png"])
+
+
+# --- rows without a column of images ---
+
+TEXT_ROWS = [{"messages": chat("q")}, {"conversations": llava("q")}, {"prompt": "q", "completion": "a"}]
+
+
+@pytest.mark.parametrize("row", TEXT_ROWS)
+def test_rows_that_need_no_image_need_no_column_of_images(row):
+    found = detect([{**row, "id": 7}] * 3)
+    assert found.image_field is None
+    assert found.read(row, "row 0").images == []
+
+
+@pytest.mark.parametrize(
+    ("row", "fix"),
+    [
+        ({"messages": chat([IMAGE, text("q")])}, "Set dataset_image_field."),
+        ({"messages": chat("<image>q")}, "Set dataset_image_field, or add a column 'images' that is empty"),
+        ({"prompt": "<image>q", "completion": "a"}, "Set dataset_image_field, or add a column 'images' that is empty"),
+        ({"prompt": "q", "completion": "a", "photo": "x.JPG"}, "Set dataset_image_field photo."),
+        (
+            {"prompt": "q", "completion": "a", "pixels": [{"bytes": PNG, "path": None}]},
+            "Set dataset_image_field pixels.",
+        ),
+        ({"messages": [{**chat("q")[0], "images": ["x.png"]}, chat("q")[1]]}, "Put all images of a row into a column"),
+    ],
+)
+def test_rows_that_need_an_image_are_refused_without_a_column_of_images(row, fix):
+    with pytest.raises(UserError, match="image") as caught:
+        detect([row] * 3)
+    assert caught.value.fix.startswith(fix)
+
+
+def test_a_rare_word_in_brackets_is_a_word():
+    rows = [{"messages": chat("q")}, {"messages": chat("What does <image> do in SVG?")}, {"messages": chat("q")}]
+    found = detect(rows)
+    assert found.image_field is None
+    assert not found.image_strings
+
+
+def test_a_named_column_of_images_must_be_in_one_of_the_files(tmp_path):
+    for name, row in {
+        "a": {"prompt": "q", "completion": "a"},
+        "b": {"prompt": "q", "completion": "a", "photo": "x"},
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    options = {"text_field": "messages", "image_field": "photo"}
+    assert [file.format.image_field for file in open_source(str(tmp_path), **options).files] == [None, "photo"]
+    with pytest.raises(UserError, match="there is no column 'photo', only: prompt, completion"):
+        open_source(str(tmp_path / "a.jsonl"), **options)
+
+
+@pytest.mark.parametrize(
+    ("row", "command"),
+    [
+        (
+            {"images": [], "user": "q", "assistant": "a"},
+            "--question_column user --answer_column assistant --image_column images",
+        ),
+        ({"instruction": "q", "output": "a"}, "--question_column instruction --answer_column output"),
+        (
+            {"the question": "q", "gold_answers": "a", "id": 1},
+            "--question_column 'the question' --answer_column gold_answers",
+        ),
+        (
+            {"img": "x.png", "Query": "q", "Label": 1},
+            "--question_column Query --answer_column Label --image_column img",
+        ),
+    ],
+)
+def test_columns_that_fit_no_format_name_the_command_that_helps(row, command):
+    with pytest.raises(UserError) as caught:
+        detect([row])
+    assert caught.value.fix.endswith(f"vlm-tuning convert rows.json rows_converted.jsonl {command}")
+
+
+def test_a_column_of_messages_under_another_name_is_named():
+    with pytest.raises(UserError) as caught:
+        detect([{"dialog": chat("q")}])
+    assert caught.value.fix == "Set dataset_text_field dialog."
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_base64_in_the_alphabet_of_addresses_is_read(padding):
+    stream = io.BytesIO()
+    Image.frombytes("RGB", (40, 40), bytes(range(256)) * 18 + bytes(192)).save(stream, "PNG")
+    stored = base64.urlsafe_b64encode(stream.getvalue()).decode()
+    assert "-" in stored or "_" in stored
+    stored = stored if padding else stored.rstrip("=")
+    for value in (stored, f"data:image/png;base64,{stored}"):
+        assert load_image(value, None, "row 0").size == (40, 40)
