@@ -246,7 +246,9 @@ def _prepare(
     unused = {name: _count_values(file.rows, name) for name in names if name not in columns}
     file = replace(file, format=found, names=names, unused=unused)
     if _is_streamed_by_us(file.rows):
-        return replace(file, rows=pick_columns(file.rows, columns, {DEFAULT_IMAGE_FIELD: "image"}))
+        needed = [name for name in columns if name not in found.extra_columns]
+        rows = pick_columns(file.rows, needed, {DEFAULT_IMAGE_FIELD: "image"}, found.extra_columns)
+        return replace(file, rows=rows)
     rows = file.rows.select_columns(columns)
     if found.image_field and isinstance((rows.features or {}).get(found.image_field), ARRAYS):
         raise UserError(

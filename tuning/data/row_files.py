@@ -75,14 +75,23 @@ def open_streamed(file: Path, reader: Reader) -> datasets.IterableDataset:
     return datasets.IterableDataset.from_generator(partial(reader, file))
 
 
-def pick_columns(rows: datasets.IterableDataset, columns: Sequence[str], instead: Mapping[str, str]) -> Any:
-    """Streamed rows with these columns, None where a row has none. `instead`: a column → what may take its place."""
-    return datasets.IterableDataset.from_generator(partial(_pick, rows, tuple(columns), dict(instead)))
+def pick_columns(
+    rows: datasets.IterableDataset, columns: Sequence[str], instead: Mapping[str, str], optional: Sequence[str]
+) -> Any:
+    """Streamed rows with these columns, None where a row has none. `instead`: a column → what may take its place.
+
+    A row without an `optional` column does not get it.
+    """
+    picked = partial(_pick, rows, tuple(columns), dict(instead), tuple(optional))
+    return datasets.IterableDataset.from_generator(picked)
 
 
-def _pick(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], instead: dict[str, str]) -> Iterator[dict]:
+def _pick(
+    rows: Iterable[dict[str, Any]], columns: tuple[str, ...], instead: dict[str, str], optional: tuple[str, ...]
+) -> Iterator[dict]:
     for row in rows:
-        yield {name: row.get(name, row.get(instead.get(name, name))) for name in columns}
+        present = {name: row[name] for name in optional if name in row}
+        yield {name: row.get(name, row.get(instead.get(name, name))) for name in columns} | present
 
 
 @dataclass
