@@ -251,8 +251,6 @@ def _answer_problems(values: Mapping[str, Any]) -> Iterator[str]:
     for name in ("eval_generate_rows", "early_stopping_patience"):
         if values.get(name) and values.get("eval_strategy", "no") == "no":
             yield f"{name}: needs evaluations; give validation_data_path or validation_split"
-    if values.get("eval_on_start") and not (values.get("validation_data_path") or values.get("validation_split")):
-        yield "eval_on_start: needs evaluations; give validation_data_path or validation_split"
     metrics = values.get("eval_metrics", "exact_match") if values.get("eval_generate_rows") else []
     known = ["loss", *([metrics] if isinstance(metrics, str) else metrics)]
     best = values.get("metric_for_best_model")
@@ -264,6 +262,8 @@ def _answer_problems(values: Mapping[str, Any]) -> Iterator[str]:
 def _training_problems(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("max_steps") == 0:
         yield "max_steps: 0 steps train nothing; leave it out to train num_train_epochs"
+    if values.get("eval_on_start") and not (values.get("validation_data_path") or values.get("validation_split")):
+        yield "eval_on_start: needs evaluations; give validation_data_path or validation_split"
     if values.get("deepspeed") and find_spec("deepspeed") is None:
         yield "deepspeed: is not installed; run pip install deepspeed"
     if values.get("auto_find_batch_size"):

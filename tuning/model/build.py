@@ -109,7 +109,8 @@ def wanted_wrap_classes(config: RunConfig) -> list[str]:
     """The layer classes that the user named for FSDP, to the launcher or in `fsdp_config`."""
     launcher = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if is_fsdp_asked_for() else ""
     named = [name.strip() for name in launcher.split(",") if name.strip()]
-    return named or (config.training.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
+    settings = config.training.fsdp_config  # a text where fsdp is off: then transformers does not read it
+    return named or (settings.get("transformer_layer_cls_to_wrap") if isinstance(settings, dict) else None) or []
 
 
 def find_idle_vision(skeleton: PreTrainedModel, parts: Parts, batch: dict[str, torch.Tensor]) -> set[str] | None:
