@@ -172,7 +172,7 @@ def mixed(paths, weights) -> list[dict]:
 
 
 def rows_of_epoch(options: dict) -> list[tuple[str, int]]:
-    return [(Path(row.file).stem, row.number) for row in from_config.open_rows(build_config(options))]
+    return [(Path(row.file).stem, row.number) for row in from_config.open_rows(build_config(options)).train]
 
 
 @pytest.mark.parametrize(
