@@ -290,7 +290,11 @@ def test_parquet_is_read_by_datasets_as_messages_and_images(folder):
     rows = datasets.load_dataset("parquet", data_files=[str(after)], split="train")
     assert rows.features == convert.FEATURES
     assert [image.size for image in rows[0]["images"]] == [(32, 40), (40, 40)]  # `datasets` turns them too
-    assert rows[1]["messages"][0] == {"role": "system", "content": [text("Be brief.")]}
+    system = {name: value for name, value in rows[1]["messages"][0].items() if value is not None}
+    assert system == {
+        "role": "system",
+        "content": [text("Be brief.")],
+    }  # the other keys are for tool calls and the like
 
 
 @pytest.mark.parametrize(("limit", "value"), [("CHUNK_ROWS", 4), ("CHUNK_BYTES", 4 * len(PICTURES[B]))])
@@ -369,12 +373,46 @@ def test_a_folder_of_images_is_never_mixed_with_another(folder, capsys):
     assert entries(after.parent / "rows_images") == set()
 
 
-def test_a_prompt_with_answers_is_refused(folder, capsys):
-    """They are context where they are; in the documented form they would be trained."""
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_answers_of_a_prompt_stay_context(folder, suffix):
     row = {"prompt": [*chat("q"), {"role": "user", "content": "Sure?"}], "completion": "Yes.", "images": []}
-    before = write_rows(folder / "rows.jsonl", [row])
-    run(before, folder.parent / "out" / "rows.jsonl", expect=1)
-    assert f"{before}, row 0, field 'prompt': the prompt has assistant turns" in capsys.readouterr().err
+    before, after = write_rows(folder / "rows.jsonl", [row]), folder.parent / "out" / f"rows{suffix}"
+    run(before, after)
+    (old,), (new,) = (
+        [read.format.read(read.columns, "row").messages for read in open_rows(path)] for path in (before, after)
+    )
+    assert [message.get("weight") for message in new] == [None, 0, None, None]
+    assert new == old
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_calls_thoughts_tools_and_variables_are_converted(folder, suffix):
+    call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"what": ["it"], "n": 2}}}
+    messages = [
+        {"role": "user", "content": "Which?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "red", "tool_call_id": "call00001", "name": "look"},
+        {"role": "assistant", "content": "Red.", "reasoning_content": "Hm."},
+    ]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    row = {"messages": messages, "images": [], "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
+    plain = {"messages": chat("q"), "images": []}
+    before, after = write_rows(folder / "rows.jsonl", [row, plain]), folder.parent / "out" / f"rows{suffix}"
+    run(before, after)
+    old, new = ([read.format.read(read.columns, "row") for read in open_rows(path)] for path in (before, after))
+    assert new == old
+    assert new[0].tools == tools
+    assert new[0].messages[1]["tool_calls"] == [call]
+
+
+def test_a_key_without_a_place_in_parquet_is_refused(folder, capsys):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "refusal": "No."}]
+    before = write_rows(folder / "rows.jsonl", [{"messages": messages, "images": []}])
+    run(before, folder.parent / "out" / "rows.parquet", expect=1)
+    assert (
+        "messages have the key 'refusal', for which .parquet has no column here. Write a .jsonl"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

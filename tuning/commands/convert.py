@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tuning.console import print0
 from tuning.data.formats import RowFormat, describe_format
 from tuning.data.from_config import check_config_name, image_rules, open_path
 from tuning.data.images import EncodedImage, ImageRules, find_image
-from tuning.data.messages import Message, count_images
+from tuning.data.messages import CALLS, THOUGHT, WEIGHT, Message, count_images, parse_json
 from tuning.data.row_errors import wrong_number_of_images
 from tuning.data.sources import Row, Source, read_file
 from tuning.errors import UserError, error_field, writing
@@ -49,8 +49,11 @@ class ConvertArguments(SourceArguments):
 
 
 OPTIONS = ConvertArguments
-PART = {"type": Value("string"), "text": Value("string")}
-FEATURES = Features({"messages": List({"role": Value("string"), "content": List(PART)}), "images": List(Image())})
+TEXT = Value("string")
+KEYS_AS_TEXT = (THOUGHT, CALLS, "tool_call_id", "name")  # of a message in parquet; tool calls are JSON text
+FURTHER_COLUMNS = ("tools", "chat_template_kwargs", "objects")  # in parquet JSON text, too
+MESSAGE = {"role": TEXT, "content": List({"type": TEXT, "text": TEXT}), WEIGHT: Value("int8")}
+FEATURES = Features({"messages": List(MESSAGE | dict.fromkeys(KEYS_AS_TEXT, TEXT)), "images": List(Image())})
 CHUNK_ROWS, CHUNK_BYTES = 1000, 64_000_000  # a parquet row group ends when it has either
 
 
@@ -72,18 +75,25 @@ def convert(options: ConvertArguments) -> int:
         print0(f"Rows: {sentence}")
     rules = image_rules(options)
     with writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        writer = make_writer(out, Path(folder))
+        further = {name for file in source.files for name in file.format.extra_columns}
+        writer = make_writer(out, Path(folder), [name for name in FURTHER_COLUMNS if name in further])
         for row in tqdm(_read_rows(source), total=len(source), desc="converting rows", unit="row"):
-            writer.write(*read_row(row if options.format is None else _as_pair(row, options), rules))
+            writer.write(read_row(row if options.format is None else _as_pair(row, options), rules))
         writer.finish()
     return len(source)
 
 
-def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedImage]]:
-    """The messages of a row in the documented format, and its images as they are stored.
+@dataclass(frozen=True)
+class ConvertedRow:
+    """A row in the documented format. `images`: as they are stored. `further`: those of `FURTHER_COLUMNS` it has."""
 
-    Raises `UserError` naming file, row and field.
-    """
+    messages: list[Message]
+    images: list[EncodedImage]
+    further: dict[str, Any]
+
+
+def read_row(row: Row, rules: ImageRules) -> ConvertedRow:
+    """The row in the documented format. Raises `UserError` naming file, row and field."""
     conversation = row.format.read(row.columns, row.where)
     messages, stored = conversation.messages, conversation.images
     if count_images(messages) != len(stored):
@@ -94,7 +104,9 @@ def read_row(row: Row, rules: ImageRules) -> tuple[list[Message], list[EncodedIm
             find_image(image, row.folder, f"{row.where}, field '{field}', image {index}", rules)
             for index, image in enumerate(stored)
         ]
-    return messages, images
+    further = (conversation.tools, conversation.template_kwargs, parse_json(conversation.objects))
+    named = {name: value for name, value in zip(FURTHER_COLUMNS, further, strict=True) if value}
+    return ConvertedRow(messages, images, named)
 
 
 def _check_columns(options: ConvertArguments) -> None:
@@ -141,7 +153,7 @@ class JsonLines:
     A row names an image file where it is, if that is below the folder of `out`. Other images are copied next to `out`.
     """
 
-    def __init__(self, out: Path, folder: Path):
+    def __init__(self, out: Path, folder: Path, further: Sequence[str]):
         self.out, self.copies = out, out.with_name(f"{out.stem}_images")
         self._root = os.path.realpath(out.parent)
         self._rows = 0
@@ -149,10 +161,10 @@ class JsonLines:
         self._lines = folder / "lines"
         self._file = open(self._lines, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the writer)
 
-    def write(self, messages: list[Message], images: list[EncodedImage]) -> None:
-        paths = [self._name_in_place(image) or self._copy(image, n) for n, image in enumerate(images)]
-        row = {"messages": messages, "images": paths}
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def write(self, row: ConvertedRow) -> None:
+        paths = [self._name_in_place(image) or self._copy(image, n) for n, image in enumerate(row.images)]
+        self._file.write(json.dumps({"messages": row.messages, "images": paths, **row.further}, ensure_ascii=False))
+        self._file.write("\n")
         self._rows += 1
 
     def _name_in_place(self, image: EncodedImage) -> str | None:
@@ -189,25 +201,39 @@ class JsonLines:
 class Parquet:
     """Writes rows and their images into a parquet file in `folder`, until `finish` moves it to `out`.
 
-    It has the features that `datasets` knows. At most one row group is held in memory.
+    It has the features that `datasets` knows. `further`: those of `FURTHER_COLUMNS` that it has. At most one row group
+    is held in memory.
     """
 
-    def __init__(self, out: Path, folder: Path):
+    def __init__(self, out: Path, folder: Path, further: Sequence[str]):
         self.out, self._path = out, folder / "rows"
-        self._writer = parquet.ParquetWriter(self._path, FEATURES.arrow_schema)
+        self._schema = Features({**FEATURES, **dict.fromkeys(further, TEXT)}).arrow_schema
+        self._writer = parquet.ParquetWriter(self._path, self._schema)
         self._held: list[dict[str, Any]] = []
         self._held_bytes = 0
 
-    def write(self, messages: list[Message], images: list[EncodedImage]) -> None:
-        encoded = [image.read() for image in images]
+    def write(self, row: ConvertedRow) -> None:
+        encoded = [image.read() for image in row.images]
         stored = [{"bytes": data, "path": None} for data in encoded]
-        self._held.append({"messages": messages, "images": stored})
+        further = {name: json.dumps(value, ensure_ascii=False) for name, value in row.further.items()}
+        self._held.append({"messages": list(map(self._flat, row.messages)), "images": stored, **further})
         self._held_bytes += sum(map(len, encoded))
         if len(self._held) >= CHUNK_ROWS or self._held_bytes >= CHUNK_BYTES:
             self._flush()
 
+    def _flat(self, message: Message) -> dict[str, Any]:
+        """The message as the columns of the file hold it."""
+        if unknown := [name for name in message if name not in MESSAGE and name not in KEYS_AS_TEXT]:
+            raise UserError(
+                where=str(self.out),
+                problem=f"messages have the key {unknown[0]!r}, for which .parquet has no column here.",
+                fix="Write a .jsonl file.",
+            )
+        calls = {CALLS: json.dumps(message[CALLS], ensure_ascii=False)} if CALLS in message else {}
+        return {**message, **calls}
+
     def _flush(self) -> None:
-        self._writer.write_table(pyarrow.Table.from_pylist(self._held, schema=FEATURES.arrow_schema))
+        self._writer.write_table(pyarrow.Table.from_pylist(self._held, schema=self._schema))
         self._held, self._held_bytes = [], 0
 
     def finish(self) -> None:
