@@ -338,3 +338,16 @@ def test_a_file_that_holds_no_answers_is_never_written_over(predict, trained, tm
     assert code == 1
     assert "the file exists, but has no answers" in printed.err
     assert precious.read_text() == "{}\n"
+
+
+def test_prompts_without_a_column_of_answers_are_answered(models, rows, tmp_path, predict):
+    prompts = [{"role": "user", "content": "Which colour?"}]
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "Which colour?", "images": ["0.png"]}, {"prompt": prompts, "images": ["1.png"]}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, answered, _ = predict(models["llava15"], data_path=path, image_folder=rows.parent)
+    assert code == 0
+    assert [line["question"] for line in answered] == ["Which colour?"] * 2
+    assert answered[0]["prompt"] == answered[1]["prompt"]
+    assert "<image>" in answered[0]["prompt"]
+    assert [line["reference"] for line in answered] == [None, None]

@@ -101,7 +101,8 @@ def predict(options: PredictArguments) -> None:
     check_processes(state.num_processes)
     check_config_name(options, [options.data_path])
     more_fields = [options.references_field] if options.references_field else []
-    data = open_path(options, options.data_path, options.dataset_split, more_fields=more_fields)
+    split = options.dataset_split
+    data = open_path(options, options.data_path, split, more_fields=more_fields, needs_answers=False)
     print_formats(data.files, options)
     indices = range(min(len(data), options.max_rows or len(data)))
     check_references(options.metric_names, right_answers(map(data.__getitem__, indices), options.references_field))

@@ -21,6 +21,7 @@ from tuning.data.messages import (
 from tuning.errors import UserError, error_field
 
 DEFAULT_TEXT_FIELD, DEFAULT_IMAGE_FIELD = "messages", "images"
+PROMPT = "prompt"  # a column of questions without answers, and the name of that format
 EXTRA_COLUMNS = ("system", "tools", "chat_template_kwargs", "objects")  # belong to a conversation, in every format
 
 
@@ -54,8 +55,8 @@ class RowFormat:
         Raises `UserError` with field, message and part.
         """
         stored = list_images(columns[self.image_field]) if self.image_field else []
-        if len(self.text_fields) == 2:
-            messages = self._read_pair(columns, stored, where)
+        if len(self.text_fields) == 2 or self.name == PROMPT:
+            messages = self._read_prompt(columns, stored, where)
         else:
             field = self.text_fields[0]
             value, place = columns[field], f"{where}, field '{field}'"
@@ -73,15 +74,18 @@ class RowFormat:
             objects=extras.get("objects"),
         )
 
-    def _read_pair(self, columns: Mapping[str, Any], stored: list[Any], where: str) -> list[Message]:
-        """A prompt and its completion, as text or as messages. Only the completion is trained."""
-        prompt_field, completion_field = self.text_fields
+    def _read_prompt(self, columns: Mapping[str, Any], stored: list[Any], where: str) -> list[Message]:
+        """A prompt and its completion, if it has one, as text or as messages. Only the completion is trained."""
+        prompt_field, completion_field = self.text_fields[0], self.text_fields[-1]
+        is_pair = completion_field != prompt_field
         prompt = _read_turns(columns[prompt_field], "user", where, prompt_field)
-        completion = _read_turns(columns[completion_field], "assistant", where, completion_field)
+        completion = _read_turns(columns[completion_field], "assistant", where, completion_field) if is_pair else []
         with error_field(completion_field):
-            place = f"{where}, fields '{prompt_field}' and '{completion_field}'"
-            messages = read_messages([*prompt, *completion], place, image_strings=self.image_strings)
-        if not any(message["role"] == "assistant" for message in messages[len(prompt) :]):
+            place = f"{where}, field{f's {prompt_field!r} and' if is_pair else ''} '{completion_field}'"
+            messages = read_messages(
+                [*prompt, *completion], place, image_strings=self.image_strings, needs_answer=is_pair
+            )
+        if is_pair and not any(message["role"] == "assistant" for message in messages[len(prompt) :]):
             raise UserError(
                 where=f"{where}, field '{completion_field}'",
                 problem="the completion has no assistant turn.",
@@ -172,12 +176,14 @@ def detect_format(
     where: str,
     path: str = "",
     more_images: Sequence[str] = (),
+    needs_answers: bool = True,
 ) -> RowFormat:
     """Find the format of a dataset from its columns `names` and its first rows.
 
     Uses `text_field` and `image_field` where they exist. Where they do not and have their default, uses the columns of
     LLaVA, ShareGPT and prompt/completion files, and `more_images` for images. Rows that need no image need no such
-    column. Raises `UserError` with the list of columns where none fits. It names the command that converts `path`.
+    column. Without `needs_answers`, a prompt needs no completion. Raises `UserError` with the list of columns where
+    none fits. It names the command that converts `path`.
     """
     text_fields: tuple[str, ...]
     if text_field in names:
@@ -186,6 +192,8 @@ def detect_format(
         text_fields, name = ("conversations",), "conversations"
     elif text_field == DEFAULT_TEXT_FIELD and {"prompt", "completion"} <= set(names):
         text_fields, name = ("prompt", "completion"), "prompt and completion"
+    elif text_field == DEFAULT_TEXT_FIELD and PROMPT in names and not needs_answers:
+        text_fields, name = (PROMPT,), PROMPT
     else:
         raise no_text_column(names, first_rows, text_field, where=where, path=path or where)
     values = _values_of(text_fields, first_rows)

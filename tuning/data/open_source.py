@@ -41,13 +41,15 @@ def open_source(
     more_fields: Sequence[str] = (),
     format: RowFormat | None = None,
     needs_image_field: bool = True,
+    needs_answers: bool = True,
 ) -> Source:
     """Open `path`: a file with one of `SUFFIXES`, a folder of them, a `save_to_disk` folder, or a hub id.
 
     A file is converted to Arrow once and then mapped into memory. With `streaming` it is read as it is, and has no
     length. `split`: such as `validation` or `train[:50%]`. Without it, reads `default_split` where there are splits,
     and otherwise all rows. `more_fields`: columns to keep besides the conversation's. `format`: of the rows, instead
-    of detecting it. `needs_image_field`: a column of images that the user named must be in one of the files. Raises
+    of detecting it. `needs_image_field`: a column of images that the user named must be in one of the files. Without
+    `needs_answers`, a prompt needs no completion. Raises
     `UserError` where there is nothing to read, a file is broken, or a column is missing.
     """
     local = Path(path).expanduser()
@@ -60,7 +62,7 @@ def open_source(
     else:
         open_split = partial(_open_hub, path, config_name, streaming)
         files = read_splits(split or default_split, path, None, open_split)
-    prepared = [_prepare(file, text_field, image_field, more_fields, format, path) for file in files]
+    prepared = [_prepare(file, text_field, image_field, more_fields, format, path, needs_answers) for file in files]
     if all(next(read_file(file), None) is None for file in prepared):
         raise _no_rows(path)
     if needs_image_field and format is None:
@@ -212,6 +214,7 @@ def _prepare(
     more_fields: Sequence[str],
     format: RowFormat | None,
     path: str,
+    needs_answers: bool,
 ) -> DataFile:
     """Detect the format of the rows, and keep images as stored: they are decoded later, one by one.
 
@@ -228,6 +231,7 @@ def _prepare(
             where=file.name,
             path=path,
             more_images=more_images,
+            needs_answers=needs_answers,
         )
     else:
         found = fit_format(format, names, first, where=file.name, more_images=more_images)
