@@ -177,7 +177,7 @@ def test_thoughts_that_a_template_ignores_are_named(check):
     code, report, _ = check(rows, template=None)
     assert code == 0
     assert report["warnings"][0] == (
-        "The chat template does not use these keys of messages: reasoning_content (in 3 rows), refusal (in 1 rows)."
+        "The chat template does not use these keys of messages: reasoning_content (in 3 rows), refusal (in 1 row)."
     )
 
 
@@ -235,7 +235,7 @@ def test_columns_without_an_effect_are_named_with_their_rows(check, make_options
 
         datasets.Dataset.from_list(rows).to_parquet(path)
     train(make_options("llava16_mistral", training_data_path=str(path), max_steps=1))
-    assert "Warning: These columns are not used: history (1 rows), id (2 rows)." in capsys.readouterr().out
+    assert "Warning: These columns are not used: history (1 row), id (2 rows)." in capsys.readouterr().out
 
 
 def test_a_system_column_becomes_the_system_message(check):

@@ -36,15 +36,15 @@ def describe_rows(rows: Iterable[Row | UserError], encoder: Encoder) -> list[str
         ignored.update(find_ignored_keys(encoder.chat, prepared.conversation))
         if gap := describe_prompt_gap(encoder.chat, prepared.conversation):
             gaps[gap] = None
-    return [*describe_ignored_keys(ignored, f"of {number} rows that were looked at"), *gaps]
+    return [*describe_ignored_keys(ignored, f", in {_rows(number)} that were looked at"), *gaps]
 
 
 def describe_ignored_keys(ignored: Counter[str], of: str = "") -> list[str]:
     """A warning that names keys of messages without an effect, with the number of rows that have them."""
     if not ignored:
         return []
-    listed = ", ".join(f"{name} (in {count:,}{f' {of}' if of else ' rows'})" for name, count in sorted(ignored.items()))
-    return [f"The chat template does not use these keys of messages: {listed}."]
+    listed = ", ".join(f"{name} (in {_rows(count)})" for name, count in sorted(ignored.items()))
+    return [f"The chat template does not use these keys of messages{of}: {listed}."]
 
 
 def describe_unused_columns(files: Iterable[DataFile]) -> list[str]:
@@ -52,7 +52,7 @@ def describe_unused_columns(files: Iterable[DataFile]) -> list[str]:
     unused = Counter[str]()
     for file in files:
         unused.update(file.unused)
-    listed = ", ".join(f"{name} ({count:,} rows)" if count else name for name, count in sorted(unused.items()))
+    listed = ", ".join(f"{name} ({_rows(count)})" if count else name for name, count in sorted(unused.items()))
     return [f"These columns are not used: {listed}."] if unused else []
 
 
@@ -134,3 +134,7 @@ def spread_rows(source: Source | Mixture, count: int) -> Iterable[Row]:
     """Up to `count` rows of a source, spread over all of it."""
     step = max(1, len(source) // count)
     return (source[index] for index in range(0, len(source), step)[:count])
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
