@@ -67,7 +67,13 @@ class StreamedRows(IterableDataset):
     def _read_epochs(self) -> Iterator[Row | UserError]:
         for epoch in itertools.count():
             choose = random.Random(f"{self.seed} {epoch}")
-            yield from shuffle_nearby(self.stream.one_epoch(choose), choose)
+            rows = shuffle_nearby(self.stream.one_epoch(choose), choose)
+            first = next(rows, None)
+            if first is None:  # another epoch would have no row either
+                yield UserError(where=self.stream.files[0].name, problem="there are no rows.", fix="Give other data.")
+                return
+            yield first
+            yield from rows
 
 
 def shuffle_nearby(rows: Iterator[Row | UserError], choose: random.Random) -> Iterator[Row | UserError]:

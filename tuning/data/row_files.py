@@ -7,7 +7,7 @@ fail where later rows differ, and turn an answer such as "42" into a number wher
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,11 @@ def open_streamed(file: Path, reader: Reader) -> datasets.IterableDataset:
     return datasets.IterableDataset.from_generator(partial(reader, file))
 
 
+def read_streamed(rows: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows of a stream. In a data worker `datasets` would give each worker other rows, and most workers none."""
+    return ({name: values[0] for name, values in batch.items()} for batch in rows.iter(batch_size=1))
+
+
 def pick_columns(
     rows: datasets.IterableDataset, columns: Sequence[str], instead: Mapping[str, str], optional: Sequence[str]
 ) -> Any:
@@ -87,9 +92,9 @@ def pick_columns(
 
 
 def _pick(
-    rows: Iterable[dict[str, Any]], columns: tuple[str, ...], instead: dict[str, str], optional: tuple[str, ...]
+    rows: datasets.IterableDataset, columns: tuple[str, ...], instead: dict[str, str], optional: tuple[str, ...]
 ) -> Iterator[dict]:
-    for row in rows:
+    for row in read_streamed(rows):
         present = {name: row[name] for name in optional if name in row}
         yield {name: row.get(name, row.get(instead.get(name, name))) for name in columns} | present
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow
 
 from tuning.data.formats import RowFormat
+from tuning.data.row_files import read_streamed
 from tuning.errors import UserError, first_line
 
 # What `datasets` raises for files that it cannot read. It checks no row before it is read.
@@ -213,10 +214,7 @@ def unreadable(file: str, error: Exception) -> UserError:
 
 def _read_rows(file: DataFile) -> Iterator[Row]:
     if isinstance(file.rows, datasets.IterableDataset):
-        # Read row by row, it would give each worker process of a DataLoader other files, and most processes none.
-        batches = file.rows.iter(batch_size=1)
-        rows = ({name: values[0] for name, values in batch.items()} for batch in batches)
-        return (file.row(number, columns) for number, columns in enumerate(rows))
+        return (file.row(number, columns) for number, columns in enumerate(read_streamed(file.rows)))
     if file.numbers is None:  # `datasets` iterates several times as fast as it reads by number
         return (file.row(number, columns) for number, columns in enumerate(file.rows))
     return map(file.read, range(file.size))

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import tarfile
 
@@ -11,11 +12,13 @@ import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from torch.utils.data import DataLoader
 
 from tuning.config.rules import DATA_SUFFIXES
+from tuning.data.dataset import StreamedRows
 from tuning.data.images import list_images, load_image
 from tuning.data.open_source import SUFFIXES, open_source
-from tuning.data.sources import read_file
+from tuning.data.sources import Stream, read_file
 from tuning.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -401,3 +404,31 @@ def test_a_path_is_no_pattern(tmp_path, name, suffix):
         (row,) = open_rows(path)
         assert row.columns["prompt"] == name
         assert load_image(*list_images(row.columns["image"]), row.folder, "row").getpixel((0, 0)) == BLUE
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streamed_rows_are_the_same_with_any_number_of_workers(tmp_path, name, workers):
+    """`datasets` gives each data worker other rows of a stream, and most workers none."""
+    rows = [{"prompt": f"q{number}", "completion": "a"} for number in range(10)]
+    lines = ["prompt,completion", *(f"{row['prompt']},{row['completion']}" for row in rows)]
+    written = lines if name.endswith(".csv") else map(json.dumps, rows)
+    (tmp_path / name).write_text("".join(f"{line}\n" for line in written))
+    source = open_source(str(tmp_path / name), text_field="messages", image_field="images", streaming=True)
+    streamed = StreamedRows(Stream(source.files), batch_size=2, seed=1)
+
+    def first_batches(number_of_workers: int) -> list[list[int]]:
+        loader = DataLoader(streamed, batch_size=2, num_workers=number_of_workers, collate_fn=list)
+        return [[row.number for row in batch] for batch in itertools.islice(loader, 7)]
+
+    alone = first_batches(0)
+    assert sorted(itertools.chain(*alone[:5])) == list(range(10))
+    assert first_batches(workers) == alone
+
+
+def test_a_stream_without_rows_ends(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
+    source = open_source(str(tmp_path / "rows.jsonl"), text_field="messages", image_field="images", streaming=True)
+    (tmp_path / "rows.jsonl").write_text("\n")
+    (only,) = StreamedRows(Stream(source.files), batch_size=1, seed=1)
+    assert "there are no rows" in str(only)
