@@ -5,12 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuning.data.locate import TurnFinder, align, written_forms
+from tuning.data.locate import OTHERS, PROMPT, TurnFinder, WordsLeftOut, align, find_left_out, written_forms
 from tuning.data.messages import CALLS, ROLES, THOUGHT, Conversation, Message
 from tuning.data.special_tokens import SpecialTokenEscaper
-from tuning.data.template import PROBE, Template, answer, ask, describe_template_error, text_part
+from tuning.data.template import CALL_ID, PROBE, RESERVED, Template, answer, ask, describe_template_error, text_part
 from tuning.data.token_spans import Span, shared_start
 from tuning.errors import UserError
+
+THOUGHT_IN_WORDS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class ChatFormat:
         stop_tokens: Sequence[str] = (),
         train_empty_thoughts: bool = False,
     ):
+        check_variables(template_kwargs or {}, "chat_template_kwargs")
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.template = Template(processor, date_string=date_string, kwargs=template_kwargs or {})
         self.image_token = self.template.image_token
@@ -62,6 +65,7 @@ class ChatFormat:
         if self.adds_end_token:
             self.end_of_turn = earlier_end or self.tokenizer.eos_token or ""
             self.template.joined_roles |= {"assistant"}  # one end token for each answer, not for each part
+        self.end_of_call = (self._find_end_of_call(stop_tokens) if self.adds_end_token else "") or self.end_of_turn
         self.ends = sorted({self.end_of_turn, earlier_end, *stop_tokens} - {""}, key=len, reverse=True)
         with_image = Conversation([{"role": "user", "content": [{"type": "image"}, text_part("q")]}, answer("a")])
         self.writes_placeholders = bool(self.image_token) and self.image_token in self.template.try_render(with_image)
@@ -77,7 +81,7 @@ class ChatFormat:
         messages = conversation.messages
         text, marked = self._render(conversation, where)
         if self.template.has_markers:
-            self._check_words(messages, text, where)
+            self._check_words(conversation, text, where)
             return self._finish(text, self._marked_answers(text, marked))
         finish = self._finish_turns if is_rich(messages) else self._finish_answers
         rendered = finish(conversation, text, where)
@@ -94,7 +98,8 @@ class ChatFormat:
         """The text that asks the model for its next answer. It has no answers."""
         self._check_support(conversation, where)
         prepared = self._prepare(conversation, where)
-        text, _ = self._render(prepared, where, add_generation_prompt=True)
+        text, _ = self._render(prepared, where, **PROMPT)
+        self._check_left_out(prepared, where, **PROMPT)
         if self.adds_end_token and any(message["role"] == "assistant" for message in conversation.messages):
             plain, _ = self._render(prepared, where)
             if text.startswith(plain):
@@ -104,6 +109,23 @@ class ChatFormat:
     def generation_prompt(self, messages: list[Message]) -> str:
         """The text of `render_prompt` for messages only."""
         return self.render_prompt(Conversation(messages)).text
+
+    def find_owners(self, conversation: Conversation, chat: RenderedChat) -> list[int] | None:
+        """The number of the answer (from 0) that each span belongs to, or None where that cannot be found out.
+
+        A template with `{% generation %}` markers may mark a part of an answer, or several.
+        """
+        answers = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if not self.template.has_markers:
+            return list(range(len(answers)))
+        if self.adds_end_token:  # the text is not the template's own
+            return list(range(len(answers))) if len(chat.spans) == len(answers) else None
+        prepared = self._prepare(conversation, "")
+        aligned = align(self.template, prepared, self._render(prepared, "")[0], OTHERS)
+        if aligned is None:
+            return None
+        starts = [max((end for index, (_, end) in aligned if index < number), default=0) for number in answers]
+        return [sum(first <= start for first in starts) - 1 for start, _ in chat.spans]
 
     def count_placeholders(self, text: str) -> int | None:
         """The number of image placeholders in a rendered text, or None where the template writes something else."""
@@ -123,11 +145,24 @@ class ChatFormat:
     # --- render ---
 
     def _prepare(self, conversation: Conversation, where: str) -> Conversation:
-        escaped = self.escaper.escape(conversation.messages, where)
+        escaped = self.escaper.escape(map(self._split_thought, conversation.messages), where)
+        tools, kwargs = self.escaper.escape_value(conversation.tools), conversation.template_kwargs
         messages = [self.template.join_parts(message) for message in escaped]
         if not self.template.thought_key:  # the template ignores thoughts
             messages = [{key: value for key, value in message.items() if key != THOUGHT} for message in messages]
-        return replace(conversation, messages=messages)
+        return replace(conversation, messages=messages, tools=tools, template_kwargs=self.escaper.escape_value(kwargs))
+
+    def _split_thought(self, message: Message) -> Message:
+        """The message, with a thought in its words (`<think>…</think>`) as its thought if the template takes one."""
+        content = message["content"]
+        if not self.template.thought_key or message["role"] != "assistant" or THOUGHT in message or not content:
+            return message
+        found = THOUGHT_IN_WORDS.match(content[0].get("text", ""))
+        if found is None or not self.template.mentions_thoughts:
+            return message
+        words = content[0]["text"][found.end() :]
+        kept = [text_part(words), *content[1:]] if words else content[1:]
+        return {**message, "content": kept, THOUGHT: found[1].strip()} if kept or CALLS in message else message
 
     def _render(self, conversation: Conversation, where: str, **options: Any) -> tuple[str, list[Span]]:
         rendered = self.template.attempt(conversation, **options)
@@ -144,7 +179,11 @@ class ChatFormat:
         return rendered.value
 
     def _check_support(self, conversation: Conversation, where: str) -> None:
-        """Raise `UserError` where the row has tools or calls, and the template has no place for them."""
+        """Raise `UserError` where the row has tools or calls, and the template has no place for them.
+
+        Also where `chat_template_kwargs` has a name that is ours.
+        """
+        check_variables(conversation.template_kwargs, f"{where}, field 'chat_template_kwargs'")
         template, messages = self.template, conversation.messages
         has_calls = any(CALLS in message or message["role"] == "tool" for message in messages)
         if (conversation.tools and not template.takes_tools) or (has_calls and not template.takes_calls):
@@ -156,21 +195,20 @@ class ChatFormat:
                 kind=f"{what} without a place in the chat template",
             )
 
-    def _check_words(self, messages: list[Message], text: str, where: str) -> None:
-        for index, message in enumerate(messages):
+    def _check_left_out(self, conversation: Conversation, where: str, **options: Any) -> None:
+        """Raise `UserError` where the template leaves out a text of the system, the user or a tool. Renders again."""
+        if error := find_left_out(self.template, conversation, **options):
+            raise left_out(conversation.messages[error.number], error, where)
+
+    def _check_words(self, conversation: Conversation, text: str, where: str) -> None:
+        """Raise `UserError` where words of a message do not occur in the rendered text."""
+        for index, message in enumerate(conversation.messages):
             for words in [*(part.get("text", "") for part in message["content"]), *called(message)]:
                 if any(form in text for form in written_forms(words, message["role"])):
                     continue
                 if all(word in text for word in words.split()):
                     continue
-                raise UserError(
-                    where=f"{where}, message {index}",
-                    problem=(
-                        f"the chat template leaves out words of this {message['role']} message: {words.strip()[:60]!r}."
-                    ),
-                    fix="Change the row or set another chat_template.",
-                    kind="words left out by the chat template",
-                )
+                raise left_out(message, WordsLeftOut(index, words), where)
 
     # --- locate ---
 
@@ -181,13 +219,14 @@ class ChatFormat:
             if self.lead and text.endswith(self.lead, 0, start):
                 start -= len(self.lead)
             turns.append((start, self._end_after(text, end)))
-        return self._add_ends(text, turns, contents)
+        return self._add_ends(text, turns, contents, [self.end_of_turn] * len(turns))
 
     def _finish_answers(self, conversation: Conversation, text: str, where: str) -> RenderedChat | None:
         """The rendered text with its answers, or None if they cannot be located."""
         aligned = align(self.template, conversation, text, ROLES)  # proves that no word is missing
         if aligned is None:
-            self._check_words(conversation.messages, text, where)
+            self._check_left_out(conversation, where)
+            self._check_words(conversation, text, where)
             aligned = align(self.template, conversation, text, ("assistant",))
         if aligned is None:
             return None
@@ -199,25 +238,20 @@ class ChatFormat:
 
     def _finish_turns(self, conversation: Conversation, text: str, where: str) -> RenderedChat | None:
         """As `_finish_answers`, for an assistant that thinks or calls tools."""
-        self._check_words(conversation.messages, text, where)
+        self._check_left_out(conversation, where)
+        self._check_words(conversation, text, where)
         thought = "" if self.empty_thought == self.lead else self.empty_thought
         last_tokens = {self._split_tokens(end)[-1] for end in self.ends} & set(self.tokenizer.get_added_vocab())
         ends = [*self.ends, *last_tokens]  # the text before the last one may stand after words only (Cohere)
-        turns = TurnFinder(self.template, ends, thought, self._split_tokens).find(conversation, text)
+        try:
+            turns = TurnFinder(self.template, ends, thought, self._split_tokens).find(conversation, text)
+        except WordsLeftOut as error:
+            raise left_out(conversation.messages[error.number], error, where) from None
         if turns is None:
             return None
-        answers = (number for number, message in enumerate(conversation.messages) if message["role"] == "assistant")
-        for number, turn in zip(answers, turns, strict=True):
-            names, written = called(conversation.messages[number]), text[slice(*turn.span)]
-            left_out = [name for name in names if written.count(name) < names.count(name)]
-            if left_out:
-                raise UserError(
-                    where=f"{where}, message {number}",
-                    problem=f"the chat template leaves out a call of this assistant message: {left_out[0]!r}.",
-                    fix="Make one message of each call, or set another chat_template.",
-                    kind="calls left out by the chat template",
-                )
-        return self._add_ends(text, [turn.span for turn in turns], [turn.words for turn in turns])
+        answers = [message for message in conversation.messages if message["role"] == "assistant"]
+        ends = [self.end_of_call if CALLS in message else self.end_of_turn for message in answers]
+        return self._add_ends(text, [turn.span for turn in turns], [turn.words for turn in turns], ends)
 
     def _end_after(self, text: str, end: int) -> int:
         """The end of a turn whose words end at `end`."""
@@ -225,14 +259,14 @@ class ChatFormat:
         found = next((mark for mark in self.ends if text.startswith(mark, end + blanks)), None)
         return end if found is None else end + blanks + len(found)
 
-    def _add_ends(self, text: str, turns: list[Span], contents: list[Span]) -> RenderedChat:
-        """Add an end token after the answers that have none, if the template writes none."""
+    def _add_ends(self, text: str, turns: list[Span], contents: list[Span], ends: Sequence[str]) -> RenderedChat:
+        """Add its end token (of `ends`) after each answer that has none, if the template writes none."""
         if not self.adds_end_token:
             return RenderedChat(text, turns, contents)
         pieces, moved_turns, moved_contents, copied, added = [], list[Span](), list[Span](), 0, 0
-        for (start, end), (first, last) in zip(turns, contents, strict=True):
+        for (start, end), (first, last), own_end in zip(turns, contents, ends, strict=True):
             has_end = any(text.endswith(mark, start, end) for mark in self.ends)
-            new = "" if has_end else self.end_of_turn
+            new = "" if has_end else own_end
             moved_contents.append((first + added, last + added))
             moved_turns.append((start + added, end + added + len(new)))
             pieces += [text[copied:end], new]
@@ -286,6 +320,18 @@ class ChatFormat:
         ends_questions = bool(self.end_of_turn and first) and question.startswith(first)
         return first if first in stop_tokens or ends_questions else ""
 
+    def _find_end_of_call(self, stop_tokens: Sequence[str]) -> str:
+        """The stop token that begins the result of a call, where the template writes no end after the call."""
+        if not self.template.takes_calls:
+            return ""
+        call = {"id": CALL_ID, "type": "function", "function": {"name": "f", "arguments": {"key": PROBE.format(0)}}}
+        result = {"role": "tool", "content": [text_part(PROBE.format(1))], "tool_call_id": CALL_ID, "name": "f"}
+        messages = [ask("q"), {"role": "assistant", "content": [], CALLS: [call]}, result, answer("a")]
+        text = (
+            self.template.try_render(Conversation(messages)).partition(PROBE.format(0))[2].partition(PROBE.format(1))[0]
+        )
+        return next((token for token in self._split_tokens(text) if token in stop_tokens), "")
+
     def _split_tokens(self, text: str) -> list[str]:
         """The text as its added tokens, and single characters between them."""
         added = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
@@ -300,3 +346,24 @@ def is_rich(messages: Iterable[Message]) -> bool:
 def called(message: Message) -> list[str]:
     """The names of the functions that a message calls."""
     return [call["function"]["name"] for call in message.get(CALLS, ())]
+
+
+def left_out(message: Message, error: WordsLeftOut, where: str) -> UserError:
+    """The error of a row of which the template leaves out some words."""
+    return UserError(
+        where=f"{where}, message {error.number}",
+        problem=f"the chat template leaves out words of this {message['role']} message: {error.words.strip()[:60]!r}.",
+        fix="Change the row or set another chat_template.",
+        kind="words left out by the chat template",
+    )
+
+
+def check_variables(kwargs: Mapping[str, Any], where: str) -> None:
+    """Raise `UserError` for a name among variables for the template that the library sets itself."""
+    for name in sorted(RESERVED & kwargs.keys()):
+        raise UserError(
+            where=where,
+            problem=f"{name} is no variable for you to set: the library sets it.",
+            fix="Remove it.",
+            kind="reserved variable",
+        )

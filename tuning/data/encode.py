@@ -16,7 +16,7 @@ from tuning.data import row_errors
 from tuning.data.chat_template import ChatFormat, RenderedChat
 from tuning.data.grounding import FIELD, BoxOnImage, Grounded, ground_row
 from tuning.data.images import ImageRules, load_image, measure_image
-from tuning.data.messages import WEIGHT, Conversation, Message, count_images, keep_first_images
+from tuning.data.messages import WEIGHT, Conversation, count_images, keep_first_images
 from tuning.data.pixels import patch_image_processor
 from tuning.data.resized_size import ResizedSize
 from tuning.data.sources import Row
@@ -183,24 +183,26 @@ class Encoder:
         placeholders = self.chat.count_placeholders(chat.text)
         if placeholders not in (None, len(images)):
             raise row_errors.wrong_number_of_images(row, placeholders, len(images))
-        chosen = chat if prompt else self._choose_answers(row, chat, messages)
+        chosen = chat if prompt else self._choose_answers(row, chat, conversation)
         return Prepared(row, conversation, chosen, images, dropped)
 
-    def _choose_answers(self, row: Row, chat: RenderedChat, messages: list[Message]) -> RenderedChat:
+    def _choose_answers(self, row: Row, chat: RenderedChat, conversation: Conversation) -> RenderedChat:
         """The chat with the spans of those answers only that are trained."""
-        answers = [message for message in messages if message["role"] == "assistant"]
+        answers = [message for message in conversation.messages if message["role"] == "assistant"]
         trained = [message.get(WEIGHT, 1) != 0 for message in answers]
         if self.train_on == "last_turn":
             trained[:-1] = [False] * (len(answers) - 1)
         if all(trained):
             return chat
-        if len(chat.spans) != len(answers):  # only with {% generation %} markers
+        owners = self.chat.find_owners(conversation, chat)
+        if owners is None:
             raise row_errors.not_left_out(row, len(chat.spans), len(answers))
+        chosen = [trained[owner] for owner in owners]
         return replace(
             chat,
-            spans=list(itertools.compress(chat.spans, trained)),
-            contents=list(itertools.compress(chat.contents, trained)),
-            untrained=list(itertools.compress(chat.spans, [not chosen for chosen in trained])),
+            spans=list(itertools.compress(chat.spans, chosen)),
+            contents=list(itertools.compress(chat.contents, chosen)),
+            untrained=list(itertools.compress(chat.spans, [not choice for choice in chosen])),
         )
 
     def open_images(self, prepared: Prepared) -> list[Image.Image]:

@@ -14,6 +14,7 @@ from tuning.errors import UserError
 QUESTIONS = ("question", "query", "instruction", "prompt", "user", "human", "problem", "input", "text_input")
 ANSWERS = ("answer", "response", "reply", "output", "completion", "assistant", "gpt", "target", "label", "caption")
 IMAGES = ("image", "images", "img", "picture", "photo", "file_name", "filename", "path")
+NO_TEXT_COLUMN = "no column of messages"  # the kind of an error
 IMAGE_MARK = "<image>"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -31,7 +32,8 @@ def no_text_column(names: Sequence[str], first_rows: Rows, text_field: str, *, w
     command += f" --question_column {question or '…'} --answer_column {answer or '…'}"
     if image := find_image_column(names, first_rows) or _guess(IMAGES, names):
         command += f" --image_column {shlex.quote(image)}"
-    return UserError(where=where, problem=problem, fix=f"Write the format that training reads: {command}")
+    fix = f"Write the format that training reads: {command}"
+    return UserError(where=where, problem=problem, fix=fix, kind=NO_TEXT_COLUMN)
 
 
 def _converted_name(path: str) -> str:

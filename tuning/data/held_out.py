@@ -11,7 +11,7 @@ from tuning.data.sources import DataFile, Source
 from tuning.errors import UserError
 
 Key = tuple[str, str]
-"""What tells files apart, however they are written: the real path, and the split."""
+"""What tells files apart, however they are written: the file on the disk, and the split."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,11 @@ def share_out(sizes: Sequence[int], amount: float) -> list[int]:
 
 
 def _key(file: DataFile) -> Key:
-    return (os.path.realpath(file.name) if os.path.exists(file.name) else file.name, file.split)
+    name = file.origin or file.name
+    if not os.path.exists(name):
+        return (name, file.split)
+    state = os.stat(name)
+    return (f"{state.st_dev} {state.st_ino}", file.split)
 
 
 def _numbers(file: DataFile) -> np.ndarray:

@@ -1,15 +1,48 @@
 """Where the texts and the assistant's turns of a conversation are in its rendered text."""
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from tuning.data.messages import THOUGHT, Conversation, Message
+from tuning.data.messages import CALLS, THOUGHT, Conversation, Message
 from tuning.data.template import MARK, PROBE, Template, answer, text_part
 from tuning.data.token_spans import Span, shared_start
 
 OTHERS = ("system", "user", "tool")
 PROMPT = {"add_generation_prompt": True}
+ANY_MARK = re.compile(MARK.pattern, re.IGNORECASE)  # a template may write a text in capitals
+
+
+class WordsLeftOut(Exception):
+    """The template leaves out `words` of the message `number`."""
+
+    def __init__(self, number: int, words: str):
+        super().__init__(words)
+        self.number, self.words = number, words
+
+
+class _Marks:
+    """Marks by which texts are found in a rendered conversation. `texts`: mark → text."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def put(self, text: str) -> str:
+        """A new mark for a text."""
+        mark = PROBE.format(len(self.texts))
+        self.texts[mark] = text
+        return mark
+
+
+def find_left_out(template: Template, conversation: Conversation, **options: Any) -> WordsLeftOut | None:
+    """The first text of a message that is not the assistant's and that the template leaves out, if there is one."""
+    marked, texts = _mark_texts(conversation.messages, OTHERS)
+    written = template.try_render(replace(conversation, messages=marked), **options)
+    found = {int(number) for number in ANY_MARK.findall(written)}
+    left_out = (WordsLeftOut(*texts[number]) for number in range(len(texts)) if number not in found)
+    return next((error for error in left_out if error.words.strip()), None) if written else None
 
 
 @dataclass(frozen=True)
@@ -98,12 +131,13 @@ class TurnFinder:
         return turns
 
     def _find_turn(self, conversation: Conversation, index: int, text: str, first: int, last: int) -> Turn | None:
-        """The turn of message `index`, which lies in `text[first:last]`."""
+        """The turn of message `index`, which lies in `text[first:last]`. Raises `WordsLeftOut`."""
         message, segment = conversation.messages[index], text[first:last]
+        has_thought = self._check_written(conversation, index, segment)
         prompt = self._prompt_tail(conversation, index)
         before, after = self._around_plain_answer(conversation, index)
         start = first + self._shared(prompt, segment)
-        if message.get(THOUGHT, "").strip() not in segment or THOUGHT not in message:  # some drop earlier thoughts
+        if not has_thought:
             if not segment.startswith(prompt):
                 start = max(start, first + self._shared(before, segment))
             start += len(self.empty_thought) if text.startswith(self.empty_thought, start) else 0
@@ -118,6 +152,36 @@ class TurnFinder:
             return None
         span = (places[0], places[-1] + len(words[-1])) if places else (start, start)
         return Turn((start, max(ends)), span)
+
+    def _check_written(self, conversation: Conversation, index: int, segment: str) -> bool:
+        """Whether the thought of message `index` is written: some templates drop earlier ones.
+
+        Raises `WordsLeftOut` where some of its words or calls are not.
+        """
+        message = conversation.messages[index]
+        marked = _Marks()
+        probe = {
+            **message,
+            "content": [
+                text_part(marked.put(part["text"])) if part["type"] == "text" else part for part in message["content"]
+            ],
+        }
+        if CALLS in message:
+            probe[CALLS] = [
+                {**call, "function": {**call["function"], "name": marked.put(call["function"]["name"])}}
+                for call in message[CALLS]
+            ]
+        thought = PROBE.format(len(marked.texts))
+        if THOUGHT in message:
+            probe[THOUGHT] = thought
+        messages = [probe if number == index else other for number, other in enumerate(conversation.messages)]
+        written = self.template.try_render(replace(conversation, messages=messages))
+        ids = {call["function"]["name"]: call.get("id", "") for call in message.get(CALLS, ())}
+        for mark, words in marked.texts.items():
+            is_in_id = words in ids and words in ids[words] and ids[words] in segment  # Kimi writes the id only
+            if written and words.strip() and mark not in written and not is_in_id:
+                raise WordsLeftOut(index, words)
+        return thought in written
 
     def _prompt_tail(self, conversation: Conversation, index: int) -> str:
         """The generation prompt for message `index`, from the last text before it."""

@@ -2,7 +2,7 @@
 
 import glob
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from pyarrow import schema as arrow_schema
 
 from tuning.console import print0
 from tuning.data.data_folder import WHOLE, find_splits, list_files, print_files
+from tuning.data.fitting_columns import NO_TEXT_COLUMN
 from tuning.data.formats import DEFAULT_IMAGE_FIELD, EXTRA_COLUMNS, RowFormat, detect_format, fit_format
 from tuning.data.row_files import READERS, open_converted, open_streamed, pick_columns
 from tuning.data.sources import UNREADABLE, DataFile, Source, read_file, unreadable
@@ -25,6 +26,7 @@ from tuning.errors import UserError, first_line
 SUFFIXES = (*READERS, ".parquet", ".arrow")
 FIRST_ROWS, SPREAD = 16, 48  # the format is detected from the first rows, and from some of all over the data
 FIRST_STREAMED_ROWS = 1000  # of files that we stream ourselves: as many as are shuffled
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 ARRAYS = (Array2D, Array3D, Array4D, Array5D)
 FILE_NAMES = ("file_name", "file_names")  # the columns of images in a metadata file of an ImageFolder
 
@@ -62,7 +64,8 @@ def open_source(
     else:
         open_split = partial(_open_hub, path, config_name, streaming)
         files = read_splits(split or default_split, path, None, open_split)
-    prepared = [_prepare(file, text_field, image_field, more_fields, format, path, needs_answers) for file in files]
+    prepare = partial(_prepare, text_field, image_field, more_fields, format, path, needs_answers)
+    prepared = _prepare_folder(files, prepare) if local.is_dir() else [prepare(file) for file in files]
     if all(next(read_file(file), None) is None for file in prepared):
         raise _no_rows(path)
     if needs_image_field and format is None:
@@ -207,14 +210,31 @@ def _open_hub(name: str, config_name: str | None, streaming: bool, split: str) -
     return [DataFile(name, rows, folder, split=split)]
 
 
+def _prepare_folder(files: Sequence[DataFile], prepare: Callable[[DataFile], DataFile]) -> list[DataFile]:
+    """The files of a folder, without the tables that have other contents than the files beside them."""
+    prepared, errors = [], list[UserError]()
+    for file in files:
+        try:
+            prepared.append(prepare(file))
+        except UserError as error:
+            if error.kind != NO_TEXT_COLUMN or not file.name.lower().endswith(TABLES):
+                raise
+            errors.append(error)
+    if errors and not prepared:
+        raise errors[0]
+    for left_out in errors:
+        print0(f"Left out, because it has no messages: {left_out.where}.")
+    return prepared
+
+
 def _prepare(
-    file: DataFile,
     text_field: str,
     image_field: str,
     more_fields: Sequence[str],
     format: RowFormat | None,
     path: str,
     needs_answers: bool,
+    file: DataFile,
 ) -> DataFile:
     """Detect the format of the rows, and keep images as stored: they are decoded later, one by one.
 

@@ -64,7 +64,7 @@ with warnings.catch_warnings():
 def open_converted(file: Path, reader: Reader) -> datasets.Dataset:
     """The rows of a file, converted to Arrow unless that was done before."""
     state = file.stat()
-    same = [str(file.resolve()), state.st_size, state.st_mtime_ns, reader.__name__, VERSION]
+    same = [str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, reader.__name__, VERSION]
     builder = RowFile(config_id=hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16], file=file, reader=reader)
     builder.download_and_prepare()
     return builder.as_dataset(split="train")

@@ -14,6 +14,7 @@ from tuning.data.token_spans import shared_start
 from tuning.errors import UserError
 
 SHOWN_CHARACTERS = 60
+EARLIER_TURN = "An answer follows it: set train_on last_turn, or make a row of each answer."
 KWARGS_TO_TRY: tuple[dict[str, Any], ...] = (
     *({"enable_thinking": value} for value in (False, True)),
     *({"thinking": value} for value in (False, True)),
@@ -34,7 +35,7 @@ def describe_rows(rows: Iterable[Row | UserError], encoder: Encoder) -> list[str
         except UserError:
             continue
         ignored.update(find_ignored_keys(encoder.chat, prepared.conversation))
-        if gap := describe_prompt_gap(encoder.chat, prepared.conversation):
+        if gap := describe_prompt_gap(encoder.chat, prepared.conversation, encoder.train_on):
             gaps[gap] = None
     return [*describe_ignored_keys(ignored, f", in {_rows(number)} that were looked at"), *gaps]
 
@@ -72,41 +73,61 @@ def find_ignored_keys(chat: ChatFormat, conversation: Conversation) -> list[str]
             chat.template.try_render(replace(conversation, messages=messages)) == whole
         ):
             found.append(name)
+        elif name == THOUGHT and _drops_thoughts(chat, conversation, whole):
+            found.append(f"{THOUGHT} of earlier turns")
     return found
 
 
-def describe_prompt_gap(chat: ChatFormat, conversation: Conversation) -> str:
-    """Where the text before the last answer differs from the prompt of a server, in words; else ""."""
+def _drops_thoughts(chat: ChatFormat, conversation: Conversation, whole: str) -> bool:
+    """Whether the template leaves out the thought of a turn that is trained."""
+    for number, message in enumerate(conversation.messages):
+        if THOUGHT in message and message.get(WEIGHT) != 0:
+            without = {key: value for key, value in message.items() if key != THOUGHT}
+            messages = [without if place == number else other for place, other in enumerate(conversation.messages)]
+            if chat.template.try_render(replace(conversation, messages=messages)) == whole:
+                return True
+    return False
+
+
+def describe_prompt_gap(chat: ChatFormat, conversation: Conversation, train_on: str = "all") -> str:
+    """Where the text before a trained answer differs from the prompt of a server, in words; else ""."""
     numbers = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    if not numbers:
+    rendered = chat.render(conversation)
+    if not numbers or len(rendered.spans) != len(numbers):  # with {% generation %} markers
         return ""
-    rendered, asked = _render_both(chat, conversation, numbers[-1])
-    trained = rendered.text[: rendered.spans[-1][0]] if rendered.spans else asked
-    if trained != asked:
-        return _describe_difference(chat, conversation, numbers[-1], asked, trained)
-    return _describe_joined_token(chat, rendered, asked)
+    asked = ""
+    for number, (start, _) in zip(numbers, rendered.spans, strict=True):
+        is_last = number == numbers[-1]
+        if conversation.messages[number].get(WEIGHT) == 0 or (train_on == "last_turn" and not is_last):
+            continue
+        asked = _render_prompt(chat, conversation, number)
+        if rendered.text[:start] != asked:
+            remedy = _find_remedy(chat, conversation, number) if is_last else EARLIER_TURN
+            return _describe_difference(chat, asked, rendered.text[:start], remedy)
+    return _describe_joined_token(chat, rendered, asked) if asked else ""
 
 
-def _render_both(chat: ChatFormat, conversation: Conversation, number: int) -> tuple[RenderedChat, str]:
-    """A conversation up to its message `number`, an answer, and the prompt that asks for that answer."""
-    until = replace(conversation, messages=conversation.messages[: number + 1])
-    before = replace(conversation, messages=conversation.messages[:number])
-    return chat.render(until), chat.render_prompt(before).text
+def _render_prompt(chat: ChatFormat, conversation: Conversation, number: int) -> str:
+    """The prompt of a server that asks for message `number`."""
+    return chat.render_prompt(replace(conversation, messages=conversation.messages[:number])).text
 
 
-def _describe_difference(chat: ChatFormat, conversation: Conversation, number: int, asked: str, trained: str) -> str:
+def _find_remedy(chat: ChatFormat, conversation: Conversation, number: int) -> str:
+    """What makes the text before the last answer, message `number`, the prompt of a server."""
+    for kwargs in KWARGS_TO_TRY:
+        changed = replace(conversation, template_kwargs={**conversation.template_kwargs, **kwargs})
+        rendered = chat.render(changed)
+        if rendered.text[: rendered.spans[-1][0]] == _render_prompt(chat, changed, number):
+            return f"With chat_template_kwargs '{json.dumps(kwargs)}' both are the same."
+    return "Set a chat_template whose generation prompt is the text before an answer."
+
+
+def _describe_difference(chat: ChatFormat, asked: str, trained: str, remedy: str) -> str:
     start = max(0, shared_start(asked, trained) - SHOWN_CHARACTERS // 2)
     cut = "…" if start else ""
     asked_text, trained_text = (
         cut + chat.escaper.unescape_text(text[start:])[:SHOWN_CHARACTERS] for text in (asked, trained)
     )
-    remedy = "Set a chat_template whose generation prompt is the text before an answer."
-    for kwargs in KWARGS_TO_TRY:
-        changed = replace(conversation, template_kwargs={**conversation.template_kwargs, **kwargs})
-        rendered, prompt = _render_both(chat, changed, number)
-        if rendered.text[: rendered.spans[-1][0]] == prompt:
-            remedy = f"With chat_template_kwargs '{json.dumps(kwargs)}' both are the same."
-            break
     return (
         "The prompt that a server writes is not the text that stands before an answer in training. The model will be"
         f" asked with {asked_text!r}, and is trained after {trained_text!r}. {remedy}"
@@ -127,7 +148,7 @@ def _describe_joined_token(chat: ChatFormat, rendered: RenderedChat, asked: str)
 
 def find_prompt_gap(encoder: Encoder, row: Row) -> str:
     """As `describe_prompt_gap`, for a row."""
-    return describe_prompt_gap(encoder.chat, encoder.prepare(row).conversation)
+    return describe_prompt_gap(encoder.chat, encoder.prepare(row).conversation, encoder.train_on)
 
 
 def spread_rows(source: Source | Mixture, count: int) -> Iterable[Row]:

@@ -44,7 +44,8 @@ class DataFile:
     """The rows of one file (or hub dataset), the folder that relative image paths start from, and their format.
 
     `numbers`: the numbers of those rows that belong to the data, in rising order, where it is not all of them. `split`:
-    the split that the rows come from, where a saved or hub dataset has several under one name. `names`: all columns of
+    the split that the rows come from, where a saved or hub dataset has several under one name. `origin`: the name
+    without the split, where `name` has it. `names`: all columns of
     the file, of which `rows` has those that are used. `unused`: the others, and how many rows have them (0: not known).
     """
 
@@ -54,6 +55,7 @@ class DataFile:
     format: RowFormat = RowFormat()
     numbers: Sequence[int] | np.ndarray | None = None
     split: str = ""
+    origin: str = ""
     names: Sequence[str] = ()
     unused: Mapping[str, int] = field(default_factory=dict)
 

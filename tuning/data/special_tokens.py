@@ -3,7 +3,7 @@
 import copy
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,9 @@ class SpecialTokenEscaper:
         self._typed_in_answers = _any_of([text for text in strings if text in special])
         self._escaped = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(FIRST_STAND_IN + max(len(strings) - 1, 0))}]")
 
-    def escape(self, messages: list[Message], where: str = "") -> list[Message]:
+    def escape(self, messages: Iterable[Message], where: str = "") -> list[Message]:
         """The messages with stand-ins. Raises `UserError` where a text already has a stand-in's character."""
+        messages = list(messages)
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         texts += [text for message in messages for text in _texts_of(_written(message))]
         if any(self._escaped.search(text) for text in texts):
@@ -82,8 +83,12 @@ class SpecialTokenEscaper:
         if isinstance(value, str):
             return typed.sub(lambda found: self.stand_ins[found[0]], value)
         if isinstance(value, dict):
-            return {name: self._escape_value(inner, typed) for name, inner in value.items()}
+            return {self._escape_value(name, typed): self._escape_value(inner, typed) for name, inner in value.items()}
         return [self._escape_value(inner, typed) for inner in value] if isinstance(value, list) else value
+
+    def escape_value(self, value: Any) -> Any:
+        """A JSON value with stand-ins in every text, such as the tools of a row."""
+        return self._escape_value(value, self._typed) if value else value
 
     def as_decoded(self, message: Message) -> Message:
         """The message as a decoded answer has it: without the special tokens that `write_objects` wrote."""

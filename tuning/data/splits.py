@@ -33,7 +33,10 @@ def read_splits(wanted: str, name: str, known: Sequence[str] | None, open_split:
             split = find_split(split, known, name)
         opened = open_split(split)
         if len(parts) > 1:
-            opened = [replace(file, name=f"{file.name} ({split})") if file.split else file for file in opened]
+            opened = [
+                replace(file, name=f"{file.name} ({split})", origin=file.name) if file.split else file
+                for file in opened
+            ]
         files += _slice(opened, part, split, name) if "[" in part else opened
     return files
 

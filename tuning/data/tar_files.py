@@ -33,7 +33,7 @@ def read_tar(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_rows(archive: tarfile.TarFile, file: Path) -> Iterator[dict[str, Any]]:
-    samples, by_path = _group(archive)
+    samples, by_path = _group(archive, file)
     unused = {path for path in by_path if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES}
     with_text = (sample for sample in samples.values() if "json" in sample or "txt" in sample)
     for number, sample in enumerate(with_text):
@@ -60,7 +60,7 @@ def _read_rows(archive: tarfile.TarFile, file: Path) -> Iterator[dict[str, Any]]
         )
 
 
-def _group(archive: tarfile.TarFile) -> tuple[dict[str, dict[str, tarfile.TarInfo]], Members]:
+def _group(archive: tarfile.TarFile, file: Path) -> tuple[dict[str, dict[str, tarfile.TarInfo]], Members]:
     """The files of each name by what follows its first dot, and all files by their path."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     by_path: dict[str, tarfile.TarInfo] = {}
@@ -68,7 +68,16 @@ def _group(archive: tarfile.TarFile) -> tuple[dict[str, dict[str, tarfile.TarInf
         path = PurePosixPath(_path(member))
         if member.isfile() and not path.name.startswith("."):  # macOS adds ._NAME
             name, _, kind = path.name.partition(".")
-            samples.setdefault(str(path.with_name(name)), {})[kind.lower()] = member
+            sample = samples.setdefault(str(path.with_name(name)), {})
+            if kind.lower() in sample or kind.lower().endswith((".json", ".txt")):
+                twice = kind.lower() in sample
+                what = "is in the archive twice" if twice else "has a dot in its name, so its row is not clear"
+                raise UserError(
+                    where=str(file),
+                    problem=f"{path} {what}: the files of a row have the same name up to the first dot.",
+                    fix="Remove one of them." if twice else "Rename it.",
+                )
+            sample[kind.lower()] = member
             by_path[str(path)] = member
     return samples, by_path
 

@@ -16,6 +16,10 @@ from tuning.errors import Attempt, UserError, describe_failure, first_line, try_
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "\ue000probe{}\ue001"  # private-use characters: no template looks for them and no data has them
 MARK = re.compile(PROBE.format(r"(\d+)"))
+RESERVED = {  # what render_jinja_template and the template get from us
+    *("messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "return_assistant_tokens_mask", "generation_indices"),
+}
 CALL_ID = "call00001"  # Mistral's templates demand nine letters and digits
 PRINTED_PARTS = re.compile(r"""['"]type['"]\s*:\s*['"](text|image)['"]""")  # a list of parts that was written as it is
 
@@ -80,6 +84,11 @@ class Template:
         """The rendered text, or "" where the template does not take the messages."""
         text = (self.attempt(conversation, **options).value or ("", []))[0]
         return "" if PRINTED_PARTS.search(text) else text
+
+    @property
+    def mentions_thoughts(self) -> bool:
+        """Whether it has the tag that ends a thought."""
+        return "</think>" in self.source
 
     def mentions(self, name: str) -> bool:
         """Whether the template has this word."""

@@ -9,6 +9,7 @@ from chat_families.rows import ANSWER, CALL_ID, KINDS, TOOLS, WEATHER_ANSWER, bu
 from tuning.data.chat_template import ChatFormat
 from tuning.data.formats import RowFormat
 from tuning.data.messages import Conversation
+from tuning.data.row_warnings import describe_prompt_gap, find_ignored_keys
 from tuning.errors import UserError
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -95,3 +96,84 @@ def test_a_row_without_a_place_in_the_template_is_refused(name, kind):
 def test_a_call_whose_name_would_be_left_out_is_refused():
     with pytest.raises(UserError, match="chat template"):
         chat_of("kimi_k2_5").render(read("tools", CALL_ID), "row 0")
+
+
+# --- what a template leaves out, and what two turns share ---
+
+
+def supervise(name: str, messages: list[dict], tools=None) -> list[str]:
+    chat = chat_of(name)
+    columns = {"messages": messages, "images": None, "tools": tools}
+    rendered = chat.render(RowFormat(extra_columns=("tools",)).read(columns, "row"))
+    return [chat.escaper.unescape_text(rendered.text[start:end]) for start, end in rendered.spans]
+
+
+def said(role: str, content: str, **keys) -> dict:
+    return {"role": role, "content": content, **keys}
+
+
+def calling(content: str = "", arguments=None, **keys) -> dict:
+    call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "get_weather", "arguments": arguments or {}}}
+    return said("assistant", content, tool_calls=[call], **keys)
+
+
+@pytest.mark.parametrize("name", ["nemotron_3", "kimi_k2_5", "glm_4_5v"])
+def test_a_dropped_thought_whose_words_the_answer_has_trains_no_empty_thought(name):
+    thinking = said("assistant", "Paris is dry", reasoning_content="Paris")
+    messages = [said("user", "q?"), thinking, said("user", "sure?"), said("assistant", "Yes", reasoning_content="Yes")]
+    assert supervise(name, messages)[0].startswith("Paris is dry")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "command_a"])
+def test_a_dropped_message_whose_words_occur_elsewhere_is_an_error(name):
+    messages = [said("user", "Please be honest. Who?"), said("assistant", "A"), said("system", "be honest")]
+    with pytest.raises(UserError, match="leaves out words of this system message: 'be honest'"):
+        supervise(name, [*messages, said("user", "q2"), said("assistant", "B")])
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "hermes", "command_a", "llama_3_2_vision"])
+def test_dropped_words_beside_a_call_that_occur_elsewhere_are_an_error(name):
+    result = said("tool", "r", tool_call_id="a1b2c3d4e", name="get_weather")
+    messages = [said("user", "Paris please"), calling("Paris", {"city": "Paris"}), result, said("assistant", "ok")]
+    with pytest.raises(UserError, match="leaves out words of this assistant message: 'Paris'"):
+        supervise(name, messages)
+
+
+def test_a_row_that_ends_with_a_call_learns_the_token_that_begins_its_result():
+    messages = [said("user", "weather?"), calling()]
+    (written,) = supervise("glm_4_5v", messages)
+    assert written.endswith("</tool_call><|observation|>")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5", "qwen3_vl_thinking"])
+def test_a_thought_in_the_words_is_the_thought(name):
+    inside = said("assistant", "<think>\nHm.\n</think>\n\nYes.")
+    apart = said("assistant", "Yes.", reasoning_content="Hm.")
+    assert supervise(name, [said("user", "q?"), inside]) == supervise(name, [said("user", "q?"), apart])
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "glm_4_5v", "nemotron_3"])
+def test_what_earlier_turns_lose_is_named(name):
+    chat = chat_of(name)
+    turns = [said("user", "q?"), said("assistant", "Yes one", reasoning_content="deep")]
+    turns += [said("user", "sure?"), said("assistant", "Yes three", reasoning_content="deeper")]
+    conversation = RowFormat().read({"messages": turns, "images": None}, "row")
+    assert find_ignored_keys(chat, conversation) == ["reasoning_content of earlier turns"]
+    assert "set train_on last_turn" in describe_prompt_gap(chat, conversation)
+
+
+def test_special_tokens_in_tools_are_text():
+    chat = chat_of("qwen3")
+    tools = [{"type": "function", "function": {"name": "f", "description": "x <|im_end|> y", "parameters": {}}}]
+    columns = {"messages": [said("user", "q"), said("assistant", "a")], "images": None, "tools": tools}
+    rendered = chat.render(RowFormat(extra_columns=("tools",)).read(columns, "row"))
+    assert chat.escaper.is_escaped(rendered.text)
+    assert "x <|im_end|> y" in chat.escaper.unescape_text(rendered.text)
+
+
+def test_variables_that_the_library_sets_are_refused():
+    columns = {"messages": [said("user", "q"), said("assistant", "a")], "images": None}
+    columns["chat_template_kwargs"] = {"add_generation_prompt": True}
+    conversation = RowFormat(extra_columns=("chat_template_kwargs",)).read(columns, "row")
+    with pytest.raises(UserError, match="add_generation_prompt is no variable for you to set"):
+        chat_of("qwen3").render(conversation)

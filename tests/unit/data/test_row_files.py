@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import tarfile
 
 import datasets
@@ -432,3 +433,45 @@ def test_a_stream_without_rows_ends(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n")
     (only,) = StreamedRows(Stream(source.files), batch_size=1, seed=1)
     assert "there are no rows" in str(only)
+
+
+def write_tar(path, names):
+    content = json.dumps({"prompt": "q", "completion": "a"}).encode()
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["000.json", "v1.001.json"], r"v1\.001\.json has a dot in its name"),
+        (["000.json", "000.json"], r"000\.json is in the archive twice"),
+    ],
+)
+def test_rows_of_an_archive_are_not_lost(tmp_path, names, problem):
+    write_tar(tmp_path / "rows.tar", names)
+    with pytest.raises(UserError, match=problem):
+        open_rows(tmp_path / "rows.tar")
+
+
+def test_a_file_that_is_written_again_with_the_same_time_is_read_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for answer in ("aaa", "bbb"):
+        path.write_text(json.dumps({"prompt": "q", "completion": answer}) + "\n")
+        os.utime(path, ns=(1, 1))
+        assert open_rows(path)[0].columns["completion"] == answer
+
+
+def test_a_table_of_other_contents_beside_the_data_is_left_out(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+    (tmp_path / "labels.csv").write_text("x,y\n1,2\n")
+    assert [file.name for file in open_rows(tmp_path).files] == [str(tmp_path / "a.jsonl")]
+    assert f"Left out, because it has no messages: {tmp_path / 'labels.csv'}." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("empty", ["[]", "", [], [None], [""], None])
+def test_no_image_can_be_written_in_many_ways(empty):
+    assert list_images(empty) == []
