@@ -435,15 +435,6 @@ def test_a_stream_without_rows_ends(tmp_path):
     assert "there are no rows" in str(only)
 
 
-def write_tar(path, names):
-    content = json.dumps({"prompt": "q", "completion": "a"}).encode()
-    with tarfile.open(path, "w") as archive:
-        for name in names:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-
-
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
@@ -452,7 +443,12 @@ def write_tar(path, names):
     ],
 )
 def test_rows_of_an_archive_are_not_lost(tmp_path, names, problem):
-    write_tar(tmp_path / "rows.tar", names)
+    content = json.dumps({"prompt": "q", "completion": "a"}).encode()
+    with tarfile.open(tmp_path / "rows.tar", "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     with pytest.raises(UserError, match=problem):
         open_rows(tmp_path / "rows.tar")
 

@@ -230,3 +230,14 @@ def test_a_split_that_leaves_nothing_on_a_side_is_refused(sizes, amount):
 )
 def test_shares_are_in_proportion(sizes, amount, shares):
     assert share_out(sizes, amount) == shares
+
+
+def test_the_same_rows_under_two_expressions_of_splits_are_held_out_of_both(tmp_path):
+    """A saved dataset and a hard link: neither the name nor the path tells that the rows are the same."""
+    rows = {name: datasets.Dataset.from_list([row(number) for number in range(6)]) for name in ("train", "test")}
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "saved")
+    both, one = open_rows(tmp_path / "saved", "train+test"), open_rows(tmp_path / "saved", "train")
+    held = hold_out([both, one], 4, 0)
+    places_of = lambda source: {(file.split, int(n)) for file in source.files for n in file.numbers}  # noqa: E731
+    trained = set().union(*(places_of(source) for source in held.train))
+    assert not trained & places_of(held.validation)
