@@ -320,3 +320,17 @@ def test_predict_asks_as_a_server_does(make_options, models, tmp_path):
     assert line["prompt"].startswith("[system]You may call [")
     assert line["prompt"].endswith('[tool]{"colour": "red"}</s>\n[assistant]<think>\n\n</think>\n\n')
     assert line["reference"] == "Red."
+
+
+@pytest.mark.parametrize("arguments", ['{"what": null, "n": {"m": null}}', {"what": None, "n": {"m": None}}])
+def test_a_null_that_is_meant_is_kept(check, arguments):
+    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    row = {"messages": [ask("q"), answer("", tool_calls=[call])], "tools": [TOOL], "images": []}
+    _, report, _ = check([row, {"messages": [ask("q"), answer("a", tool_calls=None)], "images": []}])
+    assert trained(report)[0] == ['<call>look {"what": null, "n": {"m": null}}</call></s>']
+
+
+def test_marks_of_boxes_without_boxes_are_named(check):
+    row = {"messages": [ask("Where?"), answer("At <bbox>.")], "images": []}
+    _, report, _ = check([row], template=None)
+    assert "1 row: the texts have <bbox> or <ref-object>, and there is no column objects." in report["warnings"][0]

@@ -31,7 +31,8 @@ class RowFormat:
 
     `text_fields`: one column of messages, or the columns of a prompt and its completion. `image_field`: the column of
     images, or None where the messages contain them. `image_strings`: `<image>` in a question stands for an image.
-    `extra_columns`: those of `EXTRA_COLUMNS` that the data has.
+    `extra_columns`: those of `EXTRA_COLUMNS` that the data has. `keep_nulls`: nulls in calls, tools and variables are
+    the user's. Without it, Arrow may have added them.
     """
 
     text_fields: tuple[str, ...] = (DEFAULT_TEXT_FIELD,)
@@ -39,6 +40,7 @@ class RowFormat:
     image_strings: bool = False
     name: str = "messages"
     extra_columns: tuple[str, ...] = ()
+    keep_nulls: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -63,16 +65,40 @@ class RowFormat:
             if isinstance(value, str):  # a table has only texts
                 value = parse_list(value) or value
             with error_field(field):
-                messages = read_messages(value, place, image_strings=self.image_strings, needs_answer=needs_answer)
+                messages = read_messages(
+                    value,
+                    place,
+                    image_strings=self.image_strings,
+                    needs_answer=needs_answer,
+                    keep_nulls=self.keep_nulls,
+                )
         extras = {name: columns[name] for name in self.extra_columns if columns.get(name) not in (None, "", [], {})}
         if "system" in extras:
             messages = _add_system_message(messages, extras["system"], f"{where}, field 'system'")
         return Conversation(
             *take_images(messages, stored),
-            tools=_read_json(extras, "tools", list, where),
-            template_kwargs=_read_json(extras, "chat_template_kwargs", dict, where) or {},
+            tools=self._read_json(extras, "tools", list, where),
+            template_kwargs=self._read_json(extras, "chat_template_kwargs", dict, where) or {},
             objects=extras.get("objects"),
         )
+
+    def _read_json(self, extras: Mapping[str, Any], field: str, kind: type[list] | type[dict], where: str) -> Any:
+        """The list or object in a column, which may be JSON text. None where the row has none."""
+        if field not in extras:
+            return None
+        stored = extras[field]
+        value: Any = parse_json(stored if self.keep_nulls else strip_nulls(stored))
+        if kind is list and isinstance(value, dict):
+            value = [value]
+        if not isinstance(value, kind):
+            raise UserError(
+                where=f"{where}, field '{field}'",
+                problem=f"expected a JSON {'list' if kind is list else 'object'}, found {str(value)[:60]!r}.",
+                fix="Correct the row.",
+                field=field,
+                kind=f"malformed {field}",
+            )
+        return [parse_json(entry) for entry in value] if kind is list else value
 
     def _read_prompt(self, columns: Mapping[str, Any], stored: list[Any], where: str) -> list[Message]:
         """A prompt and its completion, if it has one, as text or as messages. Only the completion is trained."""
@@ -83,7 +109,11 @@ class RowFormat:
         with error_field(completion_field):
             place = f"{where}, field{f's {prompt_field!r} and' if is_pair else ''} '{completion_field}'"
             messages = read_messages(
-                [*prompt, *completion], place, image_strings=self.image_strings, needs_answer=is_pair
+                [*prompt, *completion],
+                place,
+                image_strings=self.image_strings,
+                needs_answer=is_pair,
+                keep_nulls=self.keep_nulls,
             )
         if is_pair and not any(message["role"] == "assistant" for message in messages[len(prompt) :]):
             raise UserError(
@@ -125,24 +155,6 @@ def _add_system_message(messages: list[Message], text: Any, where: str) -> list[
             kind="two system messages",
         )
     return messages
-
-
-def _read_json(extras: Mapping[str, Any], field: str, kind: type[list] | type[dict], where: str) -> Any:
-    """The list or object in a column, which may be JSON text. None where the row has none."""
-    if field not in extras:
-        return None
-    value: Any = strip_nulls(parse_json(extras[field]))
-    if kind is list and isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, kind):
-        raise UserError(
-            where=f"{where}, field '{field}'",
-            problem=f"expected a JSON {'list' if kind is list else 'object'}, found {str(value)[:60]!r}.",
-            fix="Correct the row.",
-            field=field,
-            kind=f"malformed {field}",
-        )
-    return [parse_json(entry) for entry in value] if kind is list else value
 
 
 def _read_turns(value: Any, role: str, where: str, field: str) -> list[Any]:
@@ -240,7 +252,7 @@ def _add_details(format: RowFormat, names: Sequence[str], first_rows: Sequence[M
 
 def describe_format(format: RowFormat, text_field: str, image_field: str) -> str | None:
     """One sentence about a detected format. None for messages and images in the columns that the options name."""
-    if replace(format, extra_columns=()) == RowFormat((text_field,), image_field):
+    if replace(format, extra_columns=(), keep_nulls=False) == RowFormat((text_field,), image_field):
         return None
     images = f"images in '{format.image_field}'" if format.image_field else "images inside the messages, if any"
     strings = f", {IMAGE_STRING} in the text marks their places" if format.image_strings else ""

@@ -44,11 +44,14 @@ class Conversation:
     objects: Any = None
 
 
-def read_messages(value: Any, where: str, *, image_strings: bool = False, needs_answer: bool = True) -> list[Message]:
+def read_messages(
+    value: Any, where: str, *, image_strings: bool = False, needs_answer: bool = True, keep_nulls: bool = False
+) -> list[Message]:
     """Check the messages of a row and give each a list of parts as its content.
 
-    Takes `role` and `content`, or `from` and `value` (LLaVA, ShareGPT). Drops the empty values that Arrow adds, and
-    unknown keys of a part. An image part that contains its image keeps it under `stored`. With `image_strings`,
+    Takes `role` and `content`, or `from` and `value` (LLaVA, ShareGPT). Drops the nulls that Arrow adds (`keep_nulls`:
+    not those in calls), and unknown keys of a part. An image part that contains its image keeps it under `stored`. With
+    `image_strings`,
     `<image>` in a user's text becomes an image part. Raises `UserError` with message and part for an unknown role or
     part type, missing text, an empty answer, or, with `needs_answer`, a conversation without an assistant turn.
     """
@@ -60,7 +63,8 @@ def read_messages(value: Any, where: str, *, image_strings: bool = False, needs_
             kind="no messages",
         )
     messages = [
-        _read_message(message, f"{where}, message {index}", image_strings) for index, message in enumerate(value)
+        _read_message(message, f"{where}, message {index}", image_strings, keep_nulls)
+        for index, message in enumerate(value)
     ]
     if needs_answer and not any(message["role"] == "assistant" for message in messages):
         raise UserError(
@@ -72,7 +76,7 @@ def read_messages(value: Any, where: str, *, image_strings: bool = False, needs_
     return messages
 
 
-def _read_message(message: Any, where: str, image_strings: bool) -> Message:
+def _read_message(message: Any, where: str, image_strings: bool, keep_nulls: bool) -> Message:
     if not isinstance(message, dict):
         raise UserError(
             where=where,
@@ -92,7 +96,7 @@ def _read_message(message: Any, where: str, image_strings: bool) -> Message:
         )
     keys = _read_keys(message, role, where)
     if calls:
-        keys[CALLS] = _read_calls(calls, where)
+        keys[CALLS] = _read_calls(calls if keep_nulls else strip_nulls(calls), where)
     parts = [] if calls and not content else _read_content(content, where)
     if image_strings and role == "user":
         parts = [piece for part in parts for piece in split_image_strings(part)]
@@ -157,7 +161,7 @@ def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
     Takes OpenAI's form (arguments are JSON text), Hugging Face's (an object), one without `function`, and JSON text.
     """
-    calls = strip_nulls(parse_json(calls))
+    calls = parse_json(calls)
     read = []
     for number, call in enumerate(
         [calls] if isinstance(calls, dict) else calls if isinstance(calls, list) else [calls]
@@ -172,7 +176,7 @@ def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
                 kind="malformed tool call",
             )
         arguments = parse_json(function.get("arguments", {}))
-        others = {name: value for name, value in call.items() if name in ("id", "index")}
+        others = {name: call[name] for name in ("id", "index") if call.get(name) is not None}
         read.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}, **others})
     return read
 

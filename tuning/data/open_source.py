@@ -18,7 +18,7 @@ from tuning.console import print0
 from tuning.data.data_folder import WHOLE, find_splits, list_files, print_files
 from tuning.data.fitting_columns import NO_TEXT_COLUMN
 from tuning.data.formats import DEFAULT_IMAGE_FIELD, EXTRA_COLUMNS, RowFormat, detect_format, fit_format
-from tuning.data.row_files import READERS, open_converted, open_streamed, pick_columns
+from tuning.data.row_files import READERS, JsonText, open_converted, open_streamed, pick_columns
 from tuning.data.sources import UNREADABLE, DataFile, Source, read_file, unreadable
 from tuning.data.splits import SPLIT_OF_ALIAS, read_splits
 from tuning.errors import UserError, first_line
@@ -266,12 +266,17 @@ def _prepare(
             found = replace(found, image_field=image_field)
         extras = tuple(name for name in EXTRA_COLUMNS if name in found.extra_columns or name not in found.columns)
         found = replace(found, extra_columns=extras)  # so may these
+    is_ours = _is_streamed_by_us(file.rows) or isinstance(
+        (file.rows.features or {}).get(found.text_fields[0]), JsonText
+    )
+    found = replace(found, keep_nulls=is_ours)  # our readers add none
     columns = list(dict.fromkeys([*found.columns, *more_fields]))
     unused = {name: _count_values(file.rows, name) for name in names if name not in columns}
     file = replace(file, format=found, names=names, unused=unused)
     if _is_streamed_by_us(file.rows):
         needed = [name for name in columns if name not in found.extra_columns]
-        rows = pick_columns(file.rows, needed, {DEFAULT_IMAGE_FIELD: "image"}, found.extra_columns)
+        instead = {} if {DEFAULT_IMAGE_FIELD, "image"} <= set(names) else {DEFAULT_IMAGE_FIELD: "image"}
+        rows = pick_columns(file.rows, needed, instead, found.extra_columns)
         return replace(file, rows=rows)
     rows = file.rows.select_columns(columns)
     if found.image_field and isinstance((rows.features or {}).get(found.image_field), ARRAYS):

@@ -8,12 +8,14 @@ from typing import Any
 
 from tuning.data.chat_template import ChatFormat, RenderedChat
 from tuning.data.encode import Encoder
+from tuning.data.grounding import BOX_MARK, MARK, REF_MARK
 from tuning.data.messages import CALLS, THOUGHT, WEIGHT, Conversation
 from tuning.data.sources import DataFile, Mixture, Row, Source
 from tuning.data.token_spans import shared_start
 from tuning.errors import UserError
 
 SHOWN_CHARACTERS = 60
+BOX_MARKS = f"{BOX_MARK} or {REF_MARK}"
 EARLIER_TURN = "An answer follows it: set train_on last_turn, or make a row of each answer."
 KWARGS_TO_TRY: tuple[dict[str, Any], ...] = (
     *({"enable_thinking": value} for value in (False, True)),
@@ -42,6 +44,10 @@ def describe_rows(rows: Iterable[Row | UserError], encoder: Encoder) -> list[str
 
 def describe_ignored_keys(ignored: Counter[str], of: str = "") -> list[str]:
     """A warning that names keys of messages without an effect, with the number of rows that have them."""
+    marks = ignored.pop(BOX_MARKS, 0)
+    if marks:
+        what = f"{_rows(marks)}{of}: the texts have {BOX_MARKS}, and there is no column objects."
+        return [f"{what} The marks are trained as words.", *describe_ignored_keys(ignored, of)]
     if not ignored:
         return []
     listed = ", ".join(f"{name} (in {_rows(count)})" for name, count in sorted(ignored.items()))
@@ -59,10 +65,12 @@ def describe_unused_columns(files: Iterable[DataFile]) -> list[str]:
 
 def find_ignored_keys(chat: ChatFormat, conversation: Conversation) -> list[str]:
     """The keys of the messages, and of the row's template variables, without which the rendered text stays the same."""
+    texts = (part.get("text", "") for message in conversation.messages for part in message["content"])
+    unboxed = [BOX_MARKS] if any(MARK.search(text) for text in texts) else []
     if not conversation.template_kwargs and all(len(message) == 2 for message in conversation.messages):
-        return []
+        return unboxed
     names = {name for message in conversation.messages for name in message} - {"role", "content", CALLS, WEIGHT}
-    found = [
+    found = unboxed + [
         f"chat_template_kwargs {name}" for name in conversation.template_kwargs if not chat.template.mentions(name)
     ]
     found += ["the column objects"] if conversation.objects is not None else []  # no boxes: see `write_objects`
