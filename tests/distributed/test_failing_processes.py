@@ -241,7 +241,10 @@ def test_a_process_that_dies_is_named_and_the_others_end(train, tmp_path):
     victim.kill()
     code, said = launched.finish()
     assert code == 203
-    assert f"process 1 (pid {victim.pid}) is gone" in said
+    # Whoever notices first says so: the other process, by its lost connection, or the launcher, which then ends it.
+    assert re.search(
+        rf"process 1 \(pid {victim.pid}\) (is gone|was ended by SIGKILL)\. Often the machine has run", said
+    )
     assert "Traceback" not in said
 
 
