@@ -59,9 +59,10 @@ class EncodedImage:
 def list_images(value: Any) -> list[Any]:
     """The stored images of a row as a list. `value` is None, one image, or several, also as the text of a list."""
     if isinstance(value, str) and (found := parse_list(value)) is not None:
-        value = found
-    images = list(value) if isinstance(value, (list, tuple)) else [value]
-    return [image for image in images if image is not None and not (isinstance(image, str) and not image)]
+        return found
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def load_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> Image.Image:
