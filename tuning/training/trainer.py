@@ -176,13 +176,14 @@ class SupervisedTrainer(ResumableTrainer):
         tokens, supervised = sum(info.tokens for info in infos), sum(info.supervised_tokens for info in infos)
         images = sum(info.rows_with_images for info in infos)
         mine = supervised, self.rows.unsynced, self.rows.rows_seen, images
-        all_supervised, left_out, seen, all_images = self.processes.raise_on_all_ranks(error, *mine).sum(dim=0)
-        self.rows.sync(int(left_out), self.train_dataset, int(seen))
+        summed = self.processes.raise_on_all_ranks(error, *mine).sum(dim=0)
+        all_supervised, left_out, seen, all_images = summed.tolist()  # the only wait for the device here
+        self.rows.sync(left_out, self.train_dataset, seen)
         self.meter.data_arrived(tokens, supervised)
-        self.supervised_tokens = (self.supervised_tokens or 0) + int(all_supervised)
-        number, is_supervised, has_images = self.state.global_step + 1, bool(all_supervised), bool(all_images)
-        self.step.begin(number, infos, is_supervised=is_supervised, has_images=has_images)
-        return batches, all_supervised
+        self.supervised_tokens = (self.supervised_tokens or 0) + all_supervised
+        number = self.state.global_step + 1
+        self.step.begin(number, infos, is_supervised=all_supervised > 0, has_images=all_images > 0)
+        return batches, summed[0]
 
     @property
     def supervised_tokens(self) -> int | None:
