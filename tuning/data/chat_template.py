@@ -242,9 +242,9 @@ class ChatFormat:
         self._check_words(conversation, text, where)
         thought = "" if self.empty_thought == self.lead else self.empty_thought
         last_tokens = {self._split_tokens(end)[-1] for end in self.ends} & set(self.tokenizer.get_added_vocab())
-        ends = [*self.ends, *last_tokens]  # the text before the last one may stand after words only (Cohere)
+        marks = [*self.ends, *last_tokens]  # the text before the last one may stand after words only (Cohere)
         try:
-            turns = TurnFinder(self.template, ends, thought, self._split_tokens).find(conversation, text)
+            turns = TurnFinder(self.template, marks, thought, self._split_tokens).find(conversation, text)
         except WordsLeftOut as error:
             raise left_out(conversation.messages[error.number], error, where) from None
         if turns is None:
