@@ -322,8 +322,11 @@ def test_a_full_disk_is_reported_once_and_the_run_continues(train, tmp_path, mon
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(train, rows):
+    below_a_file = str(rows / "features")
+    with pytest.raises(UserError, match=r"cache_vision_features: .* is a file, not a folder"):
+        train("llava15", **LORA, cache_vision_features=below_a_file)
     with pytest.raises(UserError, match=r"cache_vision_features .*: cannot be written: "):
-        train("llava15", **LORA, cache_vision_features=str(rows / "below a file"))
+        vision_tower.FeatureCache.open(below_a_file)
 
 
 def with_dropout(model_folder: Path, folder: Path) -> str:
