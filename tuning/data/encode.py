@@ -17,7 +17,6 @@ from tuning.data.chat_template import ChatFormat, RenderedChat
 from tuning.data.grounding import FIELD, BoxOnImage, Grounded, ground_row
 from tuning.data.images import ImageRules, load_image, measure_image
 from tuning.data.messages import WEIGHT, Conversation, count_images, keep_first_images
-from tuning.data.pixels import patch_image_processor
 from tuning.data.resized_size import ResizedSize
 from tuning.data.sources import Row
 from tuning.data.token_spans import (
@@ -108,13 +107,6 @@ class Encoder:
     def image_token_id(self) -> int | None:
         """The id of the token that stands for a part of an image."""
         return getattr(self.processor, "image_token_id", None)
-
-    @functools.cached_property
-    def _patched_processor(self) -> Any:
-        """A copy of the processor that prepares images faster."""
-        processor = copy.copy(self.processor)
-        processor.image_processor = patch_image_processor(processor.image_processor)
-        return processor
 
     def encode(self, row: Row) -> Sample:
         """Render, process and label one row. Raises `UserError` with file, row and field."""
@@ -247,7 +239,7 @@ class Encoder:
 
     def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
         """The processor's output for one rendered conversation, with both offset maps of its tokens."""
-        escaper, processor = self.chat.escaper, self._patched_processor
+        escaper, processor = self.chat.escaper, self.processor
         escaped = escaper.is_escaped(text)
         if escaped:
             processor = copy.copy(processor)
