@@ -24,7 +24,7 @@ from tuning.files import SHARDED_MODEL
 from tuning.machine import free_device_memory
 from tuning.model.answering import load_answering
 from tuning.model.attention import decoder_attention
-from tuning.model.load import without_zero3
+from tuning.model.load import name_attention, without_zero3
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
 from tuning.model.parts import count_numbers
@@ -282,7 +282,7 @@ def find_loading_fault(
         with without_zero3():
             loaded, report = AutoModelForImageTextToText.from_pretrained(
                 folder,
-                attn_implementation=trained.attention,
+                attn_implementation=name_attention(trained.attention),
                 trust_remote_code=settings.trust_remote_code,
                 output_loading_info=True,
             )
