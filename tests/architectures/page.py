@@ -16,7 +16,7 @@ from architectures.names import TITLES
 from architectures.registry import ARCHS, NOT_CHAT
 
 import tuning
-from tuning.errors import UserError, first_line
+from tuning.errors import RunEnded, UserError, first_line
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 YES = "yes"
@@ -79,7 +79,7 @@ def try_run(run: Callable[[], object]) -> tuple[str, str]:
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
         try:
             run()
-        except UserError as error:
+        except (UserError, RunEnded) as error:
             return first_line(error).rstrip("."), printed.getvalue()
     return YES, printed.getvalue()
 

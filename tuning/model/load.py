@@ -109,11 +109,13 @@ def _set_template(processor: Any, template: str) -> None:
     A checkpoint may store one in tokenizer_config.json and another one beside it. Training takes the processor's, and
     a save would write either. Programs that load the saved model must find the trained one, wherever they look.
     """
-    chosen = (
-        template or getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
-    )
-    if chosen:
+    if chosen := template or find_template(processor):
         processor.chat_template = processor.tokenizer.chat_template = chosen
+
+
+def find_template(processor: Any) -> str | None:
+    """The chat template of a processor, or of its tokenizer: some processors (Chameleon's) read none."""
+    return getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
 
 
 def _complete(processor: Any, config: PreTrainedConfig) -> None:
