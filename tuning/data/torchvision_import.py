@@ -2,8 +2,6 @@
 
 import importlib.machinery
 import importlib.metadata
-import multiprocessing
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -68,12 +66,18 @@ def define_missing_operators(spec: ModuleSpec) -> None:
         for schema in OPERATORS:
             fragment.define(schema)
         KEPT.append(fragment)
-        if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
-            print(
-                f"torchvision {find_version()} was built for another PyTorch than {torch.__version__}. Its image"
-                " transforms work without its compiled operators.",
-                file=sys.stderr,
-            )
+
+
+def describe_torchvision() -> str:
+    """That torchvision works without its operators; "" where it has them."""
+    if not KEPT:
+        return ""
+    import torch
+
+    return (
+        f"torchvision {find_version()} was built for another PyTorch than {torch.__version__}. Its image transforms work"
+        " without its compiled operators."
+    )
 
 
 def not_importable(error: Exception) -> UserError:
