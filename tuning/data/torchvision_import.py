@@ -75,8 +75,8 @@ def describe_torchvision() -> str:
     import torch
 
     return (
-        f"torchvision {find_version()} was built for another PyTorch than {torch.__version__}. Its image transforms work"
-        " without its compiled operators."
+        f"torchvision {find_version()} was built for another PyTorch than {torch.__version__}."
+        " Its image transforms work without its compiled operators."
     )
 
 
