@@ -2,8 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ class Encoder:
 
     `overlong_rows` is error, drop or truncate_text. `train_on`: all answers of a row, or only its last_turn.
     `embeddings`: for how many tokens the model has embeddings, where the tokenizer has more tokens; else None.
-    `box_format`: how the model writes boxes, if that is known.
+    `box_format`: how the model writes boxes, if that is known. `processor_options`: for every call of the processor.
     """
 
     processor: Any
@@ -89,6 +89,7 @@ class Encoder:
     image_rules: ImageRules = ImageRules()
     box_format: BoxFormat | None = None
     embeddings: int | None = None
+    processor_options: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def image_names(self) -> frozenset[str]:
@@ -98,7 +99,7 @@ class Encoder:
     @functools.cached_property
     def row_processor(self) -> RowProcessor:
         """Runs the processor."""
-        return RowProcessor(self.processor, self.chat)
+        return RowProcessor(self.processor, self.chat, self.processor_options)
 
     @property
     def image_token_id(self) -> int | None:

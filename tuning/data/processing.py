@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from tuning.errors import UserError, try_optional
 PLACES = "offset_mapping"  # of a row's tensors: the characters of each token in the rendered text, `[1, T, 2]`
 IMAGE_TOKENS = "image_tokens"  # of a row's tensors: whether a token stands for a part of an image, `[1, T]`
 EXPANSIONS = "text_replacement_offsets"  # of a processor's output: how it expanded the image placeholders
-TOKEN_TYPES = "mm_token_type_ids"  # some processors know of them, and return them only if asked
 NOT_PLACED = "tokens that cannot be located"  # the kind of an error
 
 
@@ -54,15 +53,13 @@ class RowProcessor:
     sees the whole text both ways (the processor then takes the answer apart, as `suffix`).
     """
 
-    def __init__(self, processor: Any, chat: ChatFormat):
+    def __init__(self, processor: Any, chat: ChatFormat, options: Mapping[str, Any]):
         self.processor, self.chat = processor, chat
         self._patched = copy.copy(processor)
         self._patched.image_processor = patch_image_processor(processor.image_processor)
         self.image_token_id: int | None = getattr(processor, "image_token_id", None)
         self._placeholder = chat.image_token or self._find_placeholder()
-        self._options = {f"return_{EXPANSIONS}": True}
-        if TOKEN_TYPES in getattr(processor, "model_input_names", ()):
-            self._options |= {f"return_{TOKEN_TYPES}": True}
+        self._options = {f"return_{EXPANSIONS}": True, **options}
 
     def process(
         self, text: str, images: Sequence[Image.Image], *, prompt_end: int | None = None, needed: Sequence[Span] = ()

@@ -38,9 +38,11 @@ def find_changes(text: str, read: str, placeholder: str, needed: Sequence[Span] 
     turned = _place_in_turn([part[::-1] for part in reversed(parts)], read[::-1])
     if first is None or turned is None:
         return None
+    if not parts[-1]:  # the text ends with an image, of which we cannot see the end
+        first[-1] = len(read)
     last = [len(read) - place - len(part) for part, place in zip(parts, reversed(turned), strict=True)]
     for part, start, *places in zip(parts, starts, first, last, strict=True):
-        is_needed = any(begin < start + len(part) and end > start for begin, end in needed)
+        is_needed = part and any(begin < start + len(part) and end > start for begin, end in needed)
         if is_needed and places[0] != places[1]:
             return None
     ends = [(start + len(part), place + len(part)) for part, start, place in zip(parts, starts, first, strict=True)]
@@ -57,14 +59,14 @@ def find_changes(text: str, read: str, placeholder: str, needed: Sequence[Span] 
 
 
 def _place_in_turn(parts: Sequence[str], text: str) -> list[int] | None:
-    """The first place of each part behind the one before, or None where a part is not found."""
-    places, end = [], 0
+    """The first place of each part behind the one before and what became of an image, or None if there is none."""
+    places, start = list[int](), 0
     for part in parts:
-        place = text.find(part, end)
+        place = text.find(part, start)
         if place < 0:
             return None
         places.append(place)
-        end = place + len(part)
+        start = place + len(part) + 1
     return places
 
 
