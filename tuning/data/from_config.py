@@ -30,6 +30,7 @@ from tuning.data.open_source import check_image_field, open_source
 from tuning.data.resized_size import find_short_edge
 from tuning.data.row_warnings import describe_rows, describe_unused_columns, spread_rows
 from tuning.data.sources import DataFile, Mixture, Row, Source, Stream
+from tuning.data.torchvision_import import describe_torchvision
 from tuning.errors import UserError, try_optional
 
 TYPICAL_IMAGE = (1024, 768)
@@ -266,8 +267,9 @@ def make_encoder(
         stop_tokens=tokens.stop,
         train_empty_thoughts=isinstance(data, DataArguments) and data.train_empty_thoughts,
     )
-    for sentence in describe_template(chat, template_kwargs or {}):
-        print0(sentence)
+    for sentence in [describe_torchvision(), *describe_template(chat, template_kwargs or {})]:
+        if sentence:
+            print0(sentence)
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     family = find_family(model_config)
     bbox_format = data.bbox_format or family.bbox_format

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from tuning.data.chat_template import ChatFormat
-from tuning.data.pixels import patch_image_processor
 from tuning.data.token_spans import Change, Span, find_changes, overlaps, reported_changes, undo_changes
 from tuning.errors import UserError, try_optional
 
@@ -55,8 +54,6 @@ class RowProcessor:
 
     def __init__(self, processor: Any, chat: ChatFormat, options: Mapping[str, Any]):
         self.processor, self.chat = processor, chat
-        self._patched = copy.copy(processor)
-        self._patched.image_processor = patch_image_processor(processor.image_processor)
         self.image_token_id: int | None = getattr(processor, "image_token_id", None)
         self._placeholder = chat.image_token or self._find_placeholder()
         self._options = {f"return_{EXPANSIONS}": True, **options}
@@ -127,7 +124,7 @@ class RowProcessor:
 
     def _read(self, tokenizer: Any, text: str, images: Sequence[Image.Image], needed: Sequence[Span] = ()) -> Processed:
         """Let the processor process `text` as it is, with `tokenizer`."""
-        processor, (listener, readings) = copy.copy(self._patched), listen(tokenizer)
+        processor, (listener, readings) = copy.copy(self.processor), listen(tokenizer)
         processor.tokenizer = listener
         made = self._call(processor, text, images)
         # The tokenizer's own conversion to tensors walks over every number in Python.
