@@ -15,7 +15,6 @@ from tuning.data.dataset import EncodedRows
 from tuning.data.encode import IGNORED, Encoder, Sample
 from tuning.data.open_source import open_source
 from tuning.data.sources import Row
-from tuning.data.token_spans import after_expansion
 from tuning.errors import UserError
 from tuning.model.mllama import patch_mllama_cross_attention
 
@@ -162,12 +161,6 @@ def test_image_tokens_of_a_picture_are_counted(layout):
     encoder = encoder_of(layout)
     ids = encoder.encode(row_of(messages_of(1), [picture(64, 48)])).sequence["input_ids"]
     assert encoder.count_image_tokens(picture(64, 48)) == (ids == encoder.processor.image_token_id).sum()
-
-
-def test_spans_move_by_what_placeholders_before_them_grew():
-    expansions = [{"span": (2, 4), "new_span": (2, 10)}, {"span": (8, 10), "new_span": (14, 15)}]
-    assert after_expansion([(0, 2), (4, 8), (10, 12)], expansions) == [(0, 2), (10, 14), (15, 17)]
-    assert after_expansion([(3, 5)], []) == [(3, 5)]
 
 
 # --- batches ---
