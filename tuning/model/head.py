@@ -1,7 +1,6 @@
 """The output head: the stock code from the last hidden states to logits, run for chosen positions only."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,16 +43,20 @@ class HeadCode:
         return self.owner._modules[self.head_name]
 
     def run(self, head: Any, last_hidden_state: torch.Tensor, router_logits: Any = None, **inputs: Any) -> Any:
-        """What the forward of `owner` returns where its body gives this `last_hidden_state`, with `head` as its head.
-
-        The code runs on an object that shares everything with `owner` but its body and its head, so that neither
-        `owner` nor the hooks of its wrappers notice. `__new__` and `__init__` do not run: FSDP replaces them.
-        """
+        """What the forward of `owner` returns with `head` as its head and a body that gives this `last_hidden_state`."""
         body = _StandIn(self.body, lambda *args, **kwargs: _BodyOutput(last_hidden_state, router_logits))
+        return self.run_with(body, head, inputs_embeds=last_hidden_state, **inputs)
+
+    def run_with(self, body: Any, head: Any, *args: Any, **inputs: Any) -> Any:
+        """Run the forward of `owner` with another body and another head.
+
+        It runs on an object that shares everything else with `owner`, so that neither `owner` nor the hooks of its
+        wrappers notice. `__new__` and `__init__` do not run: FSDP replaces them.
+        """
         shared = {name: value for name, value in vars(self.owner).items() if name != "forward"}
         twin = object.__new__(type(self.owner))
         twin.__dict__.update(shared, _modules={**self.owner._modules, self.body_name: body, self.head_name: head})
-        return type(self.owner).forward(twin, inputs_embeds=last_hidden_state, **inputs)
+        return type(self.owner).forward(twin, *args, **inputs)
 
 
 class _StandIn:
@@ -206,19 +209,16 @@ def measure_distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextmanager
 def record_inner_body(code: HeadCode) -> Iterator[list[Any]]:
-    """A list that grows with each output of the body of an inner causal model, which makes logits of one token only."""
+    """A list that grows with each output of the body of an inner causal model, which makes no logits meanwhile."""
     outputs: list[Any] = []
 
-    def keep_one(owner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        keeps = "logits_to_keep" in inspect.signature(type(code.owner).forward).parameters
-        return args, {**kwargs, "logits_to_keep": 1} if keeps else kwargs
+    def run_body(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(code.body(*args, **kwargs))
+        return outputs[-1]
 
-    hooks = [
-        code.owner.register_forward_pre_hook(keep_one, with_kwargs=True),
-        code.body.register_forward_hook(lambda body, args, output: outputs.append(output)),
-    ]
+    body, no_head = _StandIn(code.body, run_body), _StandIn(code.head, lambda hidden: hidden[..., :1])
+    code.owner.forward = lambda *args, **kwargs: code.run_with(body, no_head, *args, **kwargs)  # type: ignore[method-assign]
     try:
         yield outputs
     finally:
-        for hook in hooks:
-            hook.remove()
+        del code.owner.forward
