@@ -43,7 +43,7 @@ class HeadCode:
         return self.owner._modules[self.head_name]
 
     def run(self, head: Any, last_hidden_state: torch.Tensor, router_logits: Any = None, **inputs: Any) -> Any:
-        """What the forward of `owner` returns with `head` as its head and a body that gives this `last_hidden_state`."""
+        """What the forward of `owner` returns with `head` as its head and a body that gives `last_hidden_state`."""
         body = _StandIn(self.body, lambda *args, **kwargs: _BodyOutput(last_hidden_state, router_logits))
         return self.run_with(body, head, inputs_embeds=last_hidden_state, **inputs)
 
