@@ -130,7 +130,7 @@ def find_head(model: PreTrainedModel) -> OutputHead:
         raise UserError(
             problem=(
                 f"{type(model).__name__} computes other logits than its text model {type(text.owner).__name__}, by up "
-                f"to {largest_difference(stock, text):.3g} of their spread, and we do not know which are right."
+                f"to {largest_difference(stock, text):.3g} standard deviations, and we do not know which are right."
             ),
             fix="Choose another model, or a version of transformers in which the two agree.",
         )

@@ -116,7 +116,7 @@ def check_logits(model: nn.Module, forward: Callable[..., Any], batch: dict[str,
         raise UserError(
             problem=(
                 f"our logits of {type(model).__name__} differ from those of its own forward, by up to {distance:.3g} "
-                "of their standard deviation, so its loss would be wrong."
+                "standard deviations, so its loss would be wrong."
             ),
             fix="Choose another model, or another version of transformers.",
         )
