@@ -1,4 +1,4 @@
-"""The auxiliary loss of mixture-of-experts routers is added where config.json asks for it, as the stock forward does."""
+"""The auxiliary loss of expert routers is added where config.json asks for it, as the stock forward does."""
 
 import pytest
 import torch
