@@ -191,9 +191,19 @@ def choose_compute_dtype(model: ModelSource, config: PreTrainedConfig, training:
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device, without memory for weights, to read its structure before anything is loaded."""
-    with without_zero3(), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+    """The model on the meta device, without memory for weights, to read its structure before anything is loaded.
+
+    Raises `UserError` where the model needs a package that is not installed (timm, for some towers).
+    """
+    try:
+        with without_zero3(), torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+    except ImportError as error:
+        raise UserError(
+            where=f"model_name_or_path {config.name_or_path or config.model_type}",
+            problem=f"the model cannot be built: {explain(error).partition('. ')[0]}.",
+            fix="Install this package.",
+        ) from error
 
 
 @contextmanager
