@@ -1,6 +1,7 @@
 """The output head: the stock code from the last hidden states to logits, run for chosen positions only."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from tuning.errors import UserError, try_optional
+from tuning.errors import UserError, describe_failure, try_optional
 from tuning.model.load import without_zero3
 
 LEFT_OUT = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
@@ -21,6 +22,9 @@ Since transformers 4.52 `LlavaNextForConditionalGeneration` does not divide by G
 `AyaVisionForConditionalGeneration` and `Cohere2VisionForConditionalGeneration` do not multiply by Cohere's
 `logit_scale`, though these models were trained and are served with them.
 """
+
+
+MASKED = -1e30  # models write the lowest number of a dtype, or -inf
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,12 @@ def find_head(model: PreTrainedModel) -> OutputHead:
             problem=f"{type(model).__name__} has no separate body and output head, so it cannot be trained here.",
             fix="Choose another model.",
         )
+    alone = try_optional(lambda: make_up_logits(stock))
+    if alone.error:
+        raise UserError(
+            problem=f"the output head of {type(model).__name__} cannot run alone: {describe_failure(alone.error)}.",
+            fix="Choose another model.",
+        ) from alone.error
     config = model.config.get_text_config()
     text = find_text_code(config)
     if text is None or isinstance(stock.owner, type(text.owner)) or compute_alike(stock, text):
@@ -176,35 +186,38 @@ def _without(config: PreTrainedConfig, settings: dict[str, float]) -> PreTrained
     return config
 
 
+def make_up_logits(code: HeadCode) -> torch.Tensor:
+    """Logits of made-up hidden states with a made-up head: no weights are needed."""
+    generator = torch.Generator().manual_seed(0)
+    config = code.owner.config.get_text_config()
+    hidden = 10 * torch.randn(4, 1, config.hidden_size, generator=generator, dtype=torch.float64)
+    vocabulary = getattr(code.head, "out_features", config.vocab_size)
+    weights = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        return code.run(_StandIn(code.head, lambda hidden: hidden[..., :1] * weights), hidden).logits
+
+
 def compute_alike(code: HeadCode, other: HeadCode) -> bool:
-    """Whether both make the same logits of the same hidden states, with a made-up head: no weights are needed."""
+    """Whether both make the same logits of made-up hidden states."""
     return largest_difference(code, other) <= 1e-5
 
 
 def largest_difference(code: HeadCode, other: HeadCode) -> float:
-    """The largest difference between the logits of both for made-up hidden states and a made-up head."""
-    generator = torch.Generator().manual_seed(0)
-    size, vocabulary = code.owner.config.get_text_config().hidden_size, code.head.out_features
-    hidden = 10 * torch.randn(4, 1, size, generator=generator, dtype=torch.float64)
-    weights = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
-
-    def logits(code: HeadCode) -> torch.Tensor:
-        return code.run(_StandIn(code.head, lambda hidden: hidden[..., :1] * weights), hidden).logits
-
-    with torch.no_grad():
-        return measure_distance(logits(code), logits(other))
+    """The largest difference between the logits that both make of made-up hidden states."""
+    return measure_distance(make_up_logits(code), make_up_logits(other))
 
 
 def measure_distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, in standard deviations of the `expected` logits. Masked ones must be masked in both."""
-    if logits.shape != expected.shape:
-        return float("inf")
+    """The largest difference, in standard deviations of the `expected` logits. Masked ones must be masked in both.
+
+    So must those that are no numbers: they end the first step with an error of their own.
+    """
     logits, expected = logits.double(), expected.double()
-    masked = expected < -1e30
-    if not torch.equal(masked, logits < -1e30):
-        return float("inf")
-    difference = (logits - expected)[~masked].abs().max() / expected[~masked].std().clamp(min=1e-12)
-    return difference.item() if difference.isfinite() else float("inf")
+    counts = [values.isfinite() & (values > MASKED) for values in (logits, expected)]
+    if not torch.equal(*counts):
+        return math.inf
+    difference = (logits - expected)[counts[0]].abs()
+    return (difference.max() / expected[counts[0]].std().clamp(min=1e-12)).item() if len(difference) > 1 else 0.0
 
 
 @contextmanager

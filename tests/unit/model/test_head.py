@@ -201,3 +201,31 @@ def test_a_lora_head_takes_part():
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(after, expected)
     assert not torch.allclose(before, after)
+
+
+def test_a_head_that_cannot_run_alone_is_refused(monkeypatch):
+    """Code of a checkpoint may need the tokens after its body, for example."""
+    model = build_skeleton(build("llava").config)
+
+    def forward(self, input_ids=None, **kwargs):
+        return self.lm_head(self.model(input_ids)[0][:, : len(input_ids)])
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(UserError, match="the output head of LlavaForConditionalGeneration cannot run alone: TypeError"):
+        find_head(model)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "distance"),
+    [
+        ([[1.0, 2.0, 4.0]], [[1.0, 2.0, 4.0]], 0.0),
+        ([[1.0, 2.0, 3.0, -3e38]], [[1.0, 2.0, 3.0, -3e38]], 0.0),
+        ([[1.0, 2.0, 3.0, 0.0]], [[1.0, 2.0, 3.0, -3e38]], float("inf")),
+        ([[1.0, 2.0]], [[1.0, 2.0, 3.0]], float("inf")),
+        ([[3.0, 0.0]], [[1.0, 0.0]], 2.0 / 0.5**0.5),
+        ([[float("nan"), 1.0]], [[float("nan"), 1.0]], 0.0),  # the first step ends with a message of its own
+        ([[float("nan"), 1.0]], [[2.0, 1.0]], float("inf")),
+    ],
+)
+def test_the_distance_of_logits(found, expected, distance):
+    assert head_module.measure_distance(torch.tensor(found), torch.tensor(expected)) == pytest.approx(distance)
