@@ -18,7 +18,8 @@ from tuning.files import SHARDED_MODEL
 from tuning.model import load
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
-from tuning.model.lora import add_lora, check_dora, check_modules_to_save, load_adapter, resolve_targets
+from tuning.model.lora import add_lora, load_adapter
+from tuning.model.lora_targets import LoraTargets, check_dora, check_modules_to_save, resolve_targets
 from tuning.model.loss import patch_supervised_loss
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import (
@@ -44,7 +45,7 @@ from tuning.model.vision_tower import (
 class ModelPlan:
     """What is known of a model before its weights are read.
 
-    `lora_targets`: full names of the modules to adapt. `idle`: names of the vision tower's parameters that get no
+    `lora_targets`: what LoRA adapts, nothing without it. `idle`: names of the vision tower's parameters that get no
     gradient, those after the last layer whose features are used; None where the skeleton could not be run.
     `wrap_classes`: class names of the layers that FSDP wraps. `tower_output`: the output of the vision tower, if its
     features are cached. `quantization`: how the weights of the language model are quantized, if they are.
@@ -52,7 +53,7 @@ class ModelPlan:
 
     parts: Parts
     attention: Attention
-    lora_targets: list[str]
+    lora_targets: LoraTargets
     idle: set[str] | None
     wrap_classes: list[str]
     tower_output: TowerOutput | None = None
@@ -86,9 +87,10 @@ def plan_model(
     skeleton = load.build_skeleton(model_config)
     parts = find_parts(skeleton)
     wrap_classes = choose_wrap_classes(skeleton, wanted_wrap_classes(config))
-    targets = find_lora_targets(config, skeleton, parts) if config.lora.peft_method else []
-    if config.lora.use_dora and not (config.training.bf16 or config.training.fp16):
-        check_dora(skeleton, targets, load.choose_dtype(config.model, model_config))
+    targets = find_lora_targets(config, skeleton, parts) if config.lora.peft_method else LoraTargets()
+    if config.lora.use_dora:
+        autocast = config.training.bf16 or config.training.fp16
+        check_dora(skeleton, targets, None if autocast else load.choose_dtype(config.model, model_config))
     quantization = find_quantization(config, model_config, skeleton, parts) if config.model.quantization else None
     prepared = prepare_model(skeleton, config, parts, targets)
     tower_output = None
@@ -160,7 +162,7 @@ def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attenti
     )
 
 
-def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_targets: list[str]) -> Any:
+def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_targets: LoraTargets) -> Any:
     """Patch the supervised loss into a model, or into a skeleton, add LoRA, and freeze what the config freezes."""
     patch_mllama_cross_attention(model)
     patch_supervised_loss(model)
@@ -177,8 +179,8 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_
     return model
 
 
-def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel, parts: Parts) -> list[str]:
-    """The full names of the modules that LoRA adapts."""
+def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel, parts: Parts) -> LoraTargets:
+    """What LoRA adapts."""
     trainable_parts = {LANGUAGE_MODEL} if not config.model.freeze_language_model else set()
     trainable_parts |= {VISION_TOWER} if config.model.freeze_vision_tower is False else set()
     trainable_parts |= {PROJECTOR} if config.model.freeze_multi_modal_projector is False else set()
