@@ -1,8 +1,9 @@
 """A config → the model to train. Everything is planned on a skeleton before the weights are read."""
 
+import functools
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from tuning.distributed.fsdp import choose_wrap_classes, is_fsdp_asked_for, is_s
 from tuning.errors import UserError, try_optional
 from tuning.files import SHARDED_MODEL
 from tuning.model import load
+from tuning.model.adapter_plan import describe_adapter, plan_adapter
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
-from tuning.model.lora import add_lora, load_adapter
+from tuning.model.lora import add_lora, load_adapter, read_adapter_config
 from tuning.model.lora_targets import LoraTargets, check_dora, check_modules_to_save, resolve_targets
 from tuning.model.loss import patch_supervised_loss
 from tuning.model.mllama import patch_mllama_cross_attention
@@ -49,6 +51,7 @@ class ModelPlan:
     gradient, those after the last layer whose features are used; None where the skeleton could not be run.
     `wrap_classes`: class names of the layers that FSDP wraps. `tower_output`: the output of the vision tower, if its
     features are cached. `quantization`: how the weights of the language model are quantized, if they are.
+    `stored_names`: of the adapter's weights, where PEFT reads them back under other names only.
     """
 
     parts: Parts
@@ -58,6 +61,7 @@ class ModelPlan:
     wrap_classes: list[str]
     tower_output: TowerOutput | None = None
     quantization: Quantization | None = None
+    stored_names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class TrainableModel:
 
     `wrap_classes`: class names of the layers that FSDP wraps and `torch_compile` compiles. `dtypes`: those to save
     weights in, by name; FSDP may train in another one. `idle_is_known`: whether every parameter without a gradient was
-    found and frozen.
+    found and frozen. `stored_names`: those of an adapter's weights on the disk, by name, where they have others there.
     """
 
     model: Any
@@ -75,6 +79,7 @@ class TrainableModel:
     wrap_classes: list[str]
     dtypes: dict[str, torch.dtype]
     idle_is_known: bool
+    stored_names: dict[str, str] = field(default_factory=dict)
 
 
 def plan_model(
@@ -91,6 +96,11 @@ def plan_model(
     if config.lora.use_dora:
         autocast = config.training.bf16 or config.training.fp16
         check_dora(skeleton, targets, None if autocast else load.choose_dtype(config.model, model_config))
+    stored_names: dict[str, str] = {}
+    if config.lora.peft_method:
+        adapter = plan_adapter(functools.partial(load.build_skeleton, model_config), config.lora, targets)
+        targets, stored_names = adapter.targets, adapter.stored_names
+        print0(describe_adapter(adapter, config.lora))
     quantization = find_quantization(config, model_config, skeleton, parts) if config.model.quantization else None
     prepared = prepare_model(skeleton, config, parts, targets)
     tower_output = None
@@ -104,6 +114,7 @@ def plan_model(
         wrap_classes=wrap_classes,
         tower_output=tower_output,
         quantization=quantization,
+        stored_names=stored_names,
     )
 
 
@@ -140,7 +151,10 @@ def build_model(
     )
     if plan.quantization:
         print0(f"{len(plan.quantization.layers)} layers of the language model are kept in {plan.quantization.kind}.")
-    model = prepare_model(model, config, plan.parts, plan.lora_targets)
+    targets = plan.lora_targets
+    if adapter and not read_adapter_config(adapter).target_parameters:  # of an earlier version, which left experts out
+        targets = replace(targets, experts=[])
+    model = prepare_model(model, config, plan.parts, targets)
     freeze_parameters(model, plan.idle or set())
     if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else FSDP sends the main process's
         load_adapter(model, adapter)
@@ -148,7 +162,9 @@ def build_model(
         patch_cached_vision_features(model, plan.tower_output, config.model.cache_vision_features)
     print0(parameter_table(model, plan.parts))
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    return TrainableModel(model, plan.parts, plan.attention, plan.wrap_classes, dtypes, plan.idle is not None)
+    return TrainableModel(
+        model, plan.parts, plan.attention, plan.wrap_classes, dtypes, plan.idle is not None, plan.stored_names
+    )
 
 
 def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attention:

@@ -1,13 +1,14 @@
 """LoRA: the model that is trained with it, and adapters that were saved."""
 
-import re
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -20,6 +21,7 @@ from tuning.model import load
 from tuning.model.lora_targets import LoraTargets
 from tuning.model.saved_weights import open_weights
 
+PREFIX = "base_model.model."  # of names in an adapter
 ADAPTER_NAME = "default"  # what PEFT calls an adapter unless another name is given
 OTHER_BASE = "Name the model that the adapter was trained on, as it was then."
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -60,14 +62,15 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     """Load the adapter weights in `folder` into an adapted model. Raises `UserError` if they do not fit."""
     saved = _rename_old_keys(dict(open_weights(folder)), model)
     try:
-        outcome = set_peft_model_state_dict(model, saved)
+        wrong = set_weights(model, saved)
+        if wrong and (names := stored_names(model, saved)):
+            wrong = set_weights(model, {names[key]: weight for key, weight in saved.items()}) and wrong
     except (KeyError, RuntimeError) as error:  # PEFT looks modules_to_save up; PyTorch compares shapes
         reason = str(error).splitlines()[-1].strip().rstrip(".")
         raise UserError(
             where=str(folder), problem=f"the adapter does not fit the model: {reason}.", fix=OTHER_BASE
         ) from error
-    expected = get_peft_model_state_dict(model)
-    if wrong := sorted([*outcome.unexpected_keys, *(expected.keys() - saved.keys())]):
+    if wrong:
         listed = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
         raise UserError(
             where=str(folder),
@@ -76,17 +79,46 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
         )
 
 
+def set_weights(model: PeftModel, saved: dict[str, torch.Tensor]) -> list[str]:
+    """Let PEFT load `saved` into an adapted model. Returns the names that it found no place or no tensor for."""
+    arrived: dict[str, torch.Tensor] = {}
+    hook = model.register_load_state_dict_pre_hook(lambda _, state, *rest: arrived.update(state))
+    try:
+        outcome = set_peft_model_state_dict(model, saved)
+    finally:
+        hook.remove()
+    found = get_peft_model_state_dict(model, state_dict=arrived)
+    return sorted([*outcome.unexpected_keys, *(get_peft_model_state_dict(model).keys() - found.keys())])
+
+
+def stored_names(model: PeftModel, keys: Iterable[str]) -> dict[str, str]:
+    """Name of a weight of the adapter → its name by the layout of the base model's checkpoints.
+
+    PEFT 0.21 takes all names of an adapter for such names and renames them to those of today, some of them twice.
+    """
+    rules = get_model_conversion_mapping(model.get_base_model(), add_legacy=False)
+    back = [rule.reverse_transform() for rule in reversed(rules) if type(rule) is WeightRenaming]
+    names = {key: PREFIX + rename_source_key(key.removeprefix(PREFIX), back, [], reverse=True)[0] for key in keys}
+    return names if len(set(names.values())) == len(names) else {}
+
+
+def rename_saved(folder: Path, names: Mapping[str, str]) -> None:
+    """Give the weights of the adapter saved in `folder` their `names`."""
+    file = folder / ADAPTER_SAFE_WEIGHTS_NAME
+    weights = load_file(file)
+    save_file({names[key]: weight for key, weight in weights.items()}, file, metadata={"format": "pt"})
+
+
 def _rename_old_keys(saved: dict[str, torch.Tensor], model: PeftModel) -> dict[str, torch.Tensor]:
     """The weights of an adapter under the names of today: transformers 4.52 moved the parts of these models.
 
     The rules are those by which transformers loads a base model that was saved before.
     """
     expected = get_peft_model_state_dict(model)
-    prefix, base = "base_model.model.", model.get_base_model()
-    rules = [rule for rule in get_model_conversion_mapping(base) if type(rule) is WeightRenaming]
+    rules = [rule for rule in get_model_conversion_mapping(model.get_base_model()) if type(rule) is WeightRenaming]
 
     def rename(key: str) -> str:
-        renamed = prefix + rename_source_key(key.removeprefix(prefix), rules, [])[0]
+        renamed = PREFIX + rename_source_key(key.removeprefix(PREFIX), rules, [])[0]
         return renamed if key not in expected and renamed in expected else key
 
     return {rename(key): weight for key, weight in saved.items()}

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,21 @@ class LoraTargets:
     def parameters(self) -> list[str]:
         """What PEFT adapts as `target_parameters`, without dropout."""
         return [*self.weights, *self.experts]
+
+    @property
+    def names(self) -> list[str]:
+        """Everything that is adapted, as a user names it."""
+        return [*self.modules, *(name.removesuffix(".weight") for name in self.weights), *self.experts]
+
+    def without(self, modules: Collection[str]) -> "LoraTargets":
+        """These targets without `modules`, where a module of experts may stand for its tensors."""
+
+        def keep(names: list[str]) -> list[str]:
+            return [name for name in names if name not in modules and name.rpartition(".")[0] not in modules]
+
+        return LoraTargets(
+            [name for name in self.modules if name not in modules], keep(self.weights), keep(self.experts)
+        )
 
     def __str__(self) -> str:
         modules = len(self.modules) + len(self.weights)

@@ -58,4 +58,5 @@ def trained_model(trainer: SupervisedTrainer) -> TrainedModel:
         is_main_process=trainer.args.should_save,
         is_fsdp=trainer.is_fsdp_enabled,
         is_deepspeed=trainer.is_deepspeed_enabled,
+        stored_names=trainer.stored_names,
     )

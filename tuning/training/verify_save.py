@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class TrainedModel:
     """The model in memory, without wrappers, and what is needed to run it.
 
     `dtypes`: those to save, by name. `attention`: the implementation it was loaded with. `dummy_samples`: short rows
-    with and without an image, for `collator`.
+    with and without an image, for `collator`. `stored_names`: those of an adapter's weights on the disk, by name, where
+    they differ.
     """
 
     model: Any
@@ -58,6 +59,7 @@ class TrainedModel:
     is_main_process: bool
     is_fsdp: bool
     is_deepspeed: bool
+    stored_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_adapter(self) -> bool:
@@ -151,14 +153,15 @@ def has_room(trained: TrainedModel) -> bool:
 
 def weights_to_save(trained: TrainedModel) -> dict[str, torch.Tensor]:
     """The weights of the model in memory, or of its adapter, by their names on disk; on the main process only."""
-    if trained.is_adapter and not trained.is_fsdp:
-        return get_peft_model_state_dict(trained.model)
-    weights = gather_trained(trained.model, trained.dtypes, is_main_process=trained.is_main_process)
-    if not trained.is_main_process:
-        return {}
-    if trained.is_adapter:
-        return get_peft_model_state_dict(trained.model, state_dict=weights)
-    return revert_weight_conversion(trained.model, weights)
+    gathered = None
+    if trained.is_fsdp or not trained.is_adapter:
+        gathered = gather_trained(trained.model, trained.dtypes, is_main_process=trained.is_main_process)
+        if not trained.is_main_process:
+            return {}
+    if not trained.is_adapter:
+        return revert_weight_conversion(trained.model, gathered or {})
+    weights = get_peft_model_state_dict(trained.model, state_dict=gathered)
+    return {trained.stored_names.get(name, name): weight for name, weight in weights.items()}
 
 
 def checkpoint_weights(checkpoint: Path) -> Mapping[str, torch.Tensor]:
