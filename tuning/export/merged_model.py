@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from tuning.export.merge import Entry, Merge
 from tuning.export.proof import WeightProof
+from tuning.export.stored_group import added_to
 from tuning.files import write_json
 from tuning.model.saved_weights import tensor_bytes
 
@@ -38,6 +39,7 @@ def write_weights(merge: Merge, folder: Path) -> WeightProof:
 
         for file, entries in merge.shards.items():
             write_shard(folder / file, entries, checked_tensors(entries))
+    added_to.cache_clear()
     if merge.base.has_index:
         weight_map = {entry.key: file for file, entries in merge.shards.items() for entry in entries}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
