@@ -82,19 +82,29 @@ class KeyRules:
             made |= {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
         return made
 
-    def revert(self, weights: Mapping[str, torch.Tensor], keys: Iterable[str]) -> dict[str, torch.Tensor] | None:
-        """The inverse of `convert`: key → tensor. None where transformers would not store the weights under `keys`."""
+    def revert(
+        self, weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, torch.Tensor] | None:
+        """The inverse of `convert`: key → tensor. None where transformers would not store the weights so.
+
+        `shapes`: of the stored tensors, by key. transformers loads some tensors transposed or not, as their shape says.
+        """
         made = revert_weight_conversion(self._saver, dict(weights))
-        by_place = {_place(key): key for key in keys}
+        by_place = {_place(key): key for key in shapes}
         if len(by_place) != len(made) or by_place.keys() != {_place(key) for key in made}:
             return None
-        return {by_place[_place(key)]: tensor for key, tensor in made.items()}
+        stored = {by_place[_place(key)]: tensor for key, tensor in made.items()}
+        for key, tensor in stored.items():
+            if tensor.shape != shapes[key] and tensor.dim() > 1:
+                stored[key] = tensor.transpose(-1, -2)
+        return stored if all(tensor.shape == shapes[key] for key, tensor in stored.items()) else None
 
     def groups(self, stored: Mapping[str, torch.Tensor]) -> list[tuple[list[str], list[str]]]:
         """Keys and the weights that they become, for all that is converted. `stored`: key → tensor without numbers."""
         by_first: dict[str, list[str]] = defaultdict(list)
         for key in stored:
-            if (target := self.target(key)).converted:
+            target = self.target(key)
+            if target.converted and target.name in self.weights:
                 by_first[target.name].append(key)
         return [(keys, list(self.convert({key: stored[key] for key in keys}))) for keys in by_first.values()]
 

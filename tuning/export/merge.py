@@ -58,6 +58,10 @@ class Entry:
     format: str
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
     def is_copy(self) -> bool:
         return self.change is None and self.format == self.source.format
 
@@ -199,8 +203,10 @@ def find_groups(
             continue
         group = StoredGroup(base, rules, tuple(keys), tuple(names), layers, converted=targets[keys[0]].converted)
         weights = {name: torch.empty(rules.weights[name].shape, device="meta") for name in names}
-        as_stored = rules.revert(weights, keys) if group.converted else {keys[0]: weights[names[0]]}
-        fits = as_stored is not None and all(tensor.shape == shapes[key].shape for key, tensor in as_stored.items())
+        stored = {key: base.stored[key].shape for key in keys}
+        fits = (
+            rules.revert(weights, stored) is not None if group.converted else stored[keys[0]] == weights[names[0]].shape
+        )
         if not fits or not all(map(can_add, layers.values())):
             raise UserError(
                 where=keys[0],

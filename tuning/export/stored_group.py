@@ -73,7 +73,7 @@ def added_to(group: StoredGroup) -> dict[str, torch.Tensor]:
     }
     if not group.converted:
         return {group.keys[0]: weights[group.names[0]]}
-    added = group.rules.revert(weights, group.keys)
+    added = group.rules.revert(weights, {key: group.base.stored[key].shape for key in group.keys})
     assert added is not None, "the plan has refused it"
     return added
 

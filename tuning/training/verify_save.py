@@ -1,6 +1,7 @@
 """After the final save: is the model on the disk the one that was trained, and does it load?"""
 
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -80,14 +81,22 @@ class TrainedModel:
 
 
 def verify_saved_model(
-    trained: TrainedModel, folder: Path, source: Path | None, settings: ModelArguments, *, force: bool
+    trained: TrainedModel,
+    folder: Path,
+    source: Path | None,
+    settings: ModelArguments,
+    *,
+    force: bool,
+    kept: Mapping[str, torch.Tensor],
 ) -> None:
     """Read the model in `folder` back. Compare it with the one in memory, or with the checkpoint `source` it is of.
 
     Every tensor must be the same bit by bit, and so must the processor. The model must load as a user loads it, and
-    give the same logits. An adapter is loaded into the trained model where that can be done. A second model is loaded
-    where it fits into memory, or with `force` in any case, unless `why_not_loaded` names another reason. All processes
-    must call this; the main process reads. Raises `RunEnded` on all of them.
+    give the same logits. `kept`: tensors that were copied from the base as they are.
+
+    An adapter is loaded into the trained model where that can be done. A second model is loaded where it fits into
+    memory, or with `force` in any case, unless `why_not_loaded` names another reason. All processes must call this; the
+    main process reads. Raises `RunEnded` on all of them.
     """
     main = trained.is_main_process
     as_second_adapter = trained.is_adapter and not (trained.needs_all_processes or trained.is_deepspeed)
@@ -104,7 +113,8 @@ def verify_saved_model(
     def find_fault() -> str:
         saved, fault = SavedWeights(folder), ""
         if not trained.is_deepspeed:
-            fault = find_tensor_fault(saved, checkpoint_weights(source) if source else weights)
+            expected = with_kept(checkpoint_weights(source) if source else weights, kept)
+            fault = find_tensor_fault(saved, expected)
         fault = fault or find_setting_fault(trained, folder, trust_remote_code=settings.trust_remote_code)
         if fault or not loads:
             return fault
@@ -170,6 +180,11 @@ def checkpoint_weights(checkpoint: Path) -> Mapping[str, torch.Tensor]:
         return SavedWeights(checkpoint)
     model = join_shards(checkpoint).requires_grad_(False)
     return revert_weight_conversion(model, model.state_dict(keep_vars=True))
+
+
+def with_kept(weights: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """`weights` and what is `kept` beside them. A `dict` stays one: see `find_tensor_fault`."""
+    return {**weights, **kept} if isinstance(weights, dict) else ChainMap(dict(kept), weights)  # type: ignore[arg-type]
 
 
 def find_tensor_fault(saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
