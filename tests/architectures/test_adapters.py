@@ -15,12 +15,14 @@ from tuning.errors import UserError
 from tuning.export.merge import adapt_skeleton, plan_merge
 from tuning.export.merged_model import copy_files, write_weights
 from tuning.model import load
+from tuning.model.answering import without_masked
 from tuning.model.build import TrainableModel, build_model, plan_model
 from tuning.model.lora import find_adapter, rename_saved
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.saved_weights import open_weights
 
 NOT_YET = {
+    "fuyu": "its template writes nothing for an image",
     "video_llava": "its pictures come under a name that collating does not know",
     "idefics": "its processor gives no place of each token in the text",
     "granite_docling": "its pictures have several sizes",
@@ -63,7 +65,7 @@ def save_random(case: Case, built: TrainableModel, folder: Path) -> Path:
 
 def logits(model, batch) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(**batch).logits.float()
+        return without_masked(model.eval()(**batch).logits.float())
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -177,7 +179,8 @@ def test_experts_that_the_checkpoint_stores_transposed_are_merged_as_they_are_st
     stored = {
         key: one.transpose(-1, -2).contiguous() for key, one in weights.items() if key.endswith("experts.down_proj")
     }
-    assert stored and all(one.shape[-2] != one.shape[-1] for one in stored.values())
+    assert stored
+    assert all(one.shape[-2] != one.shape[-1] for one in stored.values())
     save_file(weights | stored, file, metadata={"format": "pt"})
     folder = save_random(case, build(case), case.folder / "adapter")
     adapted = adapt_skeleton(load.load_config(case.config.model), find_adapter(str(folder)))

@@ -17,6 +17,7 @@ from tuning.config.options import ModelSource
 from tuning.export.merge import Entry, Merge, base_layer_with, merge_layer
 from tuning.export.stored_group import StoredGroup, added_to
 from tuning.model import load
+from tuning.model.answering import without_masked
 from tuning.model.attention import choose_attention
 from tuning.model.lora import Adapter, BaseModel, add_adapter
 from tuning.model.mllama import patch_mllama_cross_attention
@@ -174,7 +175,7 @@ def run_model(
     patch_mllama_cross_attention(model)
     model = (add_adapter(model, adapter) if adapter else model).eval()
     with torch.no_grad():
-        logits = [model(**batch).logits[0, -POSITIONS:].float() for batch in batches]
+        logits = [without_masked(model(**batch).logits[0, -POSITIONS:].float()) for batch in batches]
     del model
     gc.collect()
     return logits

@@ -61,6 +61,11 @@ def load_answering(source: ModelSource, *, device: torch.device | str) -> Loaded
     return LoadedModel(model.eval(), base.config, base.processor, adapter, base.source)
 
 
+def without_masked(logits: torch.Tensor) -> torch.Tensor:
+    """Logits to compare: 0 for tokens that the model masks, as Chameleon does its images', with the lowest number."""
+    return logits.masked_fill(logits <= torch.finfo(torch.bfloat16).min / 2, 0)
+
+
 def _plan_quantization(
     base: BaseModel, adapter: Adapter | None, dtype: torch.dtype, device: torch.device
 ) -> Quantization | None:

@@ -23,7 +23,7 @@ from tuning.errors import RunEnded, describe_failure, try_optional
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.files import SHARDED_MODEL
 from tuning.machine import free_device_memory
-from tuning.model.answering import load_answering
+from tuning.model.answering import load_answering, without_masked
 from tuning.model.attention import decoder_attention
 from tuning.model.load import without_zero3
 from tuning.model.mllama import patch_mllama_cross_attention
@@ -220,7 +220,7 @@ def find_setting_fault(trained: TrainedModel, folder: Path, *, trust_remote_code
     model, mine = trained.model, trained.processor
     saved = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     pairs = {
-        "chat template": [processor.chat_template for processor in (saved, mine)],
+        "chat template": [one.chat_template or one.tokenizer.chat_template for one in (saved, mine)],
         "vocabulary": [processor.tokenizer.get_vocab() for processor in (saved, mine)],
         "image processor": [processor.image_processor.to_dict() for processor in (saved, mine)],
         "generation config": [
@@ -311,6 +311,7 @@ def find_loading_fault(
         found = read_logits(trained, loaded.to(trained.device)) if expected is not None else None
     if found is None or expected is None:
         return ""
+    found, expected = without_masked(found), without_masked(expected)
     difference = ((found - expected).norm() / expected.norm()).item()
     if difference <= (HALF_TOLERANCE if trained.computes_in_half else TOLERANCE):
         return ""
