@@ -25,7 +25,7 @@ from tuning.files import SHARDED_MODEL
 from tuning.machine import free_device_memory
 from tuning.model.answering import load_answering, without_masked
 from tuning.model.attention import decoder_attention
-from tuning.model.load import without_zero3
+from tuning.model.load import find_template, name_attention, without_zero3
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
 from tuning.model.parts import count_numbers
@@ -220,7 +220,7 @@ def find_setting_fault(trained: TrainedModel, folder: Path, *, trust_remote_code
     model, mine = trained.model, trained.processor
     saved = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     pairs = {
-        "chat template": [one.chat_template or one.tokenizer.chat_template for one in (saved, mine)],
+        "chat template": [find_template(processor) for processor in (saved, mine)],
         "vocabulary": [processor.tokenizer.get_vocab() for processor in (saved, mine)],
         "image processor": [processor.image_processor.to_dict() for processor in (saved, mine)],
         "generation config": [
@@ -300,7 +300,7 @@ def find_loading_fault(
         with without_zero3():
             loaded, report = AutoModelForImageTextToText.from_pretrained(
                 folder,
-                attn_implementation=trained.attention,
+                attn_implementation=name_attention(trained.attention),
                 trust_remote_code=settings.trust_remote_code,
                 output_loading_info=True,
             )
