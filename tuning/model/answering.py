@@ -12,6 +12,7 @@ from tuning.config.options import ModelSource
 from tuning.model import load
 from tuning.model.attention import choose_attention
 from tuning.model.lora import Adapter, BaseModel, add_adapter, find_adapter, load_base, read_adapter_config
+from tuning.model.lora_targets import kept_whole
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import find_parts
 from tuning.model.quantize import Quantization, plan_quantization
@@ -72,11 +73,13 @@ def _plan_quantization(
     if not base.source.quantization:
         return None
     skeleton = load.build_skeleton(base.config)
+    settings = read_adapter_config(adapter.folder) if adapter else None
+    whole = [*(settings.modules_to_save or []), *kept_whole(settings.target_parameters or [])] if settings else []
     return plan_quantization(
         skeleton,
         find_parts(skeleton),
         base.source.quantization,
-        modules_to_save=read_adapter_config(adapter.folder).modules_to_save if adapter else None,
+        modules_to_save=whole,
         compute=dtype,
         device=device,
     )

@@ -21,7 +21,7 @@ from tuning.model.adapter_plan import describe_adapter, plan_adapter
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
 from tuning.model.lora import add_lora, load_adapter, read_adapter_config
-from tuning.model.lora_targets import LoraTargets, check_dora, check_modules_to_save, resolve_targets
+from tuning.model.lora_targets import LoraTargets, check_dora, check_modules_to_save, kept_whole, resolve_targets
 from tuning.model.loss import patch_supervised_loss
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import (
@@ -101,7 +101,9 @@ def plan_model(
         adapter = plan_adapter(functools.partial(load.build_skeleton, model_config), config.lora, targets)
         targets, stored_names = adapter.targets, adapter.stored_names
         print0(describe_adapter(adapter, config.lora))
-    quantization = find_quantization(config, model_config, skeleton, parts) if config.model.quantization else None
+    quantization = (
+        find_quantization(config, model_config, skeleton, parts, targets) if config.model.quantization else None
+    )
     prepared = prepare_model(skeleton, config, parts, targets)
     tower_output = None
     if config.model.cache_vision_features:
@@ -205,7 +207,7 @@ def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel, parts: Parts
 
 
 def find_quantization(
-    config: RunConfig, model_config: PreTrainedConfig, skeleton: PreTrainedModel, parts: Parts
+    config: RunConfig, model_config: PreTrainedConfig, skeleton: PreTrainedModel, parts: Parts, targets: LoraTargets
 ) -> Quantization:
     """Which weights to quantize, and how. Raises `UserError` where that cannot work."""
     kind, zero = config.model.quantization, config.training.deepspeed_plugin
@@ -227,7 +229,7 @@ def find_quantization(
         skeleton,
         parts,
         kind,
-        modules_to_save=config.lora.modules_to_save,
+        modules_to_save=[*(config.lora.modules_to_save or []), *kept_whole(targets.parameters)],
         compute=load.choose_compute_dtype(config.model, model_config, config.training),
         device=config.training.device,
     )

@@ -90,6 +90,11 @@ def resolve_targets(
     )
 
 
+def kept_whole(parameters: Collection[str]) -> list[str]:
+    """Modules that cannot be quantized: an adapter adds to their weights as `target_parameters`."""
+    return [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
+
+
 def find_expert_tensors(model: nn.Module) -> list[str]:
     """Full names of the tensors that hold the matrices of many experts, `[experts, …, …]`.
 
