@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from tuning.config.parse import resolve
+from tuning.data.from_config import open_rows
 from tuning.errors import UserError
 from tuning.export.merge import adapt_skeleton, plan_merge
 from tuning.export.merged_model import copy_files, write_weights
@@ -21,8 +22,13 @@ from tuning.model.lora import find_adapter, rename_saved
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.saved_weights import open_weights
 
-NOT_YET = {"llama4": "its head is inside an inner causal model"}
-"""Architectures that cannot be trained yet, for a reason that is not LoRA's."""
+NOT_TRAINED = {
+    "fuyu": "its chat template writes nothing for an image",
+    "idefics": "its processor rewrites the text and does not report how",
+    "llama4": "its head is inside an inner causal model",
+    "nemotron_h_omni": "its head is inside an inner causal model",
+}
+"""Architectures that are refused for a reason that is not LoRA's."""
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +67,16 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @each_architecture
 def test_an_adapter_is_read_back_by_peft_and_merges(name, root):
-    if name in NOT_YET:
-        pytest.skip(NOT_YET[name])
+    if name in NOT_TRAINED:
+        pytest.skip(NOT_TRAINED[name])
     case = Case.make(name, root)
     built = build(case)
     folder = save_random(case, built, case.folder / "adapter")
-    batch = {key: value for key, value in case.collator.join(case.samples[:1]).items() if key != "labels"}
+    batch = {
+        key: value
+        for key, value in case.collator.join([case.encoder.encode(next(iter(open_rows(case.config).train)))]).items()
+        if key != "labels"
+    }
 
     def stock(source: Path):
         model = AutoModelForImageTextToText.from_pretrained(
