@@ -172,8 +172,13 @@ def lose_setting(copy):
 FAULTS = {
     "halved": (Merge, "make", halve_changed, r"proj.weight is not what base and adapter make of it \(12 faults\)"),
     "a layer is not merged": (Merge, "make", leave_first, r"q_proj.weight is not .* \(1 faults\)"),
-    "a key is dropped": (merged_model, "write_shard", drop_a_key, "language_model.model.norm.weight is missing"),
-    "a bit is flipped": (merged_model, "write_shard", flip_a_bit, r"is not what base and adapter make .* \(1 faults\)"),
+    "a key is dropped": (merged_model, "write_tensors", drop_a_key, "language_model.model.norm.weight is missing"),
+    "a bit is flipped": (
+        merged_model,
+        "write_tensors",
+        flip_a_bit,
+        r"is not what base and adapter make .* \(1 faults\)",
+    ),
     "tensors of the base are changed": (Merge, "make", blank_copies, r"is not what base and adapter make of it"),
     "PEFT merges nothing": (LoraLinear, "merge", merge_nothing, "the layer does not give what base and adapter give"),
     "a setting is lost": (export, "copy_files", lose_setting, r"its logits differ by [\d.]+% of the largest"),
@@ -205,7 +210,7 @@ def test_what_is_interrupted_leaves_nothing(error, adapter, run, tmp_path, monke
         file.write_bytes(tensor_bytes(next(iter(tensors))))
         raise error
 
-    monkeypatch.setattr(merged_model, "write_shard", fail)
+    monkeypatch.setattr(merged_model, "write_tensors", fail)
     code, said = run("--adapter", adapter)
     assert (code, "No space left" in said) == ((1, True) if isinstance(error, OSError) else (130, False))
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,9 @@ LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 def find_targets(options: dict) -> list[str]:
     config = build_config(options)
     skeleton = load.build_skeleton(load.load_config(config.model))
-    return build.find_lora_targets(config, skeleton, find_parts(skeleton))
+    targets = build.find_lora_targets(config, skeleton, find_parts(skeleton))
+    assert not targets.parameters  # these layouts have no experts
+    return targets.modules
 
 
 def part_of(name: str) -> str:

@@ -14,9 +14,9 @@ import torch
 from tuning.config.options import DTYPES, ModelSource, RowArguments, option
 from tuning.console import print0
 from tuning.data.collator import probe_collator
-from tuning.data.dummy_samples import dummy_samples
+from tuning.data.dummy_samples import dummy_image_sample, dummy_samples
 from tuning.data.from_config import make_encoder, open_path
-from tuning.errors import RunEnded, UserError, writing
+from tuning.errors import RunEnded, UserError, try_optional, writing
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.export.merge import AdaptedSkeleton, Merge, adapt_skeleton, plan_merge
 from tuning.export.merged_model import copy_files, write_weights
@@ -183,10 +183,11 @@ def sample_batches(options: ExportOptions, base: BaseModel) -> list[dict[str, An
     """The user's first rows, or built-in ones with and without an image, one row per batch."""
     tokens = read_tokens(base.source, base.processor, base.config)
     encoder = make_encoder(options, base.processor, base.config, options.run_date, tokens=tokens)
-    samples = dummy_samples(encoder)
     if options.data_path:
         source = open_path(options, options.data_path, options.dataset_split)
         samples = [encoder.encode(row) for row in itertools.islice(source, ROWS)]
+    else:  # some processors take no row without an image
+        samples = try_optional(lambda: dummy_samples(encoder)).value or [dummy_image_sample(encoder)]
     batches = [probe_collator(encoder.processor).join([sample]) for sample in samples]
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tuning.errors import UserError, first_line
-from tuning.export.checkpoint_keys import KeyRules
+from tuning.export.checkpoint_keys import KeyRules, WeightTarget
+from tuning.export.stored_group import StoredGroup, added_to, can_add
 from tuning.model.load import build_skeleton
 from tuning.model.lora import ADAPTER_NAME, Adapter, load_adapter, read_adapter_config, wrap
 from tuning.model.saved_weights import SavedWeights, StoredTensor, open_weights
@@ -45,14 +48,18 @@ class Entry:
     """A tensor of the merged checkpoint: it is stored under `key` in `format` and becomes the model's weight `name`.
 
     `source`: the base's tensor that it is made from. `change`: None where it stays as it is, else the layer to merge,
-    or the value that training gave it.
+    the value that training gave it, or the group of tensors that it is merged with.
     """
 
     key: str
     name: str
     source: StoredTensor
-    change: LoraLayer | torch.Tensor | None
+    change: LoraLayer | torch.Tensor | StoredGroup | None
     format: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
 
     @property
     def is_copy(self) -> bool:
@@ -94,7 +101,9 @@ class Merge:
         """The tensor that is stored for an entry. A changed weight is computed in float32 and rounded once."""
         if entry.is_copy:
             return entry.source.read()
-        if isinstance(entry.change, LoraLayer):
+        if isinstance(entry.change, StoredGroup):
+            value = entry.source.read().float() + added_to(entry.change)[entry.key]
+        elif isinstance(entry.change, LoraLayer):
             layer, _, parameter = entry.name.rpartition(".")
             value = merge_layer(entry.change, self.base_weights(entry), layer)[parameter]
         else:
@@ -121,7 +130,7 @@ def adapt_skeleton(config: PreTrainedConfig, adapter: Adapter) -> AdaptedSkeleto
     saved = open_weights(adapter.folder)
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(adapted.named_parameters(remove_duplicate=False)):
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        plain = re.sub(r"\.(base_layer|original_module)(?=\.)", "", name.removeprefix("base_model.model."))
         if plain not in own or name in saved:  # the adapter's weights need memory
             parent, _, end = name.rpartition(".")
             empty = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
@@ -140,7 +149,9 @@ def plan_merge(base: SavedWeights, adapted: AdaptedSkeleton, dtype: torch.dtype 
     targets = rules.targets(base)
     changes = find_changes(adapted.model.float().eval())
     assert changes.keys() <= rules.weights.keys(), f"no weights of the model: {changes.keys() - rules.weights.keys()}"
+    groups = find_groups(base, adapted, targets, changes)
     stored = list(dict.fromkeys(target.name for target in targets.values()))
+    stored += [name for group in groups.values() for name in group.names if name not in stored]
     if lost := sorted(changes.keys() - set(stored).union(*adapted.tied)):
         raise UserError(
             where=str(base.folder),
@@ -155,7 +166,7 @@ def plan_merge(base: SavedWeights, adapted: AdaptedSkeleton, dtype: torch.dtype 
         target = targets[key]
         new_keys = {rules.new_key(name, targets): name for name in lacking.get(target.name, ())}
         entries = [
-            Entry(new_key, name, source, changes.get(name), choose_format(source, dtype))
+            Entry(new_key, name, source, groups.get(key) or changes.get(name), choose_format(source, dtype))
             for new_key, name in {key: target.name, **new_keys}.items()
         ]
         for entry in entries:
@@ -167,6 +178,43 @@ def plan_merge(base: SavedWeights, adapted: AdaptedSkeleton, dtype: torch.dtype 
         for file, shard in base.shards.items()
     }
     return Merge(base, shards, untied=[name for group in broken for name in sorted(group)])
+
+
+def find_groups(
+    base: SavedWeights,
+    adapted: AdaptedSkeleton,
+    targets: Mapping[str, WeightTarget],
+    changes: Mapping[str, LoraLayer | torch.Tensor],
+) -> dict[str, StoredGroup]:
+    """Key of a stored tensor → the group that it is merged with: experts, and what is fused or split on its way.
+
+    Raises `UserError` where the merged weights cannot be stored as the base's are.
+    """
+    rules, found = adapted.key_rules, dict[str, StoredGroup]()
+    shapes = {key: torch.empty(stored.shape, device="meta") for key, stored in base.stored.items()}
+    plain = [
+        ([key], [target.name])
+        for key, target in targets.items()
+        if not target.converted and isinstance(changes.get(target.name), ParamWrapper)
+    ]
+    for keys, names in [*plain, *rules.groups(shapes)]:
+        layers = {name: layer for name in names if isinstance(layer := changes.get(name), LoraLayer)}
+        if not layers:
+            continue
+        group = StoredGroup(base, rules, tuple(keys), tuple(names), layers, converted=targets[keys[0]].converted)
+        weights = {name: torch.empty(rules.weights[name].shape, device="meta") for name in names}
+        stored = {key: base.stored[key].shape for key in keys}
+        fits = (
+            rules.revert(weights, stored) is not None if group.converted else stored[keys[0]] == weights[names[0]].shape
+        )
+        if not fits or not all(map(can_add, layers.values())):
+            raise UserError(
+                where=keys[0],
+                problem=f"the adapter changes {next(iter(layers))}, which this checkpoint stores in another layout.",
+                fix=MERGE_IN_MEMORY,
+            )
+        found |= dict.fromkeys(keys, group)
+    return found
 
 
 def choose_format(source: StoredTensor, dtype: torch.dtype | None) -> str:
@@ -217,7 +265,7 @@ def check_storage(entry: Entry, *, converted: bool) -> None:
     """Raises `UserError` where a tensor that changes cannot be stored in the place of the base's."""
     if entry.change is None:
         return
-    if converted:
+    if converted and not isinstance(entry.change, StoredGroup):
         raise UserError(
             where=entry.key,
             problem=f"the adapter changes {entry.name}, which this checkpoint stores in another layout.",
@@ -251,6 +299,13 @@ def find_changes(adapted: PeftModel) -> dict[str, LoraLayer | torch.Tensor]:
         if isinstance(module, ModulesToSaveWrapper):
             saved = module.modules_to_save[ADAPTER_NAME].state_dict()
             changes |= {f"{name}.{parameter}": value for parameter, value in saved.items()}
+        elif isinstance(module, ParamWrapper):  # one for each parameter of the module, one in the other
+            layer: nn.Module = module
+            while isinstance(layer, ParamWrapper):
+                changes[f"{name}.{layer.parameter_name}"] = layer
+                layer = layer.base_layer
+            own = layer.named_parameters(prefix=name, recurse=False)
+            changes |= {parameter: value.detach() for parameter, value in own if not value.is_meta}
         elif isinstance(module, LoraLayer) and isinstance(
             getattr(module.get_base_layer(), "weight", None), nn.Parameter
         ):

@@ -1,8 +1,7 @@
 """Write a merged model: its weights tensor by tensor, and the files that lie with them."""
 
 import json
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from tuning.export.merge import Entry, Merge
 from tuning.export.proof import WeightProof
+from tuning.export.stored_group import added_to
 from tuning.files import write_json
-from tuning.model.saved_weights import tensor_bytes
+from tuning.model.saved_weights import write_tensors
 
 NOT_COPIED = (
     *(".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json"),
@@ -37,31 +37,13 @@ def write_weights(merge: Merge, folder: Path) -> WeightProof:
                 progress.update(value.nbytes)
 
         for file, entries in merge.shards.items():
-            write_shard(folder / file, entries, checked_tensors(entries))
+            write_tensors(folder / file, entries, checked_tensors(entries))
+    added_to.cache_clear()
     if merge.base.has_index:
         weight_map = {entry.key: file for file, entries in merge.shards.items() for entry in entries}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
     return proof
-
-
-def write_shard(file: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> None:
-    """Write a safetensors file one tensor at a time: safetensors' own `save_file` needs all of them in memory.
-
-    Format: https://huggingface.co/docs/safetensors (8 bytes with the length of a JSON header, the header, the data).
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for entry in entries:
-        end = start + entry.nbytes
-        header[entry.key] = {"dtype": entry.format, "shape": entry.source.shape, "data_offsets": (start, end)}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as opened:
-        opened.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            opened.write(tensor_bytes(tensor))
 
 
 def copy_files(

@@ -15,7 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tuning.config.options import ModelSource
 from tuning.export.merge import Entry, Merge, base_layer_with, merge_layer
+from tuning.export.stored_group import StoredGroup, added_to
 from tuning.model import load
+from tuning.model.answering import without_masked
 from tuning.model.attention import choose_attention
 from tuning.model.inputs import patch_picture_dtype
 from tuning.model.lora import Adapter, BaseModel, add_adapter
@@ -33,7 +35,8 @@ class WeightProof:
     """What is known of the written weights. `faults`: what is wrong with them, a sentence each.
 
     `checksums`: key → CRC-32 of the bytes that its file must hold. `layers`: how many merged layers were run.
-    `lost` / `effect`: the share of what the adapter adds to its layers' outputs that rounding loses.
+    `lost` / `effect`: the share of what the adapter adds to its layers' outputs that rounding loses. `groups`: those of
+    tensors that were checked together.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -41,6 +44,7 @@ class WeightProof:
     layers: int = 0
     lost: float = 0.0
     effect: float = 0.0
+    groups: set[StoredGroup] = field(default_factory=set)
 
     @property
     def lost_share(self) -> float:
@@ -51,7 +55,9 @@ class WeightProof:
 
         A merged layer must do what PEFT's does. Of a tensor that does not change, the base's own bytes are remembered.
         """
-        if isinstance(entry.change, LoraLayer):
+        if isinstance(entry.change, StoredGroup):
+            self._check_group(entry.change, entry, value)
+        elif isinstance(entry.change, LoraLayer):
             self._check_layer(merge, entry, value)
         self.checksums[entry.key] = _checksum(entry.source.read() if entry.is_copy else value)
 
@@ -78,6 +84,18 @@ class WeightProof:
         self.layers += parameter == "weight"
         self.lost -= (rounding * effect).sum().item()
         self.effect += effect.square().sum().item()
+
+    def _check_group(self, group: StoredGroup, entry: Entry, value: torch.Tensor) -> None:
+        """Check once that transformers loads what base and adapter make, and measure what rounding loses of it."""
+        if group not in self.groups:
+            self.groups.add(group)
+            self.layers += len(group.layers)
+            if fault := group.find_fault():
+                self.faults.append(fault)
+        effect = added_to(group)[entry.key]
+        rounding = value.float() - (entry.source.read().float() + effect)
+        self.lost -= PROBES * (rounding * effect).sum().item()  # as the sum over random inputs of a layer
+        self.effect += PROBES * effect.square().sum().item()
 
     def read_back(self, merge: Merge, folder: Path) -> None:
         """Read the files in `folder`: the same keys, shapes and formats as planned, and the bytes that were checked."""
@@ -159,7 +177,7 @@ def run_model(
     patch_mllama_cross_attention(model)
     model = (add_adapter(model, adapter) if adapter else model).eval()
     with torch.no_grad():
-        logits = [model(**batch).logits[0, -POSITIONS:].float() for batch in batches]
+        logits = [without_masked(model(**batch).logits[0, -POSITIONS:].float()) for batch in batches]
     del model
     gc.collect()
     return logits

@@ -13,6 +13,7 @@ from tuning.model import load
 from tuning.model.attention import choose_attention
 from tuning.model.inputs import patch_picture_dtype
 from tuning.model.lora import Adapter, BaseModel, add_adapter, find_adapter, load_base, read_adapter_config
+from tuning.model.lora_targets import kept_whole
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import find_parts
 from tuning.model.quantize import Quantization, plan_quantization
@@ -63,17 +64,24 @@ def load_answering(source: ModelSource, *, device: torch.device | str) -> Loaded
     return LoadedModel(model.eval(), base.config, base.processor, adapter, base.source)
 
 
+def without_masked(logits: torch.Tensor) -> torch.Tensor:
+    """Logits to compare: 0 for tokens that the model masks, as Chameleon does its images', with the lowest number."""
+    return logits.masked_fill(logits <= torch.finfo(torch.bfloat16).min / 2, 0)
+
+
 def _plan_quantization(
     base: BaseModel, adapter: Adapter | None, dtype: torch.dtype, device: torch.device
 ) -> Quantization | None:
     if not base.source.quantization:
         return None
     skeleton = load.build_skeleton(base.config)
+    settings = read_adapter_config(adapter.folder) if adapter else None
+    whole = [*(settings.modules_to_save or []), *kept_whole(settings.target_parameters or [])] if settings else []
     return plan_quantization(
         skeleton,
         find_parts(skeleton),
         base.source.quantization,
-        modules_to_save=read_adapter_config(adapter.folder).modules_to_save if adapter else None,
+        modules_to_save=whole,
         compute=dtype,
         device=device,
     )

@@ -1,8 +1,9 @@
 """A config → the model to train. Everything is planned on a skeleton before the weights are read."""
 
+import functools
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from tuning.distributed.fsdp import choose_wrap_classes, is_fsdp_asked_for, is_s
 from tuning.errors import UserError, try_optional
 from tuning.files import SHARDED_MODEL
 from tuning.model import load
+from tuning.model.adapter_plan import describe_adapter, plan_adapter
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
 from tuning.model.head import find_head
 from tuning.model.inputs import patch_frozen_statistics, patch_picture_dtype
-from tuning.model.lora import add_lora, check_dora, check_modules_to_save, load_adapter, resolve_targets
+from tuning.model.lora import add_lora, load_adapter, read_adapter_config
+from tuning.model.lora_targets import LoraTargets, check_dora, check_modules_to_save, kept_whole, resolve_targets
 from tuning.model.loss import describe_loss, patch_supervised_loss
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import (
@@ -46,19 +49,21 @@ from tuning.model.vision_tower import (
 class ModelPlan:
     """What is known of a model before its weights are read.
 
-    `lora_targets`: full names of the modules to adapt. `idle`: names of the vision tower's parameters that get no
+    `lora_targets`: what LoRA adapts, nothing without it. `idle`: names of the vision tower's parameters that get no
     gradient, those after the last layer whose features are used; None where the skeleton could not be run.
     `wrap_classes`: class names of the layers that FSDP wraps. `tower_output`: the output of the vision tower, if its
     features are cached. `quantization`: how the weights of the language model are quantized, if they are.
+    `stored_names`: of the adapter's weights, where PEFT reads them back under other names only.
     """
 
     parts: Parts
     attention: Attention
-    lora_targets: list[str]
+    lora_targets: LoraTargets
     idle: set[str] | None
     wrap_classes: list[str]
     tower_output: TowerOutput | None = None
     quantization: Quantization | None = None
+    stored_names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class TrainableModel:
 
     `wrap_classes`: class names of the layers that FSDP wraps and `torch_compile` compiles. `dtypes`: those to save
     weights in, by name; FSDP may train in another one. `idle_is_known`: whether every parameter without a gradient was
-    found and frozen.
+    found and frozen. `stored_names`: those of an adapter's weights on the disk, by name, where they have others there.
     """
 
     model: Any
@@ -76,6 +81,7 @@ class TrainableModel:
     wrap_classes: list[str]
     dtypes: dict[str, torch.dtype]
     idle_is_known: bool
+    stored_names: dict[str, str] = field(default_factory=dict)
 
 
 def plan_model(
@@ -88,10 +94,18 @@ def plan_model(
     skeleton = load.build_skeleton(model_config)
     parts = find_parts(skeleton)
     wrap_classes = choose_wrap_classes(skeleton, wanted_wrap_classes(config))
-    targets = find_lora_targets(config, skeleton, parts) if config.lora.peft_method else []
-    if config.lora.use_dora and not (config.training.bf16 or config.training.fp16):
-        check_dora(skeleton, targets, load.choose_dtype(config.model, model_config))
-    quantization = find_quantization(config, model_config, skeleton, parts) if config.model.quantization else None
+    targets = find_lora_targets(config, skeleton, parts) if config.lora.peft_method else LoraTargets()
+    if config.lora.use_dora:
+        autocast = config.training.bf16 or config.training.fp16
+        check_dora(skeleton, targets, None if autocast else load.choose_dtype(config.model, model_config))
+    stored_names: dict[str, str] = {}
+    if config.lora.peft_method:
+        adapter = plan_adapter(functools.partial(load.build_skeleton, model_config), config.lora, targets)
+        targets, stored_names = adapter.targets, adapter.stored_names
+        print0(describe_adapter(adapter, config.lora))
+    quantization = (
+        find_quantization(config, model_config, skeleton, parts, targets) if config.model.quantization else None
+    )
     prepared = prepare_model(skeleton, config, parts, targets)
     tower_output = None
     if config.model.cache_vision_features:
@@ -104,6 +118,7 @@ def plan_model(
         wrap_classes=wrap_classes,
         tower_output=tower_output,
         quantization=quantization,
+        stored_names=stored_names,
     )
 
 
@@ -142,7 +157,10 @@ def build_model(
         print0(f"{len(plan.quantization.layers)} layers of the language model are kept in {plan.quantization.kind}.")
     for line in describe_loss(model, find_head(model)):
         print0(line)
-    model = prepare_model(model, config, plan.parts, plan.lora_targets)
+    targets = plan.lora_targets
+    if adapter and not read_adapter_config(adapter).target_parameters:  # of an earlier version, which left experts out
+        targets = replace(targets, experts=[])
+    model = prepare_model(model, config, plan.parts, targets)
     freeze_parameters(model, plan.idle or set())
     if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else FSDP sends the main process's
         load_adapter(model, adapter)
@@ -150,7 +168,9 @@ def build_model(
         patch_cached_vision_features(model, plan.tower_output, config.model.cache_vision_features)
     print0(parameter_table(model, plan.parts))
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    return TrainableModel(model, plan.parts, plan.attention, plan.wrap_classes, dtypes, plan.idle is not None)
+    return TrainableModel(
+        model, plan.parts, plan.attention, plan.wrap_classes, dtypes, plan.idle is not None, plan.stored_names
+    )
 
 
 def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attention:
@@ -164,7 +184,7 @@ def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attenti
     )
 
 
-def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_targets: list[str]) -> Any:
+def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_targets: LoraTargets) -> Any:
     """Patch the supervised loss into a model, or into a skeleton, add LoRA, and freeze what the config freezes."""
     patch_picture_dtype(model)
     patch_mllama_cross_attention(model)
@@ -183,8 +203,8 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_
     return model
 
 
-def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel, parts: Parts) -> list[str]:
-    """The full names of the modules that LoRA adapts."""
+def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel, parts: Parts) -> LoraTargets:
+    """What LoRA adapts."""
     trainable_parts = {LANGUAGE_MODEL} if not config.model.freeze_language_model else set()
     trainable_parts |= {VISION_TOWER} if config.model.freeze_vision_tower is False else set()
     trainable_parts |= {PROJECTOR} if config.model.freeze_multi_modal_projector is False else set()
@@ -193,7 +213,7 @@ def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel, parts: Parts
 
 
 def find_quantization(
-    config: RunConfig, model_config: PreTrainedConfig, skeleton: PreTrainedModel, parts: Parts
+    config: RunConfig, model_config: PreTrainedConfig, skeleton: PreTrainedModel, parts: Parts, targets: LoraTargets
 ) -> Quantization:
     """Which weights to quantize, and how. Raises `UserError` where that cannot work."""
     kind, zero = config.model.quantization, config.training.deepspeed_plugin
@@ -215,7 +235,7 @@ def find_quantization(
         skeleton,
         parts,
         kind,
-        modules_to_save=config.lora.modules_to_save,
+        modules_to_save=[*(config.lora.modules_to_save or []), *kept_whole(targets.parameters)],
         compute=load.choose_compute_dtype(config.model, model_config, config.training),
         device=config.training.device,
     )

@@ -1,137 +1,44 @@
-"""LoRA: which modules it adapts, the model that is trained with it, and adapters that were saved."""
+"""LoRA: the model that is trained with it, and adapters that were saved."""
 
-import re
 import warnings
-from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from tuning.config.options import LoraArguments, ModelSource
 from tuning.errors import UserError, describe_failure, first_line, try_optional
 from tuning.model import load
-from tuning.model.parts import LANGUAGE_MODEL, PARTS, Parts
+from tuning.model.lora_targets import LoraTargets
 from tuning.model.saved_weights import open_weights
 
+PREFIX = "base_model.model."  # of names in an adapter
 ADAPTER_NAME = "default"  # what PEFT calls an adapter unless another name is given
-ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
 OTHER_BASE = "Name the model that the adapter was trained on, as it was then."
-PLAIN_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-
-
-# Which modules to adapt.
-
-
-def resolve_targets(model: PreTrainedModel, parts: Parts, lora: LoraArguments, trainable_parts: set[str]) -> list[str]:
-    """The full names of the modules to adapt, in the model's order.
-
-    Names match the end of a module's name. Names and `all-linear` look only into `trainable_parts`. A regular
-    expression must match a full name and looks everywhere. Raises `UserError` if there are no targets (and lists what
-    the model offers), or if a target matches nothing.
-    """
-    adaptable = {name: module for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
-    candidates = [name for name in adaptable if parts.of(name) in trainable_parts]
-    targets = lora.target_modules
-    if not targets:
-        raise UserError(
-            where="target_modules", problem=f"LoRA needs to know what to adapt. {list_modules(model, parts)}"
-        )
-    if targets == "all-linear":
-        head = model.get_output_embeddings()
-        return [name for name in candidates if isinstance(adaptable[name], nn.Linear) and adaptable[name] is not head]
-    if isinstance(targets, str) and not PLAIN_NAMES.fullmatch(targets):
-        return _match_expression(targets, list(adaptable), model, parts)
-    names = re.split(r"\s*,\s*", targets) if isinstance(targets, str) else targets
-    matches = {name: [full for full in candidates if _ends_with(full, name)] for name in names}
-    if missing := [name for name, matched in matches.items() if not matched]:
-        elsewhere = sorted({parts.of(full) for full in adaptable for name in missing if full.endswith(f".{name}")})
-        hint = f" It is only in the {' and '.join(elsewhere)}: set freeze_{elsewhere[0]} false." if elsewhere else ""
-        raise UserError(
-            where="target_modules",
-            problem=f"{', '.join(missing)} matches no module.{hint} {list_modules(model, parts)}",
-        )
-    chosen = {full for matched in matches.values() for full in matched}
-    return [name for name in candidates if name in chosen]
-
-
-def _ends_with(full: str, name: str) -> bool:
-    return full == name or full.endswith(f".{name}")
-
-
-def _match_expression(expression: str, names: list[str], model: PreTrainedModel, parts: Parts) -> list[str]:
-    try:
-        pattern = re.compile(expression)
-    except re.error as error:
-        raise UserError(
-            where="target_modules", problem=f"{expression!r} is not a regular expression: {error}."
-        ) from error
-    matched = [name for name in names if pattern.fullmatch(name)]
-    if not matched:
-        raise UserError(
-            where="target_modules",
-            problem=f"the expression {expression!r} matches no module. {list_modules(model, parts)}",
-        )
-    return matched
-
-
-def list_modules(model: PreTrainedModel, parts: Parts) -> str:
-    """The linear modules of each part that LoRA can adapt, and an example of a line for the config."""
-    head = model.get_output_embeddings()
-    found: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            found[parts.of(name)][name.rpartition(".")[2]] += 1
-    lines = [
-        f"  {part}: {', '.join(f'{name} ×{n}' for name, n in names.items())}" for part, names in found.items() if names
-    ]
-    suggested = ", ".join(f'"{name}"' for name in found[LANGUAGE_MODEL])
-    return "\n".join(["The model offers:", *lines, f'Add, for example: "target_modules": [{suggested}]'])
-
-
-def check_modules_to_save(model: PreTrainedModel, names: list[str] | None) -> None:
-    """Raises `UserError` for a name that no module ends with: PEFT would train nothing for it."""
-    modules = [name for name, _ in model.named_modules()]
-    if missing := [name for name in names or [] if not any(_ends_with(full, name) for full in modules)]:
-        tops = sorted({name for name in modules if name and name.count(".") < 2})
-        raise UserError(
-            where="modules_to_save", problem=f"{', '.join(missing)} matches no module; there are {', '.join(tops)}."
-        )
-
-
-def check_dora(model: PreTrainedModel, targets: list[str], dtype: torch.dtype) -> None:
-    """Raises `UserError` for a convolution with 16-bit weights: PEFT 0.21 gives it float32 inputs without autocast."""
-    convolutions = [name for name in targets if isinstance(model.get_submodule(name), nn.Conv2d)]
-    if convolutions and dtype.itemsize == 2:
-        half = str(dtype).removeprefix("torch.")
-        raise UserError(
-            where="use_dora",
-            problem=f"DoRA cannot adapt a convolution ({convolutions[0]}) whose weights are {half}.",
-            fix="Leave it out of target_modules, or set dtype float32 or bf16 true.",
-        )
 
 
 # The model that is trained.
 
 
-def add_lora(model: PreTrainedModel, lora: LoraArguments, targets: list[str]) -> PeftModel:
+def add_lora(model: PreTrainedModel, lora: LoraArguments, targets: LoraTargets) -> PeftModel:
     """Wrap `model` with LoRA on exactly `targets`. The saved adapter has these names."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=list(targets),
+        lora_dropout=0.0 if targets.parameters else lora.lora_dropout,
+        target_modules=list(targets.modules),
+        target_parameters=targets.parameters or None,
         bias=lora.bias,
         modules_to_save=lora.modules_to_save,
         use_rslora=lora.use_rslora,
@@ -141,11 +48,13 @@ def add_lora(model: PreTrainedModel, lora: LoraArguments, targets: list[str]) ->
 
 
 def _wrap_with_peft(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    targets = config.target_modules  # PEFT shortens a long list to suffixes, which can match more in a larger model
+    # PEFT shortens a long list to suffixes, which can match more in a larger model
+    asked = {name: getattr(config, name, None) for name in ("target_modules", "target_parameters")}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT reads its old name
         adapted = get_peft_model(model, config)
-    adapted.peft_config[ADAPTER_NAME].target_modules = targets
+    for name, value in asked.items():
+        setattr(adapted.peft_config[ADAPTER_NAME], name, value)
     return adapted
 
 
@@ -153,14 +62,15 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     """Load the adapter weights in `folder` into an adapted model. Raises `UserError` if they do not fit."""
     saved = _rename_old_keys(dict(open_weights(folder)), model)
     try:
-        outcome = set_peft_model_state_dict(model, saved)
+        wrong = set_weights(model, saved)
+        if wrong and (names := stored_names(model, saved)):
+            wrong = set_weights(model, {names[key]: weight for key, weight in saved.items()}) and wrong
     except (KeyError, RuntimeError) as error:  # PEFT looks modules_to_save up; PyTorch compares shapes
         reason = str(error).splitlines()[-1].strip().rstrip(".")
         raise UserError(
             where=str(folder), problem=f"the adapter does not fit the model: {reason}.", fix=OTHER_BASE
         ) from error
-    expected = get_peft_model_state_dict(model)
-    if wrong := sorted([*outcome.unexpected_keys, *(expected.keys() - saved.keys())]):
+    if wrong:
         listed = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
         raise UserError(
             where=str(folder),
@@ -169,17 +79,46 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
         )
 
 
+def set_weights(model: PeftModel, saved: dict[str, torch.Tensor]) -> list[str]:
+    """Let PEFT load `saved` into an adapted model. Returns the names that it found no place or no tensor for."""
+    arrived: dict[str, torch.Tensor] = {}
+    hook = model.register_load_state_dict_pre_hook(lambda _, state, *rest: arrived.update(state))
+    try:
+        outcome = set_peft_model_state_dict(model, saved)
+    finally:
+        hook.remove()
+    found = get_peft_model_state_dict(model, state_dict=arrived)
+    return sorted([*outcome.unexpected_keys, *(get_peft_model_state_dict(model).keys() - found.keys())])
+
+
+def stored_names(model: PeftModel, keys: Iterable[str]) -> dict[str, str]:
+    """Name of a weight of the adapter → its name by the layout of the base model's checkpoints.
+
+    PEFT 0.21 takes all names of an adapter for such names and renames them to those of today, some of them twice.
+    """
+    rules = get_model_conversion_mapping(model.get_base_model(), add_legacy=False)
+    back = [rule.reverse_transform() for rule in reversed(rules) if type(rule) is WeightRenaming]
+    names = {key: PREFIX + rename_source_key(key.removeprefix(PREFIX), back, [], reverse=True)[0] for key in keys}
+    return names if len(set(names.values())) == len(names) else {}
+
+
+def rename_saved(folder: Path, names: Mapping[str, str]) -> None:
+    """Give the weights of the adapter saved in `folder` their `names`."""
+    file = folder / ADAPTER_SAFE_WEIGHTS_NAME
+    weights = load_file(file)
+    save_file({names[key]: weight for key, weight in weights.items()}, file, metadata={"format": "pt"})
+
+
 def _rename_old_keys(saved: dict[str, torch.Tensor], model: PeftModel) -> dict[str, torch.Tensor]:
     """The weights of an adapter under the names of today: transformers 4.52 moved the parts of these models.
 
     The rules are those by which transformers loads a base model that was saved before.
     """
     expected = get_peft_model_state_dict(model)
-    prefix, base = "base_model.model.", model.get_base_model()
-    rules = [rule for rule in get_model_conversion_mapping(base) if type(rule) is WeightRenaming]
+    rules = [rule for rule in get_model_conversion_mapping(model.get_base_model()) if type(rule) is WeightRenaming]
 
     def rename(key: str) -> str:
-        renamed = prefix + rename_source_key(key.removeprefix(prefix), rules, [])[0]
+        renamed = PREFIX + rename_source_key(key.removeprefix(PREFIX), rules, [])[0]
         return renamed if key not in expected and renamed in expected else key
 
     return {rename(key): weight for key, weight in saved.items()}

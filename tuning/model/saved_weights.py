@@ -1,9 +1,11 @@
-"""Read the weights of a saved model or adapter: the one reader of safetensors files in this package."""
+"""Read and write the weights of a saved model or adapter: all of this package's own work with safetensors files."""
 
 import json
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tuning.errors import UserError, first_line
+from tuning.files import write_json
 
 NOT_DOWNLOADED = ["*/*", "*.bin", "*.pth", "*.gguf"]
 
@@ -79,6 +82,57 @@ def open_weights(name: str | Path) -> SavedWeights:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor as they lie in a safetensors file, whatever its dtype."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class TensorHeader(Protocol):
+    """What a safetensors file says of a tensor; see `StoredTensor`."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def write_tensors(file: Path, headers: Sequence[TensorHeader], tensors: Iterable[torch.Tensor]) -> None:
+    """Write a safetensors file one tensor at a time: safetensors' own `save_file` needs all of them in memory.
+
+    Format: https://huggingface.co/docs/safetensors (8 bytes with the length of a JSON header, the header, the data).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for one in headers:
+        end = start + one.nbytes
+        header[one.key] = {"dtype": one.format, "shape": one.shape, "data_offsets": (start, end)}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            opened.write(tensor_bytes(tensor))
+
+
+def add_tensors(added: Sequence[StoredTensor], folder: Path) -> None:
+    """Copy tensors into the model saved in `folder`, byte for byte, as one more file, which its index names."""
+    saved = SavedWeights(folder)
+    index_file = folder / SAFE_WEIGHTS_INDEX_NAME
+    metadata = json.loads(index_file.read_text(encoding="utf-8")).get("metadata", {}) if saved.has_index else {}
+    number = len(saved.shards) + 1
+    names = [f"model-{place:05}-of-{number:05}.safetensors" for place in range(1, number + 1)]
+    write_tensors(folder / names[-1], added, (tensor.read() for tensor in added))
+    weight_map = {tensor.key: names[-1] for tensor in added}
+    for old, new in zip(saved.shards, names, strict=False):
+        (folder / old).rename(folder / new)
+        weight_map |= dict.fromkeys(saved.shards[old], new)
+    everything = [*saved.stored.values(), *added]
+    metadata["total_size"] = sum(tensor.nbytes for tensor in everything)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] += sum(torch.Size(tensor.shape).numel() for tensor in added)
+    write_json(index_file, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _files_of_index(folder: Path) -> list[str]:

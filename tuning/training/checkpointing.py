@@ -32,6 +32,7 @@ from tuning.files import (
     write_json,
 )
 from tuning.hub import RunRepo
+from tuning.model.lora import rename_saved
 from tuning.training.checkpoint_files import (
     commit_checkpoint,
     copy_model,
@@ -66,6 +67,7 @@ class ResumableTrainer(Trainer):
     processes: Processes
     hub: RunRepo | None = None
     dtypes: dict[str, torch.dtype]  # of the weights before FSDP kept trained ones in float32, by name
+    stored_names: dict[str, str]  # of an adapter's weights on the disk, by name, where they differ
     seconds_to_save = 0.0
     _last_saved: Path | None = None
 
@@ -170,7 +172,10 @@ class ResumableTrainer(Trainer):
         """Add to Hugging Face's files what a checkpoint needs to be complete."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self._save_extras(Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            if self.stored_names:
+                rename_saved(folder, self.stored_names)
+            self._save_extras(folder)
 
     def _save_extras(self, folder: Path) -> None:
         self._unwrapped.generation_config.save_pretrained(folder)

@@ -6,7 +6,9 @@ from pathlib import Path
 from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.data.dummy_samples import dummy_samples
+from tuning.export.ignored_tensors import find_ignored
 from tuning.files import COMPLETE_FILE, write_json
+from tuning.model.saved_weights import StoredTensor, add_tensors
 from tuning.pages.model_card import put_card, write_card
 from tuning.pages.run_summary import RunSummary
 from tuning.training.checkpoint_files import step_of
@@ -27,15 +29,39 @@ def save_final_model(trainer: SupervisedTrainer, config: RunConfig, progress: Pr
     source = trainer.best_checkpoint or (progress.resume_from if progress.trained_to_end else None)
     left_out, best = len(trainer.rows.skipped), trainer.best_checkpoint
     card = write_card(add_result(summary, trainer.state, rows_left_out=left_out, best_checkpoint=best))
-    files = trainer.save_final(target, source, lambda folder: put_card(card, folder, target))
+    trained = trained_model(trainer)
+    ignored = [] if trained.is_adapter or not trained.is_main_process else find_ignored_tensors(config, trained)
+
+    def complete(folder: Path) -> None:
+        put_card(card, folder, target)
+        if ignored:
+            add_tensors(ignored, folder)
+
+    files = trainer.save_final(target, source, complete)
     if config.run.verify_save is not False:
-        verify_saved_model(trained_model(trainer), target, source, config.model, force=bool(config.run.verify_save))
+        kept = {tensor.key: tensor.read() for tensor in ignored}
+        force = bool(config.run.verify_save)
+        verify_saved_model(trained, target, source, config.model, force=force, kept=kept)
     if trainer.args.should_save:
         end = {"global_step": trainer.state.global_step, "files": files}
         write_json(output_dir / COMPLETE_FILE, {**trainer.fingerprint, **end})
     trainer.accelerator.wait_for_everyone()
     if trainer.hub and trainer.args.should_save:
         trainer.hub.upload_final(target, files, output_dir)
+
+
+def find_ignored_tensors(config: RunConfig, trained: TrainedModel) -> list[StoredTensor]:
+    """The base's tensors that transformers does not load. They are saved with the final model, as they are.
+
+    Checkpoints lack them: a run continues without them, and takes them from the base at its end.
+    """
+    ignored = find_ignored(config.model.model_name_or_path, trained.model.config)
+    if ignored:
+        size = sum(tensor.nbytes for tensor in ignored) / 1e6
+        print0(
+            f"{len(ignored)} tensors ({size:,.1f} MB) that transformers does not load are copied from the base model."
+        )
+    return ignored
 
 
 def warn_of_unsaved_best(trainer: SupervisedTrainer) -> None:
@@ -58,4 +84,5 @@ def trained_model(trainer: SupervisedTrainer) -> TrainedModel:
         is_main_process=trainer.args.should_save,
         is_fsdp=trainer.is_fsdp_enabled,
         is_deepspeed=trainer.is_deepspeed_enabled,
+        stored_names=trainer.stored_names,
     )

@@ -75,7 +75,8 @@ class SupervisedTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True  # our forward divides by num_items_in_batch
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # `compile_layers` compiles layer by layer
         self.config, self.trainable, self.data, self.progress = config, model, data, progress
-        self.dtypes, self.learning_rates = model.dtypes, part_learning_rates(config.run)
+        self.dtypes, self.stored_names = model.dtypes, model.stored_names
+        self.learning_rates = part_learning_rates(config.run)
         self.processes, self.interruption = Processes(self.accelerator), Interruption(config.run.save_before_walltime)
         self.step, self.meter = StepState(progress.global_step + 1), StepMeter()
         self.loading = DataLoading(config, data, model, progress, self.processes)

@@ -1,9 +1,10 @@
 """After the final save: is the model on the disk the one that was trained, and does it load?"""
 
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tuning.errors import RunEnded, describe_failure, try_optional
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.files import SHARDED_MODEL
 from tuning.machine import free_device_memory
-from tuning.model.answering import load_answering
+from tuning.model.answering import load_answering, without_masked
 from tuning.model.attention import decoder_attention
 from tuning.model.inputs import patch_picture_dtype
 from tuning.model.load import find_template, name_attention, without_zero3
@@ -46,7 +47,8 @@ class TrainedModel:
     """The model in memory, without wrappers, and what is needed to run it.
 
     `dtypes`: those to save, by name. `attention`: the implementation it was loaded with. `dummy_samples`: short rows
-    with and without an image, for `collator`.
+    with and without an image, for `collator`. `stored_names`: those of an adapter's weights on the disk, by name, where
+    they differ.
     """
 
     model: Any
@@ -59,6 +61,7 @@ class TrainedModel:
     is_main_process: bool
     is_fsdp: bool
     is_deepspeed: bool
+    stored_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_adapter(self) -> bool:
@@ -79,14 +82,22 @@ class TrainedModel:
 
 
 def verify_saved_model(
-    trained: TrainedModel, folder: Path, source: Path | None, settings: ModelArguments, *, force: bool
+    trained: TrainedModel,
+    folder: Path,
+    source: Path | None,
+    settings: ModelArguments,
+    *,
+    force: bool,
+    kept: Mapping[str, torch.Tensor],
 ) -> None:
     """Read the model in `folder` back. Compare it with the one in memory, or with the checkpoint `source` it is of.
 
     Every tensor must be the same bit by bit, and so must the processor. The model must load as a user loads it, and
-    give the same logits. An adapter is loaded into the trained model where that can be done. A second model is loaded
-    where it fits into memory, or with `force` in any case, unless `why_not_loaded` names another reason. All processes
-    must call this; the main process reads. Raises `RunEnded` on all of them.
+    give the same logits. `kept`: tensors that were copied from the base as they are.
+
+    An adapter is loaded into the trained model where that can be done. A second model is loaded where it fits into
+    memory, or with `force` in any case, unless `why_not_loaded` names another reason. All processes must call this; the
+    main process reads. Raises `RunEnded` on all of them.
     """
     main = trained.is_main_process
     as_second_adapter = trained.is_adapter and not (trained.needs_all_processes or trained.is_deepspeed)
@@ -103,7 +114,8 @@ def verify_saved_model(
     def find_fault() -> str:
         saved, fault = SavedWeights(folder), ""
         if not trained.is_deepspeed:
-            fault = find_tensor_fault(saved, checkpoint_weights(source) if source else weights)
+            expected = with_kept(checkpoint_weights(source) if source else weights, kept)
+            fault = find_tensor_fault(saved, expected)
         fault = fault or find_setting_fault(trained, folder, trust_remote_code=settings.trust_remote_code)
         if fault or not loads:
             return fault
@@ -152,14 +164,15 @@ def has_room(trained: TrainedModel) -> bool:
 
 def weights_to_save(trained: TrainedModel) -> dict[str, torch.Tensor]:
     """The weights of the model in memory, or of its adapter, by their names on disk; on the main process only."""
-    if trained.is_adapter and not trained.is_fsdp:
-        return get_peft_model_state_dict(trained.model)
-    weights = gather_trained(trained.model, trained.dtypes, is_main_process=trained.is_main_process)
-    if not trained.is_main_process:
-        return {}
-    if trained.is_adapter:
-        return get_peft_model_state_dict(trained.model, state_dict=weights)
-    return revert_weight_conversion(trained.model, weights)
+    gathered = None
+    if trained.is_fsdp or not trained.is_adapter:
+        gathered = gather_trained(trained.model, trained.dtypes, is_main_process=trained.is_main_process)
+        if not trained.is_main_process:
+            return {}
+    if not trained.is_adapter:
+        return revert_weight_conversion(trained.model, gathered or {})
+    weights = get_peft_model_state_dict(trained.model, state_dict=gathered)
+    return {trained.stored_names.get(name, name): weight for name, weight in weights.items()}
 
 
 def checkpoint_weights(checkpoint: Path) -> Mapping[str, torch.Tensor]:
@@ -168,6 +181,11 @@ def checkpoint_weights(checkpoint: Path) -> Mapping[str, torch.Tensor]:
         return SavedWeights(checkpoint)
     model = join_shards(checkpoint).requires_grad_(False)
     return revert_weight_conversion(model, model.state_dict(keep_vars=True))
+
+
+def with_kept(weights: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """`weights` and what is `kept` beside them. A `dict` stays one: see `find_tensor_fault`."""
+    return {**weights, **kept} if isinstance(weights, dict) else ChainMap(dict(kept), weights)  # type: ignore[arg-type]
 
 
 def find_tensor_fault(saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
@@ -295,6 +313,7 @@ def find_loading_fault(
         found = read_logits(trained, loaded.to(trained.device)) if expected is not None else None
     if found is None or expected is None:
         return ""
+    found, expected = without_masked(found), without_masked(expected)
     difference = ((found - expected).norm() / expected.norm()).item()
     if difference <= (HALF_TOLERANCE if trained.computes_in_half else TOLERANCE):
         return ""

@@ -4,8 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tuning.export.merge import Entry
-from tuning.export.merged_model import write_shard
-from tuning.model.saved_weights import SavedWeights
+from tuning.model.saved_weights import SavedWeights, write_tensors
 
 TENSORS = {
     "half": torch.randn(3, 5).bfloat16(),
@@ -22,7 +21,7 @@ def test_every_format_is_copied_bit_by_bit_in_the_same_order(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
     weights = SavedWeights(tmp_path)
     entries = [Entry(key, key, stored, None, stored.format) for key, stored in weights.stored.items()]
-    write_shard(tmp_path / "copy", entries, (entry.source.read() for entry in entries))
+    write_tensors(tmp_path / "copy", entries, (entry.source.read() for entry in entries))
     copied = load_file(tmp_path / "copy")
     assert list(copied) == list(load_file(tmp_path / "model.safetensors"))
     for key, tensor in TENSORS.items():
