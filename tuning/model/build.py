@@ -18,9 +18,8 @@ from tuning.files import SHARDED_MODEL
 from tuning.model import load
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
-from tuning.model.head import find_head
 from tuning.model.lora import add_lora, check_dora, check_modules_to_save, load_adapter, resolve_targets
-from tuning.model.loss import describe_loss, patch_supervised_loss
+from tuning.model.loss import patch_supervised_loss
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import (
     LANGUAGE_MODEL,
@@ -139,8 +138,6 @@ def build_model(
     )
     if plan.quantization:
         print0(f"{len(plan.quantization.layers)} layers of the language model are kept in {plan.quantization.kind}.")
-    for line in describe_loss(model, find_head(model)):
-        print0(line)
     model = prepare_model(model, config, plan.parts, plan.lora_targets)
     freeze_parameters(model, plan.idle or set())
     if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else FSDP sends the main process's
