@@ -22,6 +22,7 @@ KEYS = {
     "memory": ("contender", "trained", "vocabulary", "tokens_per_row"),
     "gpu": ("run", "checkpointing", "contender", "device"),
     "check_speed": ("rows",),
+    "pictures": ("family",),
 }
 COLUMNS = {
     "step": {
@@ -70,6 +71,12 @@ COLUMNS = {
         "failed": "failed",
     },
     "check_speed": {"rows": "rows", "rows/s": "rows_per_second"},
+    "pictures": {
+        "family": "family",
+        "on tensors, ms": "tensors_ms",
+        "on arrays, ms": "pillow_ms",
+        "× faster": "against_pillow",
+    },
 }
 ORIGIN = ("commit", "cores", "load", "torch", "transformers")
 

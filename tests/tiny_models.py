@@ -113,8 +113,7 @@ _VISION = dict(
 
 
 def _image_processor(name: str, **kwargs):
-    """The PIL image processor of a family: present with and without torchvision."""
-    return getattr(transformers, f"{name}Pil")(**kwargs)
+    return getattr(transformers, name)(**kwargs)
 
 
 def _llama2_tokenizer():

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from tuning.torchvision_operators import patch_torchvision_import
+from tuning.data.torchvision_import import patch_torchvision_import
 
 # PEFT imports bitsandbytes where it is installed. Without an optional package that prints a warning at every start.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tuning.console import print_error
+from tuning.errors import UserError
 from tuning.exit_codes import EXIT_OK, EXIT_USER_ERROR, run_command, was_launched
 
 
@@ -57,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         guess = f" Did you mean {near[0]}?" if near else ""
         print(f"Error: unknown command '{name}'.{guess}\n\n{describe_commands()}", file=sys.stderr)
         return EXIT_USER_ERROR
-    command = importlib.import_module(COMMANDS[name].module)
+    try:
+        command = importlib.import_module(COMMANDS[name].module)
+    except UserError as error:  # torchvision cannot be imported
+        print_error(f"Error: {error}")
+        return EXIT_USER_ERROR
     if name == "train":
         return command.main(arguments, all_gpus=True)
     from tuning.config.describe import describe_command

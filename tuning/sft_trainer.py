@@ -9,6 +9,7 @@ from pathlib import Path
 
 if not __package__:  # run by path: Python puts this folder first on its path, and does not find `tuning` there
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import tuning.data.torchvision_import  # before transformers imports torchvision  # noqa: F401
 
 import os
 from collections.abc import Mapping, Sequence

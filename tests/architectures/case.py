@@ -81,9 +81,9 @@ class Case:
     family: Family
 
     @classmethod
-    def make(cls, name: str, root: Path) -> "Case":
+    def make(cls, name: str, root: Path, *, weights: bool = True) -> "Case":
         folder = root / name
-        family = save(name, folder)
+        family = save(name, folder, weights=weights)
         draw(folder)
         lines = [json.dumps(row) for row in make_rows(family)]
         (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")

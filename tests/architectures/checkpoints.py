@@ -33,9 +33,13 @@ def build(name: str) -> Family:
     return Family(config, processor, style, **(options[0] if options else {}))
 
 
-def save(name: str, folder: Path) -> Family:
-    """Save a checkpoint of the architecture, with random weights, into `folder`."""
+def save(name: str, folder: Path, *, weights: bool = True) -> Family:
+    """Save a checkpoint of the architecture into `folder`, with random weights, or without any."""
     family = build(name)
+    if not weights:
+        family.config.save_pretrained(folder)
+        family.processor.save_pretrained(folder)
+        return family
     torch.manual_seed(0)
     model = fill(AutoModelForImageTextToText.from_config(family.config, dtype=torch.float32))
     model.generation_config.max_new_tokens = 8

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from ranks import shard_on_cpu
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 WORLD, RANK = 8, 3
 ENVIRONMENT = {
@@ -38,7 +37,9 @@ def main() -> None:
     shard_on_cpu()
     dist.broadcast = receive
     dist.init_process_group("fake", rank=RANK, world_size=WORLD, store=FakeStore())
+    import tuning  # before transformers: it makes torchvision importable  # noqa: F401, I001
     from accelerate import Accelerator
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     from tuning.config.options import ModelArguments
     from tuning.distributed.fsdp import choose_wrap_classes, materialize_meta_params

@@ -123,6 +123,15 @@ def test_calls_are_trained_and_results_are_not(check, arguments):
     assert '{"colour": "red"}' in report["samples"][0]["rendered_text"]
 
 
+def test_two_turns_in_a_row_of_which_one_calls_are_refused_with_the_reason(check):
+    messages = [ask("Colour?"), answer("Let me look."), answer("", tool_calls=[CALL]), RESULT, answer("Red.")]
+    code, report, _ = check([{"messages": messages, "images": []}])
+    assert code == 1
+    (problem,) = report["problems"]
+    assert "no text stands between two turns of the assistant, so they cannot be told apart" in problem["message"]
+    assert "Make one message of them, or set a chat_template" in problem["message"]
+
+
 def test_tools_as_json_text_and_words_beside_a_call(check):
     messages = [ask("Colour?"), answer("Let me look.", tool_calls=json.dumps([CALL])), RESULT, answer("Red.")]
     _, report, _ = check([{"messages": messages, "tools": json.dumps([TOOL]), "images": []}])

@@ -50,6 +50,13 @@ def test_one_line_a_run_with_commit_and_versions(run, name):
     assert line[figures[name]] > 0
 
 
+def test_image_processors_are_timed_on_tensors_and_on_arrays(capsys):
+    importlib.import_module("pictures").main(["--rounds", "1", "--family", "llava15"])
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert line["family"] == "llava15"
+    assert min(line["tensors_ms"], line["pillow_ms"]) > 0
+
+
 def test_a_start_is_timed_in_processes_of_their_own(run, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(datasets.config.HF_DATASETS_CACHE))
     (line,) = run("start", ["--rows", "20", "--repeats", "1"])

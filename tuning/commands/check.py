@@ -136,8 +136,8 @@ def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Enc
 
 def build_trained_skeleton(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan) -> nn.Module:
     """The model without weights, prepared as for training."""
-    is_stock = plan.attention.loaded in ("sdpa", "eager")
-    model_config._attn_implementation = plan.attention.loaded if is_stock else "sdpa"
+    is_eager = plan.attention.loaded == "eager"
+    model_config._attn_implementation = "eager" if is_eager else None  # SDPA in each part that supports it
     skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
     if plan.quantization:
         quantise_skeleton(skeleton, plan.quantization)

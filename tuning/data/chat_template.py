@@ -1,5 +1,6 @@
 """Messages → text by the model's chat template, and where the assistant's answers are in it."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -86,12 +87,7 @@ class ChatFormat:
         finish = self._finish_turns if is_rich(messages) else self._finish_answers
         rendered = finish(conversation, text, where)
         if rendered is None:
-            raise UserError(
-                where=where,
-                problem="the chat template rewrites the assistant's words, so they cannot be located.",
-                fix="Set a chat_template with {% generation %} markers.",
-                kind="refused by the chat template",
-            )
+            raise not_located(messages, where)
         return rendered
 
     def render_prompt(self, conversation: Conversation, where: str = "") -> RenderedChat:
@@ -367,3 +363,23 @@ def check_variables(kwargs: Mapping[str, Any], where: str) -> None:
             fix="Remove it.",
             kind="reserved variable",
         )
+
+
+def not_located(messages: Sequence[Message], where: str) -> UserError:
+    """The error of a row whose answers are not found in its rendered text."""
+    problem, fix = "the chat template rewrites the assistant's words, so they cannot be located.", "Set"
+    is_answer = [message["role"] == "assistant" for message in messages if is_answer_or_text(message)]
+    if is_rich(messages) and any(first and second for first, second in itertools.pairwise(is_answer)):
+        problem = "no text stands between two turns of the assistant, so they cannot be told apart."
+        fix = "Make one message of them, or set"
+    return UserError(
+        where=where,
+        problem=problem,
+        fix=f"{fix} a chat_template with {{% generation %}} markers.",
+        kind="refused by the chat template",
+    )
+
+
+def is_answer_or_text(message: Message) -> bool:
+    """Whether a message is the assistant's, or has a text."""
+    return message["role"] == "assistant" or any(part.get("text", "").strip() for part in message["content"])

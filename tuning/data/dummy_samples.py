@@ -14,6 +14,13 @@ def dummy_image_sample(encoder: Encoder) -> Sample:
     return encoder.untrained_sample(encoder.process_question([Image.new("RGB", (32, 32))]))
 
 
+def dummy_image_samples(encoder: Encoder) -> list[Sample]:
+    """Two rows of different length with pictures of different size."""
+    wide, tall = Image.new("RGB", (64, 40), "red"), Image.new("RGB", (33, 48), "blue")
+    rows = [([wide], "What?"), ([tall], "Is it as it was before, or another one?")]
+    return [encoder.untrained_sample(encoder.process_question([*images], text)) for images, text in rows]
+
+
 def dummy_samples(encoder: Encoder) -> list[Sample]:
     """Three short rows that differ: with an image, without, and with another image."""
     red, blue = Image.new("RGB", (48, 32), "red"), Image.new("RGB", (32, 48), "blue")

@@ -1,10 +1,9 @@
 """One row → one `Sample`: token ids, labels and image tensors, ready to be batched."""
 
-import copy
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +16,10 @@ from tuning.data.chat_template import ChatFormat, RenderedChat
 from tuning.data.grounding import FIELD, BoxOnImage, Grounded, ground_row
 from tuning.data.images import ImageRules, load_image, measure_image
 from tuning.data.messages import WEIGHT, Conversation, count_images, keep_first_images
-from tuning.data.pixels import patch_image_processor
+from tuning.data.processing import IMAGE_TOKENS, PLACES, RowProcessor
 from tuning.data.resized_size import ResizedSize
 from tuning.data.sources import Row
-from tuning.data.token_spans import (
-    EXPANSIONS,
-    Span,
-    after_expansion,
-    expansions_of,
-    is_insertion,
-    overlaps,
-    report_insertion,
-)
+from tuning.data.token_spans import Span, overlaps
 from tuning.data.truncate import cut_answers
 from tuning.errors import error_field, try_optional
 
@@ -84,7 +75,7 @@ class Encoder:
 
     `overlong_rows` is error, drop or truncate_text. `train_on`: all answers of a row, or only its last_turn.
     `embeddings`: for how many tokens the model has embeddings, where the tokenizer has more tokens; else None.
-    `box_format`: how the model writes boxes, if that is known.
+    `box_format`: how the model writes boxes, if that is known. `processor_options`: for every call of the processor.
     """
 
     processor: Any
@@ -98,6 +89,7 @@ class Encoder:
     image_rules: ImageRules = ImageRules()
     box_format: BoxFormat | None = None
     embeddings: int | None = None
+    processor_options: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def image_names(self) -> frozenset[str]:
@@ -105,16 +97,14 @@ class Encoder:
         return frozenset(self.processor.image_processor.model_input_names)
 
     @functools.cached_property
+    def row_processor(self) -> RowProcessor:
+        """Runs the processor."""
+        return RowProcessor(self.processor, self.chat, self.processor_options)
+
+    @property
     def image_token_id(self) -> int | None:
         """The id of the token that stands for a part of an image."""
-        return getattr(self.processor, "image_token_id", None)
-
-    @functools.cached_property
-    def _patched_processor(self) -> Any:
-        """A copy of the processor that prepares images faster."""
-        processor = copy.copy(self.processor)
-        processor.image_processor = patch_image_processor(processor.image_processor)
-        return processor
+        return self.row_processor.image_token_id
 
     def encode(self, row: Row) -> Sample:
         """Render, process and label one row. Raises `UserError` with file, row and field."""
@@ -123,14 +113,14 @@ class Encoder:
 
     def encode_prepared(self, prepared: Prepared, images: Sequence[Image.Image]) -> Sample:
         """Process and label a prepared row with its opened images; see `encode`."""
-        inputs = self._process_row(prepared, images)
+        inputs = self.process_row(prepared, images)
         length = inputs["input_ids"].shape[1]
         if length <= self.max_seq_length:
             return self._label(inputs, prepared)
         if self.overlong_rows != "truncate_text":
             return self._leave_out(prepared, length)
         excess = length - self.max_seq_length
-        cut = cut_answers(inputs, prepared.chat, self._find_image_tokens(inputs), excess)
+        cut = cut_answers(inputs, prepared.chat, excess)
         if cut is None:
             fix = "Raise max_seq_length: the row is too long even without its answers."
             raise row_errors.too_long(prepared.row, length, self.max_seq_length, fix)
@@ -138,7 +128,7 @@ class Encoder:
 
     def encode_untrained(self, prepared: Prepared) -> Sample:
         """Process a row of which no token is trained, such as a prompt. Raises `UserError` where it is too long."""
-        inputs = self._process_row(prepared, self.open_images(prepared))
+        inputs = self.process_row(prepared, self.open_images(prepared))
         if inputs["input_ids"].shape[1] > self.max_seq_length:
             fix = "Raise max_seq_length, or shorten the row."
             raise row_errors.too_long(prepared.row, inputs["input_ids"].shape[1], self.max_seq_length, fix)
@@ -223,18 +213,31 @@ class Encoder:
 
     # --- process ---
 
-    def _process_row(self, prepared: Prepared, images: Sequence[Image.Image]) -> dict[str, Any]:
-        """`process` for a row. Raises `UserError` for what the processor refuses, and for tokens unknown to the model.
+    def process_row(self, prepared: Prepared, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """The processor's tensors for a row, with the places of its tokens: see `RowProcessor.process`.
 
-        Processors check little, and in their own ways: one refuses a picture that is 200 times as long as wide.
+        Raises `UserError` for what the processor refuses, and for tokens unknown to the model. Processors check little,
+        and in their own ways: one refuses a picture that is 200 times as long as wide.
         """
-        attempt = try_optional(lambda: self.process(prepared.chat.text, images))
+        row, prompt_end = prepared.row, self._find_prompt_end(prepared)
+        needed = prepared.chat.spans if self.assistant_only_loss else [(0, len(prepared.chat.text))]
+        process = functools.partial(self.row_processor.process, prompt_end=prompt_end, needed=needed)
+        attempt = try_optional(lambda: process(prepared.chat.text, images), catch_user_errors=True)
         if attempt.value is None:
             assert attempt.error is not None
-            has_images = bool(prepared.images)
-            raise row_errors.refused(prepared.row, attempt.error, has_images=has_images) from attempt.error
+            raise row_errors.refused(row, attempt.error, has_images=bool(prepared.images)) from attempt.error
         self.check_ids(attempt.value["input_ids"][0].numpy(), prepared)
         return attempt.value
+
+    def _find_prompt_end(self, prepared: Prepared) -> int | None:
+        """Where the answer starts, if the processor takes prompts only. Raises `UserError` where it has several."""
+        spans = prepared.chat.spans
+        if not spans or not self.row_processor.takes_prompts:
+            return None
+        if len(spans) > 1 or not self.assistant_only_loss:
+            name = type(self.processor).__name__
+            raise row_errors.not_only_answer(prepared.row, name, answers=len(spans) if self.assistant_only_loss else 0)
+        return spans[0][0]
 
     def check_ids(self, ids: np.ndarray, prepared: Prepared) -> None:
         """Raises `UserError` for a token of a row that the model has no embedding for."""
@@ -245,60 +248,23 @@ class Encoder:
             token = self.processor.tokenizer.convert_ids_to_tokens(int(beyond[0]))
             raise row_errors.unknown_token(prepared.row, token, int(beyond[0]), self.embeddings)
 
-    def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
-        """The processor's output for one rendered conversation, with both offset maps of its tokens."""
-        escaper, processor = self.chat.escaper, self._patched_processor
-        escaped = escaper.is_escaped(text)
-        if escaped:
-            processor = copy.copy(processor)
-            processor.tokenizer = escaper.escaped_tokenizer
-        made = processor(
-            text=[text],
-            images=list(images) or None,
-            images_kwargs={"return_tensors": "pt"},
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-            **self.tokenizer_options(text),
-        )
-        # The tokenizer's own conversion to tensors walks over every number in Python.
-        inputs = {
-            name: value if torch.is_tensor(value) or name == EXPANSIONS else torch.from_numpy(np.asarray(value))
-            for name, value in made.items()
-        }
-        inputs = report_insertion(inputs, text, processor, images)
-        return escaper.unescape(inputs, text) if escaped else inputs
-
-    def tokenizer_options(self, text: str) -> dict[str, bool]:
-        """Options that keep the tokenizer from adding a second first token, where the template writes one."""
-        bos = self.processor.tokenizer.bos_token
-        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-
     def process_question(self, images: Sequence[Image.Image], question: str = "?") -> dict[str, Any]:
-        """The processor's output for a prompt of `images` and a question."""
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-        return self.process(self.chat.generation_prompt([{"role": "user", "content": content}]), images)
+        """The processor's tensors for a prompt of `images` and a question."""
+        return self.row_processor.process(self.row_processor.question(images, question), images)
 
     def count_image_tokens(self, image: Image.Image) -> int:
         """How many tokens of a row `image` takes."""
-        return int(self._find_image_tokens(self.process_question([image])).sum())
-
-    def _find_image_tokens(self, inputs: dict[str, Any]) -> np.ndarray:
-        """Which tokens stand for images: expanded placeholders, and placeholders themselves. Boolean `[T]`."""
-        spans = [expansion["new_span"] for expansion in expansions_of(inputs) if not is_insertion(expansion)]
-        found = overlaps(inputs["offset_mapping"][0].numpy(), spans)
-        if self.image_token_id is not None:
-            found |= inputs["input_ids"][0].numpy() == self.image_token_id
-        return found
+        return int(self.process_question([image])[IMAGE_TOKENS].sum())
 
     # --- label ---
 
     def _label(
         self, inputs: dict[str, Any], prepared: Prepared, not_trained: Sequence[Span] = (), cut_tokens: int = 0
     ) -> Sample:
-        offsets = inputs["offset_mapping"][0].numpy()
+        places = inputs[PLACES][0].numpy()
         sequence, images = self._split(inputs)
-        trained = self.find_trained(offsets, prepared.chat, expansions_of(inputs))
-        trained &= ~self._find_image_tokens(inputs) & ~overlaps(offsets, not_trained)
+        trained = self.find_trained(places, prepared.chat)
+        trained &= ~inputs[IMAGE_TOKENS][0].numpy() & ~overlaps(places, not_trained)
         trained &= sequence["attention_mask"].numpy().astype(bool)
         trained[0] = False  # no token comes before the first one to predict it from
         if not trained.any():
@@ -306,14 +272,11 @@ class Encoder:
         sequence["labels"] = torch.where(torch.from_numpy(trained), sequence["input_ids"], IGNORED)
         return Sample(sequence, images, prepared.row.where, prepared.dropped_images, cut_tokens)
 
-    def find_trained(self, offsets: np.ndarray, chat: RenderedChat, expansions: Sequence[dict] = ()) -> np.ndarray:
-        """Which tokens, with character `offsets` `[T, 2]`, the chat says to train. Boolean `[T]`.
-
-        `expansions`: how the placeholders of images were expanded, if they were.
-        """
+    def find_trained(self, places: np.ndarray, chat: RenderedChat) -> np.ndarray:
+        """Which tokens, with `places` `[T, 2]` in the rendered text, the chat says to train. Boolean `[T]`."""
         if self.assistant_only_loss:
-            return overlaps(offsets, after_expansion(chat.spans, expansions))
-        return ~overlaps(offsets, after_expansion(chat.untrained, expansions))
+            return overlaps(places, chat.spans)
+        return ~overlaps(places, chat.untrained)
 
     def untrained_sample(self, inputs: dict[str, Any], where: str = "") -> Sample:
         """The processor's output as a sample without a trained token."""
@@ -322,12 +285,13 @@ class Encoder:
 
     def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The processor's output as tensors with a position per token, `[T, …]`, and image tensors."""
-        inputs = {name: inputs[name] for name in inputs if name not in (EXPANSIONS, "offset_mapping")}
-        images = {name: value for name, value in inputs.items() if name in self.image_names}
-        sequence = {name: value[0] for name, value in inputs.items() if name not in self.image_names}
-        tokens = sequence["input_ids"].shape
-        wrong = {name for name, value in sequence.items() if value.shape[:1] != tokens}
-        assert not wrong, f"{type(self.processor).__name__} gives {wrong} without a position per token"
+        tokens = inputs["input_ids"].shape
+        sequence, images = {}, {}
+        for name, value in inputs.items():
+            if name in self.image_names or value.shape[:2] != tokens:
+                images[name] = value
+            elif name not in (PLACES, IMAGE_TOKENS):
+                sequence[name] = value[0]
         return sequence, images
 
     def placeholder(self, where: str, skipped: Skipped) -> Sample:

@@ -1,5 +1,6 @@
 """The data options of a config → the rows of a run, and how they are encoded and joined."""
 
+import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tuning.config.box_formats import BOX_FORMATS
 from tuning.config.families import find_family
@@ -28,10 +30,12 @@ from tuning.data.open_source import check_image_field, open_source
 from tuning.data.resized_size import find_short_edge
 from tuning.data.row_warnings import describe_rows, describe_unused_columns, spread_rows
 from tuning.data.sources import DataFile, Mixture, Row, Source, Stream
+from tuning.data.torchvision_import import describe_torchvision
 from tuning.errors import UserError, try_optional
 
 TYPICAL_IMAGE = (1024, 768)
 ROWS_CHECKED_FIRST, ROWS_READ = 4, 64
+TOKEN_TYPES = "mm_token_type_ids"
 NO_TOKENS = ModelTokens()  # where nothing is known of them
 
 
@@ -263,8 +267,9 @@ def make_encoder(
         stop_tokens=tokens.stop,
         train_empty_thoughts=isinstance(data, DataArguments) and data.train_empty_thoughts,
     )
-    for sentence in describe_template(chat, template_kwargs or {}):
-        print0(sentence)
+    for sentence in [describe_torchvision(), *describe_template(chat, template_kwargs or {})]:
+        if sentence:
+            print0(sentence)
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     family = find_family(model_config)
     bbox_format = data.bbox_format or family.bbox_format
@@ -277,6 +282,7 @@ def make_encoder(
         image_rules=replace(image_rules(data), short_edge=find_short_edge(processor.image_processor)),
         box_format=BOX_FORMATS[bbox_format] if bbox_format else None,
         embeddings=tokens.embeddings,
+        processor_options=find_processor_options(processor, model_config),
     )
     if isinstance(data, DataArguments):
         encoder = replace(
@@ -290,6 +296,13 @@ def make_encoder(
     width, height = TYPICAL_IMAGE
     print0(f"A {width}×{height} image costs {cost} image tokens; a row may have {encoder.max_seq_length} tokens.")
     return encoder
+
+
+def find_processor_options(processor: Any, model_config: PreTrainedConfig) -> dict[str, bool]:
+    """What the processor must be asked for: token types, where model and processor know them (Cosmos 3 Edge)."""
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(model_config), None)
+    takes = kind is not None and TOKEN_TYPES in inspect.signature(kind.forward).parameters
+    return {f"return_{TOKEN_TYPES}": True} if takes and TOKEN_TYPES in processor.model_input_names else {}
 
 
 def describe_template(chat: ChatFormat, template_kwargs: Mapping[str, Any]) -> list[str]:

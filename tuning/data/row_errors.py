@@ -59,13 +59,30 @@ def not_left_out(row: Row, spans: int, answers: int) -> UserError:
     )
 
 
+def not_only_answer(row: Row, processor: str, *, answers: int) -> UserError:
+    """A row of several trained `answers`, or of which everything is trained (0), for a processor of prompts."""
+    what = f"this row has {answers} answers to train" if answers else "the prompt would be trained, too"
+    fix = (
+        "Set train_on last_turn, or give each answer a row of its own." if answers else "Set assistant_only_loss true."
+    )
+    return _text_error(
+        row,
+        problem=f"{processor} takes one prompt and one answer, and {what}.",
+        fix=fix,
+        kind="several answers for a processor of prompts",
+    )
+
+
 def refused(row: Row, error: Exception, *, has_images: bool) -> UserError:
-    """A row for which the processor raised `error`."""
+    """A row for which the processor raised `error`, or whose tokens cannot be located (`UserError`)."""
+    field = row.format.field_of_images if has_images else row.format.text_fields[-1]
+    if isinstance(error, UserError):
+        return UserError(where=row.where, problem=error.problem, fix=error.fix, field=field, kind=error.kind)
     return UserError(
         where=row.where,
         problem=f"the model's processor refuses this row: {describe_failure(error)}.",
         fix="Change its images or its text, or drop it.",
-        field=row.format.field_of_images if has_images else row.format.text_fields[-1],
+        field=field,
         kind="refused by the processor",
     )
 

@@ -16,6 +16,7 @@ from tuning.data import row_errors
 from tuning.data.batch_sampler import NOT_TRAINED
 from tuning.data.encode import Encoder, Prepared
 from tuning.data.images import measure_image
+from tuning.data.processing import IMAGE_TOKENS, PLACES
 from tuning.data.row_warnings import find_ignored_keys
 from tuning.data.sources import DataFile, Mixture, Row, Source
 from tuning.data.token_spans import overlaps
@@ -49,6 +50,20 @@ class Measured:
     error: UserError | None = None
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a row: how many, and how many of them stand for images.
+
+    `places` `[T, 2]`: characters of each token in the rendered text. `of_images` `[T]`: which ones stand for images,
+    all of them or one for each image.
+    """
+
+    number: int
+    image_tokens: int
+    places: np.ndarray
+    of_images: np.ndarray
+
+
 class RowMeter:
     """Measures rows as an `Encoder` would encode them.
 
@@ -56,7 +71,8 @@ class RowMeter:
     several times as fast. `decode_images` decodes every image, to find broken ones.
 
     The tokens of an image depend on its size only. They come from the processor's own formula, if it has one that
-    agrees with its output, or from processing a blank image of that size, once for each size.
+    agrees with its output, or from processing a blank image of that size, once for each size. Where the processor
+    changes more of a text than it reports, or takes prompts only, each row is processed with blank images.
     """
 
     def __init__(self, encoder: Encoder, *, exact: bool = True, decode_images: bool = False):
@@ -82,10 +98,12 @@ class RowMeter:
                 good[index] = prepared, self._measure_images(prepared)
             except UserError as error:
                 measured[index] = Measured(file, row.number, error=error)
-        tokenized = self._tokenize([prepared.chat.text for prepared, _ in good.values()])
-        for (index, (prepared, sizes)), (ids, offsets) in zip(good.items(), tokenized, strict=True):
+        texts = [prepared.chat.text for prepared, _ in good.values()]
+        tokenized = self._tokenize(texts) if self._adds_up else [None] * len(texts)
+        for (index, (prepared, sizes)), tokens in zip(good.items(), tokenized, strict=True):
             try:
-                measured[index] = self._count(file, prepared, sizes, ids, offsets)
+                counted = self._process(prepared, sizes) if tokens is None else self._count(prepared, sizes, *tokens)
+                measured[index] = self._describe(file, prepared, sizes, counted)
             except UserError as error:
                 measured[index] = Measured(file, prepared.row.number, error=error)
         return [measured[index] for index in range(len(rows))]
@@ -99,35 +117,56 @@ class RowMeter:
         """Ids `[T]` and character offsets `[T, 2]` of each text. Image placeholders are not expanded."""
         escaper, tokenizer = self.encoder.chat.escaper, self.encoder.processor.tokenizer
         plain = [text for text in texts if not escaper.is_escaped(text)]
-        options = self.encoder.tokenizer_options(plain[0]) if plain else {}
+        options = self.encoder.row_processor.tokenizer_options(plain[0]) if plain else {}
         batch = tokenizer(plain, return_offsets_mapping=True, **options) if plain else {}
         rows = zip(batch.get("input_ids", []), batch.get("offset_mapping", []), strict=True)
         pairs = ((np.asarray(ids), np.asarray(offsets)) for ids, offsets in rows)
         return [self._tokenize_escaped(text) if escaper.is_escaped(text) else next(pairs) for text in texts]
 
     def _tokenize_escaped(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        escaper, options = self.encoder.chat.escaper, self.encoder.tokenizer_options(text)
+        escaper, options = self.encoder.chat.escaper, self.encoder.row_processor.tokenizer_options(text)
         made = escaper.escaped_tokenizer([text], return_offsets_mapping=True, return_tensors="pt", **options)
         unescaped = escaper.unescape(dict(made), text)
         return unescaped["input_ids"][0].numpy(), unescaped["offset_mapping"][0].numpy()
 
-    def _count(self, file: int, prepared: Prepared, sizes: list, ids: np.ndarray, offsets: np.ndarray) -> Measured:
-        encoder, chat = self.encoder, prepared.chat
-        encoder.check_ids(ids, prepared)
-        placeholders = ids == encoder.image_token_id
+    @functools.cached_property
+    def _adds_up(self) -> bool:
+        """Whether a row's tokens are those of its text and of each of its images, whatever their number."""
+        processor = self.encoder.row_processor
+        if not processor.reports_all or processor.takes_prompts:
+            return False
+        pair = [Image.new("RGB", size) for size in COMPARED_SIZES[:2]]
+        both = try_optional(lambda: self.encoder.process_question(pair), catch_user_errors=True).value
+        return both is None or int(both[IMAGE_TOKENS].sum()) == sum(self.image_cost(image.size) for image in pair)
+
+    def _count(self, prepared: Prepared, sizes: list, ids: np.ndarray, offsets: np.ndarray) -> "_Tokens":
+        """Add up the tokens of a text and of images."""
+        self.encoder.check_ids(ids, prepared)
+        written = self.encoder.row_processor.placeholders.finditer(prepared.chat.text)
+        placeholders = overlaps(offsets, [found.span() for found in written])
+        placeholders |= ids == self.encoder.image_token_id
         cost = try_optional(lambda: sum(self.image_cost(size) for size in sizes))  # the processor may refuse a size
         if cost.error is not None:
             raise row_errors.refused(prepared.row, cost.error, has_images=True) from cost.error
         image_tokens = cost.value or 0
-        tokens = len(ids) - int(placeholders.sum()) + image_tokens
-        trained = encoder.find_trained(offsets, chat)
-        trained &= ~placeholders
+        return _Tokens(len(ids) - int(placeholders.sum()) + image_tokens, image_tokens, offsets, placeholders)
+
+    def _process(self, prepared: Prepared, sizes: list) -> "_Tokens":
+        """The tokens of a row with blank images of these sizes."""
+        inputs = self.encoder.process_row(prepared, [Image.new("RGB", size) for size in sizes])
+        of_images = inputs[IMAGE_TOKENS][0].numpy()
+        return _Tokens(len(of_images), int(of_images.sum()), inputs[PLACES][0].numpy(), of_images)
+
+    def _describe(self, file: int, prepared: Prepared, sizes: list, counted: "_Tokens") -> Measured:
+        encoder, chat, tokens = self.encoder, prepared.chat, counted.number
+        trained = encoder.find_trained(counted.places, chat)
+        trained &= ~counted.of_images
         trained[:1] = False
         row = Measured(
             file,
             prepared.row.number,
             tokens=tokens,
-            image_tokens=image_tokens,
+            image_tokens=counted.image_tokens,
             supervised_tokens=int(trained.sum()),
             image_sizes=sizes,
             dropped_images=prepared.dropped_images,
@@ -136,8 +175,8 @@ class RowMeter:
         )
         excess = tokens - encoder.max_seq_length
         if excess > 0:
-            answers = [int((overlaps(offsets, [content]) & ~placeholders).sum()) for content in chat.contents]
-            removable = sum(max(0, answer - 1) for answer in answers)
+            inside = (overlaps(counted.places, [content]) & ~counted.of_images for content in chat.contents)
+            removable = sum(max(0, int(answer.sum()) - 1) for answer in inside)
             if encoder.overlong_rows == "truncate_text" and removable >= excess:
                 left = max(1, row.supervised_tokens - excess - 1)  # the end token is not trained either
                 return replace(row, tokens=encoder.max_seq_length, supervised_tokens=left, cut=True)

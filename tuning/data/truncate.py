@@ -7,14 +7,15 @@ import numpy as np
 import torch
 
 from tuning.data.chat_template import RenderedChat
-from tuning.data.token_spans import Span, after_expansion, expansions_of, overlaps
+from tuning.data.processing import IMAGE_TOKENS, PLACES
+from tuning.data.token_spans import Span, overlaps
 
 
 @dataclass(frozen=True)
 class CutRow:
     """`inputs`: the processor's output without the tokens that were cut.
 
-    `not_trained`: spans of the expanded text that must not be trained any more. They are the ends of turn of the
+    `not_trained`: spans of the rendered text that must not be trained any more. They are the ends of turn of the
     answers that were cut: trained, they would teach the model to stop in the middle of a sentence.
     """
 
@@ -22,17 +23,15 @@ class CutRow:
     not_trained: list[Span]
 
 
-def cut_answers(inputs: dict[str, Any], chat: RenderedChat, image_tokens: np.ndarray, excess: int) -> CutRow | None:
+def cut_answers(inputs: dict[str, Any], chat: RenderedChat, excess: int) -> CutRow | None:
     """Cut `excess` tokens off the ends of answers, the last answer first.
 
-    Each answer keeps at least one token. Images (`image_tokens`, boolean `[T]`) and all other text stay. Returns None
-    where even then the row is too long.
+    Each answer keeps at least one token. Images and all other text stay. Returns None where even then the row
+    is too long.
     """
-    offsets = inputs["offset_mapping"][0].numpy()
-    moved = after_expansion([*chat.contents, *chat.spans], expansions_of(inputs))
-    contents, spans = moved[: len(chat.spans)], moved[len(chat.spans) :]
+    offsets, image_tokens = inputs[PLACES][0].numpy(), inputs[IMAGE_TOKENS][0].numpy()
     keep, not_trained = np.ones(len(offsets), dtype=bool), []
-    for content, span in zip(reversed(contents), reversed(spans), strict=True):
+    for content, span in zip(reversed(chat.contents), reversed(chat.spans), strict=True):
         words = np.flatnonzero(overlaps(offsets, [content]) & ~image_tokens)
         end = len(words) - min(excess, len(words) - 1)
         while 1 < end < len(words) and offsets[words[end], 0] < offsets[words[end - 1], 1]:

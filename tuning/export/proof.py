@@ -17,6 +17,7 @@ from tuning.config.options import ModelSource
 from tuning.export.merge import Entry, Merge, base_layer_with, merge_layer
 from tuning.model import load
 from tuning.model.attention import choose_attention
+from tuning.model.inputs import patch_picture_dtype
 from tuning.model.lora import Adapter, BaseModel, add_adapter
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.saved_weights import SavedWeights, tensor_bytes
@@ -154,6 +155,7 @@ def run_model(
     model: PreTrainedModel | PeftModel = load.load_model(
         source, config, dtype=torch.float32, attention=attention.loaded
     )
+    patch_picture_dtype(model)
     patch_mllama_cross_attention(model)
     model = (add_adapter(model, adapter) if adapter else model).eval()
     with torch.no_grad():

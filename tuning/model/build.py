@@ -18,6 +18,7 @@ from tuning.files import SHARDED_MODEL
 from tuning.model import load
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
+from tuning.model.inputs import patch_frozen_statistics, patch_picture_dtype
 from tuning.model.lora import add_lora, check_dora, check_modules_to_save, load_adapter, resolve_targets
 from tuning.model.loss import patch_supervised_loss
 from tuning.model.mllama import patch_mllama_cross_attention
@@ -162,6 +163,7 @@ def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attenti
 
 def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_targets: list[str]) -> Any:
     """Patch the supervised loss into a model, or into a skeleton, add LoRA, and freeze what the config freezes."""
+    patch_picture_dtype(model)
     patch_mllama_cross_attention(model)
     patch_supervised_loss(model)
     if config.lora.peft_method:
@@ -173,6 +175,7 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_
             LANGUAGE_MODEL: config.model.freeze_language_model,
         }
         freeze_parts(model, parts, {part for part, freeze in frozen.items() if freeze})
+    patch_frozen_statistics(model, parts)
     patch_frozen_tower(model, sharded=is_sharded(config.training))
     return model
 

@@ -115,11 +115,13 @@ def _set_template(processor: Any, template: str) -> None:
     A checkpoint may store one in tokenizer_config.json and another one beside it. Training takes the processor's, and
     a save would write either. Programs that load the saved model must find the trained one, wherever they look.
     """
-    chosen = (
-        template or getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
-    )
-    if chosen:
+    if chosen := template or find_template(processor):
         processor.chat_template = processor.tokenizer.chat_template = chosen
+
+
+def find_template(processor: Any) -> str | None:
+    """The chat template of a processor, or of its tokenizer: some processors (Chameleon's) read none."""
+    return getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
 
 
 def _complete(processor: Any, config: PreTrainedConfig) -> None:
@@ -233,7 +235,7 @@ def load_model(
     """
     name = model.model_name_or_path
     if receives_weights() and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not quantization:
-        settings = {"dtype": dtype, "attn_implementation": attention}
+        settings = {"dtype": dtype, "attn_implementation": name_attention(attention)}
         with silent_transformers():  # they would list every weight as missing
             return model_class(config).from_pretrained(None, config=config, state_dict={}, **settings)
     quantised: dict[str, Any] = {}
@@ -244,7 +246,7 @@ def load_model(
             name,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=name_attention(attention),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # the report lists them, and they are refused below
             trust_remote_code=model.trust_remote_code,
@@ -269,6 +271,14 @@ def load_model(
     if Path(name).expanduser().exists():
         loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters name it as their base
     return loaded
+
+
+def name_attention(attention: str) -> str | None:
+    """What `from_pretrained` is asked for. By default it takes SDPA in each part of a model that supports it.
+
+    Asked for SDPA, it refuses a model with a part that does not.
+    """
+    return None if attention == "sdpa" else attention
 
 
 def check_complete(name: str, report: Mapping[str, Any]) -> None:

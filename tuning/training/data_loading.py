@@ -23,7 +23,7 @@ from tuning.data.batch_sampler import (
 )
 from tuning.data.collator import Collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows
-from tuning.data.dummy_samples import dummy_samples
+from tuning.data.dummy_samples import dummy_image_samples, dummy_samples
 from tuning.data.encode import Sample
 from tuning.data.from_config import TrainingData, dummy_batch
 from tuning.data.row_lengths import RowLengths
@@ -33,7 +33,12 @@ from tuning.errors import UserError, describe_failure, try_optional
 from tuning.model.attention import set_decoder_attention
 from tuning.model.build import TrainableModel
 from tuning.model.loss import check_logits
-from tuning.model.padding_free import TrialBatches, why_padding_is_needed, why_padding_is_needed_by_structure
+from tuning.model.padding_free import (
+    TrialBatches,
+    why_padding_is_needed,
+    why_padding_is_needed_by_structure,
+    why_rows_change_in_a_batch,
+)
 from tuning.training.optimizer import HALF
 from tuning.training.resume import Progress
 
@@ -183,6 +188,7 @@ class DataLoading(TrainerCallback):
         padded = bool(self.processes.all_gather_ints([reason != ""]).any())
         if padded:
             reason = reason or "it fails without padding on another process"
+            self._check_padded_rows(model, forward)
         if padded and wanted is True:
             raise UserError(
                 where="padding_free", problem=f"cannot be true for this model: {reason}.", fix="Leave it out."
@@ -197,10 +203,25 @@ class DataLoading(TrainerCallback):
         print0(f"Batches are {self.batching}.")
         return self.batching
 
+    def _check_padded_rows(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        """Raises `UserError` where the model gives rows of a padded batch other results than each has alone."""
+        if self.config.training.per_device_train_batch_size == 1 and not self.config.data.max_tokens_per_batch:
+            return
+        collator = replace(self.data.collator, padding_free=False, dummy_image_sample=None)
+        samples = dummy_image_samples(self.data.encoder)
+        rows, padded = [collator.join([sample]) for sample in samples], collator.join(samples)
+        fault = why_rows_change_in_a_batch(model, forward, rows, padded, half=self._computes_in_half)
+        if self.processes.all_gather_ints([fault != ""]).any():
+            raise UserError(
+                where="per_device_train_batch_size",
+                problem=f"must be 1 for this model: {fault or 'it fails on another process'}.",
+                fix="Set it to 1, and raise gradient_accumulation_steps instead.",
+            )
+
     @property
     def _computes_in_half(self) -> bool:
-        mixed_precision = self.processes.accelerator.mixed_precision != "no"
-        return mixed_precision or not HALF.isdisjoint(self.model.dtypes.values())
+        mixed = self.processes.accelerator.mixed_precision != "no"
+        return mixed or not HALF.isdisjoint(self.model.dtypes.values())
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self._train_batches is not None:

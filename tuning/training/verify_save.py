@@ -24,7 +24,8 @@ from tuning.files import SHARDED_MODEL
 from tuning.machine import free_device_memory
 from tuning.model.answering import load_answering
 from tuning.model.attention import decoder_attention
-from tuning.model.load import without_zero3
+from tuning.model.inputs import patch_picture_dtype
+from tuning.model.load import find_template, name_attention, without_zero3
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
 from tuning.model.parts import count_numbers
@@ -202,7 +203,7 @@ def find_setting_fault(trained: TrainedModel, folder: Path, *, trust_remote_code
     model, mine = trained.model, trained.processor
     saved = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     pairs = {
-        "chat template": [processor.chat_template for processor in (saved, mine)],
+        "chat template": [find_template(processor) for processor in (saved, mine)],
         "vocabulary": [processor.tokenizer.get_vocab() for processor in (saved, mine)],
         "image processor": [processor.image_processor.to_dict() for processor in (saved, mine)],
         "generation config": [
@@ -282,13 +283,14 @@ def find_loading_fault(
         with without_zero3():
             loaded, report = AutoModelForImageTextToText.from_pretrained(
                 folder,
-                attn_implementation=trained.attention,
+                attn_implementation=name_attention(trained.attention),
                 trust_remote_code=settings.trust_remote_code,
                 output_loading_info=True,
             )
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if report[problem]:
                 return f"loading it reports {problem.replace('_', ' ')}, first {min(map(str, report[problem]))}"
+        patch_picture_dtype(loaded)
         patch_mllama_cross_attention(loaded)
         found = read_logits(trained, loaded.to(trained.device)) if expected is not None else None
     if found is None or expected is None:

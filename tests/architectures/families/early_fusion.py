@@ -8,10 +8,10 @@ from architectures.styles import Style, chatml
 
 @arch("chameleon")
 def chameleon(name):
-
+    """Its processor ends a prompt itself, with the separator."""
     style = Style(
         "<s>",
-        {"system": ("", "\n"), "user": ("", "<reserved08706>"), "assistant": ("", "</s>")},
+        {"system": ("", "\n"), "user": ("", ""), "assistant": ("", "</s>")},
         "</s>",
         "<image>",
         specials=("</s>", "<reserved08706>"),
@@ -21,6 +21,7 @@ def chameleon(name):
         ("<racm3:break>", "<eoss>", *(f"IMGIMG{chr(65 + i // 10)}{chr(65 + i % 10)}Z" for i in range(32))),
         image_token="<image>",
     )
+    tok.sep_token = "<reserved08706>"
     proc = T.ChameleonProcessor(
         T.ChameleonImageProcessor(size={"shortest_edge": 32}, crop_size=square(32)),
         tok,
@@ -48,6 +49,7 @@ def chameleon(name):
         ),
         proc,
         style,
+        dict(multi=False),
     )
 
 

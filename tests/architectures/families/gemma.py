@@ -181,11 +181,11 @@ def gemma4_(name):
 
 @arch("paligemma")
 def paligemma(name):
-    """Fine-tuned on prompt/answer pairs; its processor writes images and bos itself."""
+    """Fine-tuned on prompt/answer pairs; its processor writes bos behind the images, and a line break at the end."""
 
     style = Style(
         "",
-        {"user": ("", "\n"), "assistant": ("", "<eos>")},
+        {"user": ("", ""), "assistant": ("", "<eos>")},
         "<eos>",
         "<image>",
         images_first=True,

@@ -72,7 +72,8 @@ def ovis2(name):
 @arch("got_ocr2", "pp_chart2table")
 def got_ocr2(name):
     kind = CONFIG_MAPPING[name]
-    style = chatml("<img><imgpad></img>\n")
+    pads = 1 if name == "got_ocr2" else 256  # PP-Chart2Table's template writes them all
+    style = chatml(f"<img>{'<imgpad>' * pads}</img>\n")
     tok = tokenizer(style, ("<img>", "</img>", "<imgpad>"))
     if name == "got_ocr2":
         proc = T.GotOcr2Processor(T.GotOcr2ImageProcessor(size=square(256)), tok, chat_template=style.jinja())

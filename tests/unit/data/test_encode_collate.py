@@ -10,12 +10,12 @@ from tiny_models import LAYOUTS, build_model, build_processor
 from torch.utils.data import DataLoader
 
 from tuning.data.chat_template import ChatFormat
-from tuning.data.collator import pad_to_largest, probe_collator
+from tuning.data.collator import probe_collator
 from tuning.data.dataset import EncodedRows
 from tuning.data.encode import IGNORED, Encoder, Sample
+from tuning.data.image_joins import pad_to_largest
 from tuning.data.open_source import open_source
 from tuning.data.sources import Row
-from tuning.data.token_spans import after_expansion
 from tuning.errors import UserError
 from tuning.model.mllama import patch_mllama_cross_attention
 
@@ -164,12 +164,6 @@ def test_image_tokens_of_a_picture_are_counted(layout):
     assert encoder.count_image_tokens(picture(64, 48)) == (ids == encoder.processor.image_token_id).sum()
 
 
-def test_spans_move_by_what_placeholders_before_them_grew():
-    expansions = [{"span": (2, 4), "new_span": (2, 10)}, {"span": (8, 10), "new_span": (14, 15)}]
-    assert after_expansion([(0, 2), (4, 8), (10, 12)], expansions) == [(0, 2), (10, 14), (15, 17)]
-    assert after_expansion([(3, 5)], []) == [(3, 5)]
-
-
 # --- batches ---
 
 
@@ -277,14 +271,14 @@ def test_every_dimension_is_padded_at_its_end():
     assert [tuple(tensor.shape) for tensor in padded] == [(2, 2, 3)] * 2
     assert padded[0][0, :, 0].tolist() == [1, 1]
     assert (padded[0] == 7).sum() == 10
-    assert [len(tensor) for tensor in pad_to_largest([small, large], 0, keep_first=True)] == [1, 2]
+    assert [len(tensor) for tensor in pad_to_largest([small, large], 0, but=0)] == [1, 2]
 
 
 @pytest.mark.parametrize(("layout", "nested"), [("llava15", False), ("granite_vision", False), ("mllama", True)])
 def test_collator_finds_how_a_processor_joins_images(layout, nested):
     collator = probe_collator(encoder_of(layout).processor)
     assert collator.nested_images is nested
-    assert bool(collator.blank_image) is nested
+    assert bool(collator.joins.blank) is nested
 
 
 # --- through worker processes ---
