@@ -75,7 +75,7 @@ def resolve_targets(
             where="target_modules", problem=f"LoRA needs to know what to adapt. {list_modules(model, parts)}"
         )
     if targets == "all-linear":
-        linear = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
+        linear = {name for name, module in modules.items() if is_linear(module) and module is not head}
         chosen = [name for name in candidates if name in linear or name in experts]
     elif isinstance(targets, str) and not PLAIN_NAMES.fullmatch(targets):
         chosen = _match_expression(targets, names, model, parts)
@@ -208,3 +208,8 @@ def check_dora(model: PreTrainedModel, targets: LoraTargets, dtype: torch.dtype 
             problem=f"DoRA cannot adapt a convolution ({convolutions[0]}) whose weights are {half}.",
             fix="Leave it out of target_modules, or set dtype float32 or bf16 true.",
         )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer. Llama 4's router is one that returns more than its product."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
