@@ -72,11 +72,8 @@ def test_an_adapter_is_read_back_by_peft_and_merges(name, root):
     case = Case.make(name, root)
     built = build(case)
     folder = save_random(case, built, case.folder / "adapter")
-    batch = {
-        key: value
-        for key, value in case.collator.join([case.encoder.encode(next(iter(open_rows(case.config).train)))]).items()
-        if key != "labels"
-    }
+    sample = case.encoder.encode(next(iter(open_rows(case.config).train)))
+    batch = {key: value for key, value in case.collator.join([sample]).items() if key != "labels"}
 
     def stock(source: Path):
         model = AutoModelForImageTextToText.from_pretrained(
@@ -147,6 +144,19 @@ def test_modules_that_peft_cannot_read_back_are_refused_by_name_and_left_out_of_
         "all-linear leaves out model.language_model.layers.1.self_attn.k_proj.sconv.weight_proj"
         in capsys.readouterr().out
     )
+
+
+def test_modules_to_save_keep_their_names_where_others_are_stored_under_old_ones(root):
+    case = Case.make("mistral_large4", root / "named")
+    built = build(case, modules_to_save=["multi_modal_projector"])
+    assert built.stored_names
+    folder = save_random(case, built, case.folder / "adapter")
+    plain = AutoModelForImageTextToText.from_pretrained(case.folder, dtype=torch.float32)
+    weights = dict(built.model.named_parameters())
+    resumed = build(case, resume_from=folder, modules_to_save=["multi_modal_projector"]).model
+    for model in (PeftModel.from_pretrained(plain, str(folder)), resumed):
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(value, weights[name])
 
 
 def test_dora_on_experts_is_refused(root):

@@ -66,13 +66,13 @@ def find_unreadable(
 ) -> tuple[list[str], dict[str, str]]:
     """Modules whose weights PEFT loses between save and load, and the names on the disk under which it loses fewest.
 
-    Nothing is written: a weight is one number, a different one for each, spread over its shape without taking memory.
+    Nothing is written: a weight is one number of its own, spread over its shape without taking memory. With `bias all`
+    PEFT saves some weights under two names.
     """
     adapted = add_lora(build(), lora, targets)
-    weights = {
-        key: torch.tensor(float(number)).expand(tensor.shape)
-        for number, (key, tensor) in enumerate(get_peft_model_state_dict(adapted).items(), start=1)
-    }
+    saved = get_peft_model_state_dict(adapted, state_dict=adapted.state_dict(keep_vars=True))
+    numbers = {id(weight): float(number) for number, weight in enumerate(saved.values(), start=1)}
+    weights = {key: torch.tensor(numbers[id(weight)]).expand(weight.shape) for key, weight in saved.items()}
     lost, names = _lost_keys(build, adapted, weights, {}), dict[str, str]()
     if lost and (other := stored_names(adapted, weights)):
         lost_then = _lost_keys(build, adapted, weights, other)

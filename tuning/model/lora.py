@@ -64,7 +64,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     try:
         wrong = set_weights(model, saved)
         if wrong and (names := stored_names(model, saved)):
-            wrong = set_weights(model, {names[key]: weight for key, weight in saved.items()}) and wrong
+            wrong = wrong if set_weights(model, {names[key]: weight for key, weight in saved.items()}) else []
     except (KeyError, RuntimeError) as error:  # PEFT looks modules_to_save up; PyTorch compares shapes
         reason = str(error).splitlines()[-1].strip().rstrip(".")
         raise UserError(
@@ -94,12 +94,18 @@ def set_weights(model: PeftModel, saved: dict[str, torch.Tensor]) -> list[str]:
 def stored_names(model: PeftModel, keys: Iterable[str]) -> dict[str, str]:
     """Name of a weight of the adapter → its name by the layout of the base model's checkpoints.
 
-    PEFT 0.21 takes all names of an adapter for such names and renames them to those of today, some of them twice.
+    PEFT 0.21 takes the names of LoRA's own weights for such names and renames them to those of today, some twice.
+    Empty where that changes no name, or gives two weights one name.
     """
     rules = get_model_conversion_mapping(model.get_base_model(), add_legacy=False)
     back = [rule.reverse_transform() for rule in reversed(rules) if type(rule) is WeightRenaming]
-    names = {key: PREFIX + rename_source_key(key.removeprefix(PREFIX), back, [], reverse=True)[0] for key in keys}
-    return names if len(set(names.values())) == len(names) else {}
+
+    def rename(key: str) -> str:
+        return PREFIX + rename_source_key(key.removeprefix(PREFIX), back, [], reverse=True)[0]
+
+    names = {key: rename(key) if ".lora_" in key else key for key in keys}
+    is_new = any(name != key for key, name in names.items()) and len(set(names.values())) == len(names)
+    return names if is_new else {}
 
 
 def rename_saved(folder: Path, names: Mapping[str, str]) -> None:

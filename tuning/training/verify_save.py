@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def verify_saved_model(
     settings: ModelArguments,
     *,
     force: bool,
-    kept: Mapping[str, torch.Tensor],
+    kept: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
     """Read the model in `folder` back. Compare it with the one in memory, or with the checkpoint `source` it is of.
 
