@@ -168,7 +168,7 @@ def list_modules(model: PreTrainedModel, parts: Parts) -> str:
     head = model.get_output_embeddings()
     found: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
+        if is_linear(module) and module is not head:
             found[parts.of(name)][name.rpartition(".")[2]] += 1
     for name in find_expert_tensors(model):
         found[parts.of(name)][name.rpartition(".")[2]] += 1
