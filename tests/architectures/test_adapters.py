@@ -25,8 +25,6 @@ from tuning.model.saved_weights import open_weights
 NOT_TRAINED = {
     "fuyu": "its chat template writes nothing for an image",
     "idefics": "its processor rewrites the text and does not report how",
-    "llama4": "its head is inside an inner causal model",
-    "nemotron_h_omni": "its head is inside an inner causal model",
 }
 """Architectures that are refused for a reason that is not LoRA's."""
 

@@ -146,7 +146,7 @@ def test_a_loss_in_chunks_is_the_loss_at_once(chunk_size):
     def run(**settings) -> list:
         hidden.grad = None
         head.zero_grad()
-        loss = supervised_loss(hidden, labels, head, lambda logits: torch.tanh(logits) * 3, 5, **settings)
+        loss = supervised_loss(hidden, labels, head, lambda hidden: torch.tanh(head(hidden)) * 3, 5, **settings)
         loss.backward()
         return [loss, hidden.grad, head.weight.grad, head.bias.grad]
 
@@ -159,7 +159,7 @@ def test_never_more_logits_at_once_than_allowed():
     head = torch.nn.Linear(4, 50)
     head.register_forward_hook(lambda module, given, output: shapes.append(len(output)))
     hidden = torch.randn(1, 101, 4, requires_grad=True)
-    supervised_loss(hidden, torch.zeros(1, 101, dtype=torch.long), head, lambda x: x, chunk_size=30).backward()
+    supervised_loss(hidden, torch.zeros(1, 101, dtype=torch.long), head, head, chunk_size=30).backward()
     assert shapes == [30, 30, 30, 10, 10, 30, 30, 30]  # the forward's, and again in the backward
 
 
@@ -176,7 +176,7 @@ def test_empty_chunks_change_nothing(monkeypatch):
         hidden = torch.randn(1, 9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         head.zero_grad()
         calls.clear()
-        loss = supervised_loss(hidden, labels, head, lambda logits: logits, chunk_size=3)
+        loss = supervised_loss(hidden, labels, head, head, chunk_size=3)
         loss.backward()
         results.append([loss.detach(), hidden.grad, head.weight.grad.clone()])
         assert len(calls) == 2 * (most or 3)  # forward and backward

@@ -29,9 +29,6 @@ FAMILIES = {
     ("paligemma", "gemma2"): Family(bbox_format="paligemma"),  # PaliGemma 2: https://arxiv.org/abs/2412.03555
 }
 
-# Text models whose logits are multiplied by `logits_scaling`. All others divide by it.
-MULTIPLIES_LOGITS_SCALING = ("hyperclovax",)
-
 
 def find_family(config: PretrainedConfig) -> Family:
     """The family of a model, or one without limits if the table does not have it."""

@@ -117,6 +117,16 @@ class RowProcessor:
                 probes.append((text, attempt.value))
         return probes
 
+    @functools.cached_property
+    def _takes_rows(self) -> bool:
+        """Whether the processor takes the images of a row as a list of their own, as `apply_chat_template` gives them.
+
+        LLaVA-OneVision's cuts pictures into tiles only where a row has a single one. GOT-OCR's refuses lists in lists.
+        """
+        pair = [Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32))]
+        row = try_optional(lambda: self.question(pair), catch_user_errors=True)
+        return row.error is None and not try_optional(lambda: self.processor(text=[row.value], images=[pair])).error
+
     def _find_placeholder(self) -> str:
         """The token of `image_token_id`, for a processor that does not name its placeholder."""
         token = self.image_token_id
@@ -151,7 +161,8 @@ class RowProcessor:
 
     def _call(self, processor: Any, text: str, images: Sequence[Image.Image]) -> Any:
         """Call the processor: with our options, or without them if it does not know them."""
-        row = {"text": [text], "images": list(images) or None}
+        pictures = list(images)
+        row = {"text": [text], "images": ([pictures] if len(pictures) > 1 and self._takes_rows else pictures) or None}
         options = {"images_kwargs": {"return_tensors": "pt"}, **self._options, **self.tokenizer_options(text)}
         attempt = try_optional(lambda: processor(**row, **options))
         if attempt.error is None:

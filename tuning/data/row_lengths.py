@@ -131,9 +131,13 @@ class RowMeter:
 
     @functools.cached_property
     def _adds_up(self) -> bool:
-        """Whether a row's tokens are those of its text and of its images."""
+        """Whether a row's tokens are those of its text and of each of its images, whatever their number."""
         processor = self.encoder.row_processor
-        return processor.reports_all and not processor.takes_prompts
+        if not processor.reports_all or processor.takes_prompts:
+            return False
+        pair = [Image.new("RGB", size) for size in COMPARED_SIZES[:2]]
+        both = try_optional(lambda: self.encoder.process_question(pair), catch_user_errors=True).value
+        return both is None or int(both[IMAGE_TOKENS].sum()) == sum(self.image_cost(image.size) for image in pair)
 
     def _count(self, prepared: Prepared, sizes: list, ids: np.ndarray, offsets: np.ndarray) -> "_Tokens":
         """Add up the tokens of a text and of images."""

@@ -11,6 +11,7 @@ from tuning.config.model_tokens import ModelTokens
 from tuning.config.options import ModelSource
 from tuning.model import load
 from tuning.model.attention import choose_attention
+from tuning.model.inputs import patch_picture_dtype
 from tuning.model.lora import Adapter, BaseModel, add_adapter, find_adapter, load_base, read_adapter_config
 from tuning.model.lora_targets import kept_whole
 from tuning.model.mllama import patch_mllama_cross_attention
@@ -54,6 +55,7 @@ def load_answering(source: ModelSource, *, device: torch.device | str) -> Loaded
     model = load.load_model(
         base.source, base.config, dtype=dtype, attention=attention.loaded, quantization=quantization
     )
+    patch_picture_dtype(model)
     patch_mllama_cross_attention(model)
     if adapter:
         model = add_adapter(model, adapter)

@@ -20,9 +20,11 @@ from tuning.model import load
 from tuning.model.adapter_plan import describe_adapter, plan_adapter
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
+from tuning.model.head import find_head
+from tuning.model.inputs import patch_frozen_statistics, patch_picture_dtype
 from tuning.model.lora import add_lora, load_adapter, read_adapter_config
 from tuning.model.lora_targets import LoraTargets, check_dora, check_modules_to_save, kept_whole, resolve_targets
-from tuning.model.loss import patch_supervised_loss
+from tuning.model.loss import describe_loss, patch_supervised_loss
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import (
     LANGUAGE_MODEL,
@@ -153,6 +155,8 @@ def build_model(
     )
     if plan.quantization:
         print0(f"{len(plan.quantization.layers)} layers of the language model are kept in {plan.quantization.kind}.")
+    for line in describe_loss(model, find_head(model)):
+        print0(line)
     targets = plan.lora_targets
     if adapter and not read_adapter_config(adapter).target_parameters:  # of an earlier version, which left experts out
         targets = replace(targets, experts=[])
@@ -182,6 +186,7 @@ def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attenti
 
 def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_targets: LoraTargets) -> Any:
     """Patch the supervised loss into a model, or into a skeleton, add LoRA, and freeze what the config freezes."""
+    patch_picture_dtype(model)
     patch_mllama_cross_attention(model)
     patch_supervised_loss(model)
     if config.lora.peft_method:
@@ -193,6 +198,7 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_
             LANGUAGE_MODEL: config.model.freeze_language_model,
         }
         freeze_parts(model, parts, {part for part, freeze in frozen.items() if freeze})
+    patch_frozen_statistics(model, parts)
     patch_frozen_tower(model, sharded=is_sharded(config.training))
     return model
 

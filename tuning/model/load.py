@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import deepspeed
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tuning.config.model_tokens import ModelTokens
@@ -30,6 +31,11 @@ from tuning.distributed.fsdp import receives_weights
 from tuning.errors import UserError, describe_failure, first_line, try_optional
 from tuning.files import read_user_text
 from tuning.model.quantize import Quantization, keep_bnb_weights_trainable
+
+if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+    # `Llama4ForConditionalGeneration.forward` reads it from what its language model returns, which has no such field in
+    # transformers 5.24: without this every call of the model fails.
+    MoeCausalLMOutputWithPast.image_outputs = None  # type: ignore[attr-defined]
 
 
 def load_config(model: ModelSource) -> PreTrainedConfig:
@@ -187,9 +193,19 @@ def choose_compute_dtype(model: ModelSource, config: PreTrainedConfig, training:
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device, without memory for weights, to read its structure before anything is loaded."""
-    with without_zero3(), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+    """The model on the meta device, without memory for weights, to read its structure before anything is loaded.
+
+    Raises `UserError` where the model needs a package that is not installed (timm, for some towers).
+    """
+    try:
+        with without_zero3(), torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+    except ImportError as error:
+        raise UserError(
+            where=f"model_name_or_path {config.name_or_path or config.model_type}",
+            problem=f"the model cannot be built: {explain(error).partition('. ')[0]}.",
+            fix="Install this package.",
+        ) from error
 
 
 @contextmanager

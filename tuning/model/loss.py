@@ -3,6 +3,7 @@
 import inspect
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,61 +11,122 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from tuning.config.families import MULTIPLIES_LOGITS_SCALING
 from tuning.errors import UserError
+from tuning.model.head import HeadCode, OutputHead, find_head, measure_distance, record_inner_body
 
 IGNORED = -100  # the label of a position that is not trained: PyTorch's `ignore_index`
 MAX_LOGITS = 2**25
 """Logits that exist at a time: 128 MB in float32, and a few times that with what their gradient needs."""
+COMPARED_TOKENS = 64
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # of the standard deviation of logits
 FSDP_ALLOWS_CHUNKS = torch.__version__ >= (2, 13)
 """Before, a module that FSDP wraps could not be called again in the backward (pytorch issues 171779, 180428)."""
 
 
-def patch_supervised_loss(model: PreTrainedModel) -> None:
-    """Replace `model.forward`: with `labels` it returns `supervised_loss` and no logits.
+def patch_supervised_loss(model: PreTrainedModel) -> OutputHead:
+    """Replace `model.forward`: with `labels` it returns `supervised_loss` and no logits. Returns the head it uses.
 
-    The stock forward computes the logits of every token, and since transformers 4.52 without the text model's own
-    scaling (see `logit_transform`). Without labels the stock forward runs. Only this instance is changed, so that the
-    wrappers of DDP, FSDP and PEFT, which act on `forward`, still work. It can go once transformers computes the logits
-    of supervised tokens only, with that scaling. Raises `UserError` for a model without a body and a head.
+    The stock forward computes the logits of every token, and some leave out arithmetic of the text model (see
+    `OutputHead`). Without labels the stock forward runs. Only this instance is changed, so that the wrappers of DDP,
+    FSDP and PEFT, which act on `forward`, still work. It can go once transformers computes the logits of supervised
+    tokens only, with that arithmetic. Raises `UserError` for a model without a body and a head.
+
+    With `compare_logits` it returns logits `[2, N, V]` of the first row's last tokens: ours, and the stock forward's.
     """
-    if model.base_model is model or model.get_output_embeddings() is None:
-        raise UserError(
-            problem=f"{type(model).__name__} has no separate body and output head, so it cannot be trained here.",
-            fix="Choose another model.",
-        )
-    stock_forward = model.forward
-    transform = logit_transform(model.config)
+    head, stock_forward = find_head(model), model.forward
     chunk_size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    places = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    last_places = {"logits_to_keep": COMPARED_TOKENS} if places else {}
+    router_outputs = {"output_router_logits": True} if asks_for_router_loss(model) else {}
 
-    def forward(self, *args, labels=None, num_items_in_batch=None, **inputs):
+    def run_body(*args, **inputs):
+        inputs = {**{name: value for name, value in inputs.items() if value is not None}, "use_cache": False}
+        if head.stock.owner is model:
+            return head.stock.body(*args, **inputs, return_dict=True)
+        with record_inner_body(head.stock) as outputs:
+            stock_forward(*args, **inputs)
+        return outputs[-1]
+
+    def forward(self, *args, labels=None, num_items_in_batch=None, compare_logits=False, **inputs):
+        if compare_logits:
+            ours = head.stock_logits(run_body(*args, **inputs).last_hidden_state[0, -COMPARED_TOKENS:])
+            stock = stock_forward(*args, **inputs, **last_places, use_cache=False).logits[0, -COMPARED_TOKENS:]
+            return CausalLMOutput(logits=torch.stack([ours, stock]))
         if labels is None:
             return stock_forward(*args, **inputs)
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        body = self.base_model(*args, **{**inputs, "use_cache": False, "return_dict": True})
+        body = run_body(*args, **inputs, **router_outputs)
         loss = supervised_loss(
-            body.last_hidden_state,
-            labels,
-            self.get_output_embeddings(),
-            transform,
-            num_items_in_batch,
-            chunk_size=chunk_size,
+            body.last_hidden_state, labels, head.stock.head, head.logits, num_items_in_batch, chunk_size=chunk_size
         )
+        if router_outputs:
+            share = 1 if num_items_in_batch is None else (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
+            loss = loss + share * router_loss(head.stock, body, inputs.get("attention_mask"))
         return CausalLMOutput(loss=loss)
 
     # `generate` looks for `logits_to_keep` in the signature; without it, it computes the logits of whole prompts.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
+    return head
+
+
+def asks_for_router_loss(model: PreTrainedModel) -> bool:
+    """Whether the configuration asks for the auxiliary loss of mixture-of-experts routers, and the model has one."""
+    asks = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return bool(asks) and "output_router_logits" in inspect.signature(type(model).forward).parameters
+
+
+def router_loss(stock: HeadCode, body: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """What the stock forward adds to the loss of the labels: its loss for the output of `body` without any label.
+
+    `supervised_loss` divides by the supervised tokens of a whole global batch. A batch adds its share of them of this.
+    """
+    labels = torch.full((1, 1), IGNORED, device=body.last_hidden_state.device)
+    inputs = {"labels": labels, "attention_mask": attention_mask, "num_items_in_batch": 1}
+    return stock.run(stock.head, body.last_hidden_state[:1, :1], body.router_logits, **inputs).loss
+
+
+def describe_loss(model: PreTrainedModel, head: OutputHead) -> list[str]:
+    """The lines that a run prints about its loss, where it is more than the stock cross-entropy."""
+    text, lines = model.config.get_text_config(), [head.describe()] if head.left_out else []
+    if asks_for_router_loss(model):
+        weight = getattr(text, "router_aux_loss_coef", 0.0)
+        lines.append(f"Loss: the auxiliary loss of the routers is added, {weight:g} of it, as config.json asks.")
+    return lines
+
+
+@torch.no_grad()
+def check_logits(model: nn.Module, forward: Callable[..., Any], batch: dict[str, Any], *, half: bool) -> None:
+    """Compare our logits with those of the stock forward on a batch, as the model is wrapped for training.
+
+    Raises `UserError` where they differ. What the stock forward is known to leave out is left out of both. `half`: the
+    model computes in 16 bits. Every process makes the same calls.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    was_training = model.training
+    model.eval()
+    try:
+        ours, stock = forward(**inputs, compare_logits=True).logits
+    finally:
+        model.train(was_training)
+    distance = measure_distance(ours, stock)
+    if distance > (HALF_TOLERANCE if half else TOLERANCE):
+        raise UserError(
+            problem=(
+                f"our logits of {type(model).__name__} differ from those of its own forward, by up to {distance:.3g} "
+                "standard deviations, so its loss would be wrong."
+            ),
+            fix="Choose another model, or another version of transformers.",
+        )
 
 
 def supervised_loss(
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    transform: Callable[[torch.Tensor], torch.Tensor],
+    head: nn.Module,
+    make_logits: Callable[[torch.Tensor], torch.Tensor],
     num_items: torch.Tensor | int | None = None,
     *,
     chunk_size: int = 1024,
@@ -72,14 +134,15 @@ def supervised_loss(
     """Mean cross-entropy of the next token at supervised positions, in nats, at least in float32.
 
     `hidden` is `[B, T, H]`. `labels` is `[B, T]`, with -100 where nothing is trained; position t predicts label t + 1.
-    `transform` is applied to the output of `head`. The sum is divided by `num_items`, the supervised tokens of the
-    whole global batch, so that neither accumulation nor the number of processes changes the gradient. Where it is
-    None, the sum is divided by the supervised tokens of this batch. Logits exist for `chunk_size` positions at a time.
+    `make_logits` makes logits `[N, V]` of hidden states `[N, H]`, and calls `head` once for that. The sum is divided by
+    `num_items`, the supervised tokens of the whole global batch, so that neither accumulation nor the number of
+    processes changes the gradient. Where it is None, the sum is divided by the supervised tokens of this batch. Logits
+    exist for `chunk_size` positions at a time.
     With more positions than that, the backward computes them again, chunk by chunk.
     """
 
     def sum_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = transform(head(hidden))
+        logits = make_logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, reduction="sum")
 
@@ -100,35 +163,12 @@ def supervised_loss(
     return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
 
-def logit_transform(config: PreTrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the text model's `…ForCausalLM` does to the output of its head; elementwise, the shape stays.
-
-    Since transformers 4.52 the vision-language wrappers leave some of it out. `LlavaNextForConditionalGeneration`, for
-    one, does not divide by Granite's `logits_scaling`, though Granite was trained and is served with it. Sources:
-    `logits_scaling` (GraniteForCausalLM divides, HyperCLOVAXForCausalLM multiplies), `logit_scale` (CohereForCausalLM),
-    `final_logit_softcapping` (Gemma2ForCausalLM: `cap * tanh(logits / cap)`).
-    """
-    text = config.get_text_config()
-    scaling = getattr(text, "logits_scaling", None) or 1.0
-    if not text.model_type.startswith(MULTIPLIES_LOGITS_SCALING):
-        scaling = 1.0 / scaling
-    scaling *= getattr(text, "logit_scale", None) or 1.0
-    cap = getattr(text, "final_logit_softcapping", None)
-
-    def transform(logits: torch.Tensor) -> torch.Tensor:
-        if scaling != 1.0:
-            logits = logits * scaling
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    return transform
-
-
-def _largest_chunk_count(count: int, head: Callable, device: torch.device) -> int:
+def _largest_chunk_count(count: int, head: nn.Module, device: torch.device) -> int:
     """The largest `count` of all processes: where each call gathers the head's weight, all must call it equally often.
 
     FSDP and ZeRO-3 gather it. Elsewhere, this process's own `count`.
     """
-    if not (isinstance(head, nn.Module) and _is_gathered(head)):
+    if not _is_gathered(head):
         return count
     largest = torch.tensor(count, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -139,5 +179,5 @@ def _is_gathered(head: nn.Module) -> bool:
     return _is_fsdp(head) or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
-def _is_fsdp(head: Callable) -> bool:
-    return isinstance(head, nn.Module) and any(isinstance(module, FSDPModule) for module in head.modules())
+def _is_fsdp(head: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in head.modules())

@@ -1,5 +1,7 @@
 """Mllama's cross-attention: the result of a row must not depend on the rows next to it in the batch."""
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -14,9 +16,11 @@ def patch_mllama_cross_attention(model: nn.Module) -> None:
     of the row depends on the other rows (seen in transformers 5.23; this can go once a row's loss in a batch is its
     loss alone, which `tests/parity/test_supervised_loss.py` compares). Here such a token sees the slots of its own
     row's images, as when the row is alone. A row without images gets zeros from these layers: alone, it skips them.
-    Does nothing to models without such layers, which are found by their `cross_attn`.
+    Does nothing to models without such layers, which are found by the mask of open rows that they take. The attention
+    of others, also called `cross_attn`, is within a projector (Aria) or has no such rows (Idefics).
     """
-    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "cross_attn", None), nn.Module)]
+    layers = [layer for layer in model.modules() if OPEN_ROWS in inspect.signature(layer.forward).parameters]
+    layers = [layer for layer in layers if isinstance(getattr(layer, "cross_attn", None), nn.Module)]
     if not layers:
         return
 

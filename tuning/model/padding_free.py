@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tuning.errors import describe_failure, try_optional
 from tuning.model.attention import Attention, decoder_attention, why_layers_need_padding
+from tuning.model.head import find_code
 from tuning.model.packed_attention import PACKED, PACKED_FLASH, packed_mask
 
 TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05  # of the norm; packed wrongly, a row is off by more, but not always by much
@@ -210,7 +211,9 @@ def record_decoder_calls(model: PreTrainedModel | PeftModel) -> Iterator[list[De
     def record(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         calls.append(DecoderCall(kwargs.get("position_ids"), output[0].float()))
 
-    hook = base.get_decoder().register_forward_hook(record, with_kwargs=True)
+    inner = find_code(base)
+    decoder = base.get_decoder() if inner is None or inner.owner is base else inner.body
+    hook = decoder.register_forward_hook(record, with_kwargs=True)
     try:
         yield calls
     finally:

@@ -25,13 +25,14 @@ from tuning.data.collator import Collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows
 from tuning.data.dummy_samples import dummy_image_samples, dummy_samples
 from tuning.data.encode import Sample
-from tuning.data.from_config import TrainingData
+from tuning.data.from_config import TrainingData, dummy_batch
 from tuning.data.row_lengths import RowLengths
 from tuning.distributed.interruption import Workers
 from tuning.distributed.processes import Processes
-from tuning.errors import UserError
+from tuning.errors import UserError, describe_failure, try_optional
 from tuning.model.attention import set_decoder_attention
 from tuning.model.build import TrainableModel
+from tuning.model.loss import check_logits
 from tuning.model.padding_free import (
     TrialBatches,
     why_padding_is_needed,
@@ -155,6 +156,17 @@ class DataLoading(TrainerCallback):
         if isinstance(rows, StreamedRows):
             return EncodingCollator(self.data.encoder, collator, self.config.data.on_bad_row == "skip")
         return collator
+
+    def check_logits(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        """Compare our logits with the stock forward's on a made-up row, the same on all processes.
+
+        `model` and `forward` as in `decide_batching`. Raises `UserError` where they differ.
+        """
+        checked = try_optional(
+            lambda: check_logits(model, forward, dummy_batch(self.data.encoder, 1), half=self._computes_in_half)
+        )
+        if checked.error:
+            print0(f"Logits are not compared with the stock forward's: {describe_failure(checked.error)}.")
 
     def decide_batching(self, model: nn.Module, forward: Callable[..., Any]) -> Batching:
         """Decide before the first batch, the same on all processes, whether batches are padded.

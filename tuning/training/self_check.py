@@ -1,6 +1,6 @@
 """Checks after the first steps that every part that should train does train, and that nothing else changes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ class StepEffect:
 class SelfCheck(TrainerCallback):
     """Looks at the first steps until every trained part has had a gradient and has moved. Then it costs nothing.
 
-    It ends the run if a part has no gradient or does not move though it should, or if a frozen number changed. Some
+    It ends the run if a part has no gradient or does not move though it should, or if a frozen number changed. Buffers
+    of a part in which nothing trains, such as the statistics of a normalization, count as frozen numbers. Some
     steps cannot show that: one whose rows have no image (the vision tower and the projector), one with a learning rate
     of 0 (movement, in a warmup), and one without a supervised token (all of it). It waits for another step then.
 
@@ -53,6 +54,7 @@ class SelfCheck(TrainerCallback):
         self._gradients: dict[str, bool] = {}
         self._tries_left = TRIES
         self._before: dict[str, int] = {}  # empty where the step is not looked at
+        self._buffers: dict[str, int] = {}  # of frozen parts, as they were before the step's forward
         self._gates: dict[str, bool] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -61,6 +63,9 @@ class SelfCheck(TrainerCallback):
             return
         self.open_parts = {self.parts.of(name) for name, p in model.named_parameters() if p.requires_grad}
         self.fine, self._tries_left = [], TRIES
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._buffers = fingerprints(frozen_buffers(model, self.parts)) if self.open_parts else {}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._before = {}
@@ -77,6 +82,8 @@ class SelfCheck(TrainerCallback):
             return
         after = fingerprints(stepped_weights(model, _unwrap(optimizer)))
         changed = {name for name, value in after.items() if value != self._before[name]}
+        buffers = fingerprints(frozen_buffers(model, self.parts))
+        changed |= {name for name, value in self._buffers.items() if value != buffers[name]}
         mine = [self._look(part, model, _unwrap(optimizer), changed) for part in PARTS]
         shared = self.processes.all_gather_ints([flag for effect in mine for flag in vars(effect).values()]).amax(dim=0)
         self._before = {}
@@ -100,17 +107,21 @@ class SelfCheck(TrainerCallback):
         return StepEffect(
             gradient=self._gradients[part],
             moved=moved,
-            frozen_changed=not changed.isdisjoint(named.keys() - trained.keys()),
+            frozen_changed=not changed.isdisjoint({*named, *self._of_part(self._buffers, part)} - trained.keys()),
             stepped=any(rate > 0 for _, rate in trained.values()),
             should_move=not moved and any(has_to_move(p, rate, masters=masters) for p, rate in trained.values()),
         )
+
+    def _of_part(self, names: Iterable[str], part: str) -> set[str]:
+        return {name for name in names if self.parts.of(name) == part}
 
     def _judge(self, part: str, effect: StepEffect, model: nn.Module, changed: set[str], learning_rate: float) -> None:
         """Close the part, leave it open for another step, or end the run. `learning_rate`: of most parts."""
         of_part = {name: p.requires_grad for name, p in model.named_parameters() if self.parts.of(name) == part}
         first, step = next((name for name, trains in of_part.items() if trains), ""), self.step.number
         if effect.frozen_changed:
-            mine = [name for name, trains in of_part.items() if name in changed and not trains]
+            frozen = [name for name, trains in of_part.items() if not trains] + [*self._of_part(self._buffers, part)]
+            mine = [name for name in frozen if name in changed]
             advice = "Find what writes to it besides the optimizer, such as code that comes with the model"
             error = broken(part, f"is frozen, but changed in step {step}", mine[0], advice) if mine else None
             self.processes.raise_on_all_ranks(error)
@@ -164,6 +175,12 @@ def words(part: str) -> str:
 def broken(part: str, what: str, first: str, advice: str) -> UserError:
     """The error for a part. `first`: the name of the first parameter that is concerned."""
     return UserError(where="self-check", problem=f"the {words(part)} {what} (first: {first}).", fix=f"{advice}.")
+
+
+def frozen_buffers(model: nn.Module, parts: Parts) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers of parts in which no parameter trains."""
+    trained = {parts.of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if parts.of(name) not in trained)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -139,6 +139,7 @@ class SupervisedTrainer(ResumableTrainer):
                 return self.model_wrapped(**self._prepare_inputs(batch))
 
         model = self.accelerator.unwrap_model(self.model)
+        self.loading.check_logits(model, forward)
         self.loading.decide_batching(model, forward)
         if self.args.torch_compile:
             backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures.case import Case
+from PIL import Image
 
 from tuning.data.encode import IGNORED
 from tuning.data.from_config import open_rows
@@ -179,3 +180,14 @@ def test_typed_control_tokens_and_long_answers(name, tmp_path):
     assert len(cut.sequence["input_ids"]) == whole - 2
     assert case.supervised_texts(cut)[0].startswith("There are three")
     assert not case.supervised_texts(cut)[0].endswith(("three.", end))
+
+
+def test_pictures_of_a_row_are_given_as_the_chat_template_of_transformers_gives_them(tmp_path):
+    """LLaVA-OneVision's processor cuts a picture into tiles only where it is the only one of its row."""
+    case = Case.make("llava_onevision", tmp_path, weights=False)
+    pair = [Image.new("RGB", (96, 40)), Image.new("RGB", (40, 96))]
+    question = case.encoder.row_processor.question(pair)
+    stock = case.processor(text=[question], images=[pair], return_tensors="pt")
+    ours = case.encoder.process_question(pair)
+    assert ours["input_ids"].tolist() == stock["input_ids"].tolist()
+    assert torch.equal(ours["pixel_values"], stock["pixel_values"])
