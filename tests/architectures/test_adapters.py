@@ -18,6 +18,7 @@ from tuning.export.merged_model import copy_files, write_weights
 from tuning.model import load
 from tuning.model.answering import without_masked
 from tuning.model.build import TrainableModel, build_model, plan_model
+from tuning.model.inputs import patch_picture_dtype
 from tuning.model.lora import find_adapter, rename_saved
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.saved_weights import open_weights
@@ -78,6 +79,7 @@ def test_an_adapter_is_read_back_by_peft_and_merges(name, root):
             source, dtype=torch.float32, attn_implementation=load.name_attention(built.attention.loaded)
         )
         patch_mllama_cross_attention(model)
+        patch_picture_dtype(model)
         return model
 
     plain = stock(case.folder)

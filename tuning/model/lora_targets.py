@@ -66,7 +66,7 @@ def resolve_targets(
     `trainable_parts`. A regular expression must match a full name and looks everywhere. Raises `UserError` if there are
     no targets (and lists what the model offers), or if a target matches nothing.
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
+    modules = {name: module for name, module in model.named_modules() if is_adaptable(module)}
     experts = find_expert_tensors(model)
     names, targets, head = [*modules, *experts], lora.target_modules, model.get_output_embeddings()
     candidates = [name for name in names if parts.of(name) in trainable_parts]
@@ -88,6 +88,15 @@ def resolve_targets(
         weights=[f"{name}.weight" for name in chosen if name in taken],
         experts=[name for name in chosen if name in experts],
     )
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether LoRA can be added to what a module computes. A linear layer with its own `forward` may compute more.
+
+    Llama 4's router is one, which returns its scores and its logits.
+    """
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return isinstance(module, ADAPTABLE) and not own_forward
 
 
 def kept_whole(parameters: Collection[str]) -> list[str]:
@@ -168,7 +177,7 @@ def list_modules(model: PreTrainedModel, parts: Parts) -> str:
     head = model.get_output_embeddings()
     found: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
+        if isinstance(module, nn.Linear) and is_adaptable(module) and module is not head:
             found[parts.of(name)][name.rpartition(".")[2]] += 1
     for name in find_expert_tensors(model):
         found[parts.of(name)][name.rpartition(".")[2]] += 1
