@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from architectures.checkpoints import Family, save
+from architectures.names import ALONE
 from PIL import Image, ImageDraw
 
 from tuning.config.parse import resolve
@@ -99,7 +100,7 @@ class Case:
             "model_name_or_path": str(self.folder),
             "training_data_path": str(self.folder / "rows.jsonl"),
             "output_dir": str(self.folder / "out"),
-            "per_device_train_batch_size": len(self.rows),
+            "per_device_train_batch_size": 1 if self.name in ALONE else len(self.rows),
             "max_steps": 2,
             "learning_rate": 1e-3,
             "logging_steps": 1,

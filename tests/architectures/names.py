@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from architectures.checkpoints import ARCHS
+from architectures.registry import ARCHS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 # vLLM 0.32.0, read from its source: the class that its registry names for the architecture, and whether that class or
@@ -112,9 +112,18 @@ QUICK = (
         "idefics2",
         "molmo2",
     ),
-    *("minicpmv4_6", "muse_glimmer", "chameleon", "qwen3_vl_moe", "glm4v_moe", "llama4", "fast_vlm", "kimi_k25"),
+    *("minicpmv4_6", "chameleon", "qwen3_vl_moe", "glm4v_moe", "llama4", "fast_vlm", "kimi_k25"),
 )
 """What `make test` runs: what people tune most, and one of each kind of difficulty. `make test-slow` runs the rest."""
+
+
+REFUSED = {
+    "fuyu": "the processor reads '|SPEAKER|'",  # with this tokenizer, the stock processor fails on any image
+    "idefics": "IdeficsProcessor makes of a row",  # it puts its images before or after the whole text
+}
+"""What cannot be trained, and a part of the error that says so."""
+ALONE = ("hunyuan_vl",)
+"""What is trained row by row: transformers counts the pictures of a whole batch in the positions of a row."""
 
 
 def is_known(name: str) -> bool:
@@ -123,8 +132,7 @@ def is_known(name: str) -> bool:
 
 
 def each_architecture(test: Callable) -> Callable:
-    """Run `test(name)` for every architecture that the installed transformers has."""
-    params = [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(ARCHS) if is_known(name)
-    ]
+    """Run `test(name)` for every architecture that the installed transformers has and that can be trained."""
+    names = [name for name in sorted(ARCHS) if is_known(name) and name not in REFUSED]
+    params = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
     return pytest.mark.parametrize("name", params)(test)

@@ -26,12 +26,6 @@ from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import find_parts
 from tuning.model.saved_weights import open_weights
 
-NOT_TRAINED = {
-    "fuyu": "its chat template writes nothing for an image",
-    "idefics": "its processor rewrites the text and does not report how",
-}
-"""Architectures that are refused for a reason that is not LoRA's."""
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -69,8 +63,6 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @each_architecture
 def test_an_adapter_is_read_back_by_peft_and_merges(name, root):
-    if name in NOT_TRAINED:
-        pytest.skip(NOT_TRAINED[name])
     case = Case.make(name, root)
     built = build(case)
     folder = save_random(case, built, case.folder / "adapter")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures.case import Case
-from architectures.checkpoints import ARCHS
+from architectures.names import REFUSED, each_architecture
 from transformers import AutoModelForImageTextToText
 
 from tuning.data.encode import IGNORED
@@ -15,19 +15,6 @@ from tuning.data.from_config import open_rows
 from tuning.data.prompts import ask
 from tuning.data.row_lengths import RowMeter
 from tuning.errors import UserError
-
-REFUSED = {
-    "fuyu": "the processor reads '|SPEAKER|'",  # with this tokenizer, the stock processor fails on any image
-    "idefics": "IdeficsProcessor makes of a row",  # it puts its images before or after the whole text
-}
-REFUSED_ROWS = {"perception_lm": {4}}  # two images of different numbers of tiles, which the stock processor cannot join
-
-
-@pytest.fixture(params=[name for name in ARCHS if name not in REFUSED], scope="module")
-def case(request, tmp_path_factory):
-    if request.param == "smolvlm":
-        pytest.importorskip("num2words")
-    return Case.make(request.param, tmp_path_factory.mktemp("labels"), weights=False)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -38,15 +25,11 @@ def test_a_processor_that_does_not_fit_is_refused(name, tmp_path):
     assert REFUSED[name] in str(refused.value)
 
 
-def test_answers_and_their_ends_are_supervised_and_counted(case):
+@each_architecture
+def test_answers_and_their_ends_are_supervised_and_counted(name, tmp_path):
+    case = Case.make(name, tmp_path, weights=False)
     rows = list(open_rows(case.config).train)
-    for place, (row, written, measured) in enumerate(
-        zip(rows, case.rows, RowMeter(case.encoder).measure(rows), strict=True)
-    ):
-        if place in REFUSED_ROWS.get(case.name, ()):
-            with pytest.raises(UserError, match="refuses this row"):
-                case.encoder.encode(row)
-            continue
+    for row, written, measured in zip(rows, case.rows, RowMeter(case.encoder).measure(rows), strict=True):
         sample = case.encoder.encode(row)
         supervised = [text.strip() for text in case.supervised_texts(sample)]
         assert supervised == [text.strip() for text in case.expected_answers(written)]
@@ -56,10 +39,10 @@ def test_answers_and_their_ends_are_supervised_and_counted(case):
         assert measured.supervised_tokens == (labels != IGNORED).sum()
 
 
-def test_the_model_reads_before_an_answer_what_it_is_asked_with(case):
-    for place, row in enumerate(open_rows(case.config).train):
-        if place in REFUSED_ROWS.get(case.name, ()):
-            continue
+@each_architecture
+def test_the_model_reads_before_an_answer_what_it_is_asked_with(name, tmp_path):
+    case = Case.make(name, tmp_path, weights=False)
+    for row in open_rows(case.config).train:
         prompt = ask(row, case.encoder).sample.sequence
         trained = case.encoder.encode(row).sequence
         length = len(prompt["input_ids"])

@@ -1,10 +1,10 @@
-"""The first loss of every architecture is that of its stock forward in float64, on the same supervised tokens."""
+"""The loss of every architecture in float64: the stock forward's on the same supervised tokens, alone or in a batch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from architectures.case import Case
-from architectures.checkpoints import ARCHS
+from architectures.names import ALONE, each_architecture
 from transformers import AutoModelForImageTextToText
 
 from tuning.data.encode import IGNORED
@@ -26,7 +26,7 @@ def as_double(batch):
     return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("name", ARCHS)
+@each_architecture
 @torch.no_grad()
 def test_the_loss_is_that_of_the_stock_forward(name, tmp_path):
     case = Case.make(name, tmp_path)
@@ -41,3 +41,8 @@ def test_the_loss_is_that_of_the_stock_forward(name, tmp_path):
         expected.append(F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORED).item())
     patch_supervised_loss(model)
     assert [model(**batch).loss.item() for batch in batches] == pytest.approx(expected, rel=1e-5)
+    if name not in ALONE:
+        numbers = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
+        mean = sum(loss * number for loss, number in zip(expected, numbers, strict=True)) / sum(numbers)
+        together = as_double(case.collator.join(case.samples))
+        assert model(**together).loss.item() == pytest.approx(mean, rel=1e-5)

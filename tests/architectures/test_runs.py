@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 from architectures.case import Case
-from architectures.names import each_architecture
+from architectures.names import ALONE, each_architecture
 from architectures.page import LORA, describe_batches, read_page
 
 import tuning
@@ -15,6 +15,7 @@ from tuning import cli
 from tuning.data.encode import IGNORED
 from tuning.data.from_config import open_rows
 from tuning.data.row_lengths import RowMeter
+from tuning.errors import UserError
 
 HALF = {"dtype": "bfloat16", "gradient_checkpointing": True}
 
@@ -99,3 +100,9 @@ def test_a_row_is_answered_in_a_batch_as_alone(make_case, name, tmp_path, capsys
         assert code == 0, capsys.readouterr().err
         answers.append([json.loads(line)["prediction"] for line in output.read_text().splitlines()])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_changes_in_a_batch_is_trained_row_by_row(run, name):
+    with pytest.raises(UserError, match="per_device_train_batch_size: must be 1 for this model: its results differ"):
+        run(name, per_device_train_batch_size=2)

@@ -20,11 +20,10 @@ from tuning.model import load
 from tuning.model.adapter_plan import describe_adapter, plan_adapter
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
-from tuning.model.head import find_head
 from tuning.model.inputs import patch_frozen_statistics, patch_picture_dtype
 from tuning.model.lora import add_lora, load_adapter, read_adapter_config
 from tuning.model.lora_targets import LoraTargets, check_dora, check_modules_to_save, kept_whole, resolve_targets
-from tuning.model.loss import describe_loss, patch_supervised_loss
+from tuning.model.loss import patch_supervised_loss
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import (
     LANGUAGE_MODEL,
@@ -156,8 +155,6 @@ def build_model(
     )
     if plan.quantization:
         print0(f"{len(plan.quantization.layers)} layers of the language model are kept in {plan.quantization.kind}.")
-    for line in describe_loss(model, find_head(model)):
-        print0(line)
     targets = plan.lora_targets
     if adapter and not read_adapter_config(adapter).target_parameters:  # of an earlier version, which left experts out
         targets = replace(targets, experts=[])

@@ -75,7 +75,7 @@ def resolve_targets(
             where="target_modules", problem=f"LoRA needs to know what to adapt. {list_modules(model, parts)}"
         )
     if targets == "all-linear":
-        linear = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
+        linear = {name for name, module in modules.items() if is_linear(module) and module is not head}
         chosen = [name for name in candidates if name in linear or name in experts]
     elif isinstance(targets, str) and not PLAIN_NAMES.fullmatch(targets):
         chosen = _match_expression(targets, names, model, parts)
@@ -91,12 +91,8 @@ def resolve_targets(
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether LoRA can be added to what a module computes. A linear layer with its own `forward` may compute more.
-
-    Llama 4's router is one, which returns its scores and its logits.
-    """
-    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    return isinstance(module, ADAPTABLE) and not own_forward
+    """Whether LoRA can be added to what a module computes."""
+    return isinstance(module, ADAPTABLE) and (is_linear(module) or not isinstance(module, nn.Linear))
 
 
 def kept_whole(parameters: Collection[str]) -> list[str]:
@@ -177,7 +173,7 @@ def list_modules(model: PreTrainedModel, parts: Parts) -> str:
     head = model.get_output_embeddings()
     found: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and is_adaptable(module) and module is not head:
+        if is_linear(module) and module is not head:
             found[parts.of(name)][name.rpartition(".")[2]] += 1
     for name in find_expert_tensors(model):
         found[parts.of(name)][name.rpartition(".")[2]] += 1
@@ -217,3 +213,8 @@ def check_dora(model: PreTrainedModel, targets: LoraTargets, dtype: torch.dtype 
             problem=f"DoRA cannot adapt a convolution ({convolutions[0]}) whose weights are {half}.",
             fix="Leave it out of target_modules, or set dtype float32 or bf16 true.",
         )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer. Llama 4's router is one that returns more than its product."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from tuning.console import print0
 from tuning.errors import UserError
 from tuning.model.head import HeadCode, OutputHead, find_head, measure_distance, record_inner_body
 
@@ -26,13 +27,14 @@ FSDP_ALLOWS_CHUNKS = torch.__version__ >= (2, 13)
 """Before, a module that FSDP wraps could not be called again in the backward (pytorch issues 171779, 180428)."""
 
 
-def patch_supervised_loss(model: PreTrainedModel) -> OutputHead:
-    """Replace `model.forward`: with `labels` it returns `supervised_loss` and no logits. Returns the head it uses.
+def patch_supervised_loss(model: PreTrainedModel) -> None:
+    """Replace `model.forward`: with `labels` it returns `supervised_loss` and no logits.
 
     The stock forward computes the logits of every token, and some leave out arithmetic of the text model (see
     `OutputHead`). Without labels the stock forward runs. Only this instance is changed, so that the wrappers of DDP,
     FSDP and PEFT, which act on `forward`, still work. It can go once transformers computes the logits of supervised
-    tokens only, with that arithmetic. Raises `UserError` for a model without a body and a head.
+    tokens only, with that arithmetic. Raises `UserError` for a model without a body and a head. It prints
+    where the loss is more than the stock one, unless the model is a skeleton.
 
     With `compare_logits` it returns logits `[2, N, V]` of the first row's last tokens: ours, and the stock forward's.
     """
@@ -69,7 +71,9 @@ def patch_supervised_loss(model: PreTrainedModel) -> OutputHead:
     # `generate` looks for `logits_to_keep` in the signature; without it, it computes the logits of whole prompts.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
-    return head
+    if model.device.type != "meta":  # a skeleton's plan says nothing of it
+        for line in describe_loss(model, head):
+            print0(line)
 
 
 def asks_for_router_loss(model: PreTrainedModel) -> bool:

@@ -162,9 +162,11 @@ class DataLoading(TrainerCallback):
 
         `model` and `forward` as in `decide_batching`. Raises `UserError` where they differ.
         """
+        half = self._computes_in_half
         checked = try_optional(
-            lambda: check_logits(model, forward, dummy_batch(self.data.encoder, 1), half=self._computes_in_half)
+            lambda: check_logits(model, forward, dummy_batch(self.data.encoder, 1), half=half), catch_user_errors=True
         )
+        self.processes.raise_on_all_ranks(checked.error if isinstance(checked.error, UserError) else None)
         if checked.error:
             print0(f"Logits are not compared with the stock forward's: {describe_failure(checked.error)}.")
 

@@ -50,6 +50,7 @@ def perception_lm(name):
         ),
         proc,
         style,
+        dict(single=True),  # the stock processor cannot join pictures of different numbers of tiles
     )
 
 
