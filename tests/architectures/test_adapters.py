@@ -16,10 +16,14 @@ from tuning.errors import UserError
 from tuning.export.merge import adapt_skeleton, plan_merge
 from tuning.export.merged_model import copy_files, write_weights
 from tuning.model import load
+from tuning.model.adapter_plan import plan_adapter
 from tuning.model.answering import without_masked
 from tuning.model.build import TrainableModel, build_model, plan_model
+from tuning.model.inputs import patch_picture_dtype
 from tuning.model.lora import find_adapter, rename_saved
+from tuning.model.lora_targets import resolve_targets
 from tuning.model.mllama import patch_mllama_cross_attention
+from tuning.model.parts import find_parts
 from tuning.model.saved_weights import open_weights
 
 
@@ -70,6 +74,7 @@ def test_an_adapter_is_read_back_by_peft_and_merges(name, root):
             source, dtype=torch.float32, attn_implementation=load.name_attention(built.attention.loaded)
         )
         patch_mllama_cross_attention(model)
+        patch_picture_dtype(model)
         return model
 
     plain = stock(case.folder)
@@ -185,3 +190,15 @@ def test_experts_that_the_checkpoint_stores_transposed_are_merged_as_they_are_st
     assert {key: one.shape for key, one in made.items()} == {key: one.shape for key, one in (weights | stored).items()}
     assert not any(group.find_fault() for group in {entry.change for entry in merge.entries if entry.key in stored})
     assert all(not torch.equal(made[key], stored[key]) for key in stored)
+
+
+def test_the_trial_leaves_the_random_numbers_of_the_run_alone(root):
+    case = Case.make("qwen3_vl_moe", root / "random")
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    config = resolve(case.options(peft_method="lora", target_modules="all-linear"))
+    skeleton = load.build_skeleton(case.model_config)
+    targets = resolve_targets(skeleton, find_parts(skeleton), config.lora, {"language_model"})
+    torch.manual_seed(7)
+    plan_adapter(lambda: load.build_skeleton(case.model_config), config.lora, targets)
+    assert torch.equal(torch.rand(3), expected)

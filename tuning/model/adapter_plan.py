@@ -35,12 +35,14 @@ def plan_adapter(build: Callable[[], PreTrainedModel], lora: LoraArguments, targ
 
     Raises `UserError` for modules that PEFT cannot read back, unless `all-linear` can do without them.
     """
-    lost, names = find_unreadable(build, lora, targets)
+    with torch.random.fork_rng(devices=[]):  # the run's own adapter begins as it would without this
+        lost, names = find_unreadable(build, lora, targets)
     if not lost:
         return AdapterPlan(targets, names)
     left = targets.without(lost)
     if lora.target_modules == "all-linear" and left.names:
-        still_lost, names = find_unreadable(build, lora, left)
+        with torch.random.fork_rng(devices=[]):
+            still_lost, names = find_unreadable(build, lora, left)
         if not still_lost:
             return AdapterPlan(left, names, lost)
     listed = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")

@@ -97,14 +97,15 @@ def plan_model(
     if config.lora.use_dora:
         autocast = config.training.bf16 or config.training.fp16
         check_dora(skeleton, targets, None if autocast else load.choose_dtype(config.model, model_config))
+    quantization = None
+    if config.model.quantization:
+        whole = kept_whole(targets.parameters)
+        quantization = find_quantization(config, model_config, skeleton, parts, whole)
     stored_names: dict[str, str] = {}
     if config.lora.peft_method:
         adapter = plan_adapter(functools.partial(load.build_skeleton, model_config), config.lora, targets)
         targets, stored_names = adapter.targets, adapter.stored_names
         print0(describe_adapter(adapter, config.lora))
-    quantization = (
-        find_quantization(config, model_config, skeleton, parts, targets) if config.model.quantization else None
-    )
     prepared = prepare_model(skeleton, config, parts, targets)
     tower_output = None
     if config.model.cache_vision_features:
@@ -210,9 +211,13 @@ def find_lora_targets(config: RunConfig, skeleton: PreTrainedModel, parts: Parts
 
 
 def find_quantization(
-    config: RunConfig, model_config: PreTrainedConfig, skeleton: PreTrainedModel, parts: Parts, targets: LoraTargets
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    skeleton: PreTrainedModel,
+    parts: Parts,
+    whole: Collection[str] = (),
 ) -> Quantization:
-    """Which weights to quantize, and how. Raises `UserError` where that cannot work."""
+    """Which weights to quantize, and how. `whole`: modules to leave out. Raises `UserError` where that cannot work."""
     kind, zero = config.model.quantization, config.training.deepspeed_plugin
     assert kind is not None
     is_divided = is_fsdp_asked_for() or bool(config.training.fsdp) or (zero is not None and zero.zero_stage == 3)
@@ -232,7 +237,7 @@ def find_quantization(
         skeleton,
         parts,
         kind,
-        modules_to_save=[*(config.lora.modules_to_save or []), *kept_whole(targets.parameters)],
+        modules_to_save=[*(config.lora.modules_to_save or []), *whole],
         compute=load.choose_compute_dtype(config.model, model_config, config.training),
         device=config.training.device,
     )

@@ -66,7 +66,7 @@ def resolve_targets(
     `trainable_parts`. A regular expression must match a full name and looks everywhere. Raises `UserError` if there are
     no targets (and lists what the model offers), or if a target matches nothing.
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
+    modules = {name: module for name, module in model.named_modules() if is_adaptable(module)}
     experts = find_expert_tensors(model)
     names, targets, head = [*modules, *experts], lora.target_modules, model.get_output_embeddings()
     candidates = [name for name in names if parts.of(name) in trainable_parts]
@@ -88,6 +88,11 @@ def resolve_targets(
         weights=[f"{name}.weight" for name in chosen if name in taken],
         experts=[name for name in chosen if name in experts],
     )
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether LoRA can be added to what a module computes."""
+    return isinstance(module, ADAPTABLE) and (is_linear(module) or not isinstance(module, nn.Linear))
 
 
 def kept_whole(parameters: Collection[str]) -> list[str]:
