@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 from tuning.data.encode import IGNORED
 from tuning.model.loss import patch_supervised_loss
+from tuning.model.mllama import patch_mllama_cross_attention
 
 # The stock forward leaves the factor out, and Cohere's text model was trained and is served with it.
 STOCK_LEAVES_OUT = {name: lambda config: config.text_config.logit_scale for name in ("aya_vision", "cohere2_vision")}
@@ -39,6 +40,7 @@ def test_the_loss_is_that_of_the_stock_forward(name, tmp_path):
         assert (labels != IGNORED).any()
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.double() * factor
         expected.append(F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORED).item())
+    patch_mllama_cross_attention(model)
     patch_supervised_loss(model)
     assert [model(**batch).loss.item() for batch in batches] == pytest.approx(expected, rel=1e-5)
     if name not in ALONE:

@@ -210,7 +210,7 @@ def largest_difference(code: HeadCode, other: HeadCode) -> float:
 def measure_distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, in standard deviations of the `expected` logits. Masked ones must be masked in both.
 
-    So must those that are no numbers: they end the first step with an error of their own.
+    So must those that are NaN or infinite: they end the first step with an error of their own.
     """
     logits, expected = logits.double(), expected.double()
     counts = [values.isfinite() & (values > MASKED) for values in (logits, expected)]

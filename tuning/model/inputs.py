@@ -4,6 +4,7 @@ import types
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
@@ -19,19 +20,25 @@ def patch_picture_dtype(model: PreTrainedModel) -> None:
     Others fail on float32 pictures when their weights have 16 bits (Kimi K2.5, DeepSeek-OCR 2, Chameleon in
     transformers 5.24).
     """
-    names = find_parts(model).vision_tower
-    tower = model.get_submodule(names[0]) if names else model
 
     def cast(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        dtype = next((p.dtype for p in tower.parameters() if p.is_floating_point()), None)
-        pictures = {
-            name: value.to(dtype)
-            for name, value in kwargs.items()
-            if torch.is_tensor(value) and value.is_floating_point() and name not in TEXT_INPUTS
-        }
-        return args, kwargs | pictures
+        return args, cast_pictures(model, kwargs)
 
     model.base_model.register_forward_pre_hook(cast, with_kwargs=True)
+
+
+def cast_pictures(model: PreTrainedModel | PeftModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with tensors of pictures in the dtype of the model's vision tower."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = find_parts(base).vision_tower
+    tower = base.get_submodule(names[0]) if names else base
+    dtype = next((weight.dtype for weight in tower.parameters() if weight.is_floating_point()), None)
+    pictures = {
+        name: value.to(dtype)
+        for name, value in inputs.items()
+        if torch.is_tensor(value) and value.is_floating_point() and name not in TEXT_INPUTS
+    }
+    return inputs | pictures
 
 
 def patch_frozen_statistics(model: nn.Module, parts: Parts) -> None:

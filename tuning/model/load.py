@@ -32,10 +32,14 @@ from tuning.errors import UserError, describe_failure, first_line, try_optional
 from tuning.files import read_user_text
 from tuning.model.quantize import Quantization, keep_bnb_weights_trainable
 
-if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
-    # `Llama4ForConditionalGeneration.forward` reads it from what its language model returns, which has no such field in
-    # transformers 5.24: without this every call of the model fails.
-    MoeCausalLMOutputWithPast.image_outputs = None  # type: ignore[attr-defined]
+
+def patch_llama4_output() -> None:
+    """Give `MoeCausalLMOutputWithPast` the field that the forward of Llama 4 reads from it, and that it lacks."""
+    if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+        MoeCausalLMOutputWithPast.image_outputs = None  # type: ignore[attr-defined]
+
+
+patch_llama4_output()
 
 
 def load_config(model: ModelSource) -> PreTrainedConfig:
@@ -258,6 +262,14 @@ def load_model(
             where=f"model_name_or_path {name}",
             problem=f"the weights cannot be loaded: {first_line(error)}.",
             fix="Use a checkpoint whose weights are complete and stored as safetensors.",
+        ) from error
+    except RuntimeError as error:  # transformers could not put the weights of experts into their quantised form
+        if quantization is None:
+            raise
+        raise UserError(
+            where=f"quantization {quantization.kind}",
+            problem=f"the weights of this model cannot be kept so: {first_line(error)}.",
+            fix="Train without quantization.",
         ) from error
     except ValueError as error:  # settings in its files, or options, that contradict each other
         raise UserError(
