@@ -13,7 +13,7 @@ from PIL import Image
 
 from tuning.errors import UserError, try_optional
 
-SIZES = ((48, 32), (32, 48), (64, 64), (40, 24))
+SIZES = ((48, 32), (24, 72), (64, 64), (96, 24))  # of several shapes: tiles depend on it
 Tensors = dict[str, torch.Tensor]
 
 
@@ -22,15 +22,17 @@ class Join:
     """How tensors of one name are joined: along `dim`, and padded with zeros in all others.
 
     `counts`: the tensor, and how many of its first dimensions, whose sizes multiplied are added to the indices of later
-    rows. Molmo 2's `image_token_pooling` holds indices into the patches of all pictures of a batch. -1 stays.
+    rows. Molmo 2's `image_token_pooling` holds indices into the patches of all pictures of a batch. -1 stays. `tiles`:
+    the first two dimensions are pictures and tiles, and the tiles of all pictures are laid out as those of one.
     """
 
     dim: int = 0
     counts: tuple[str, int] | None = None
+    tiles: bool = False
 
     def __call__(self, name: str, rows: Sequence[Tensors]) -> torch.Tensor:
         """Join the tensors `name` of these rows."""
-        tensors = [row[name] for row in rows]
+        tensors = [row[name].flatten(0, 1)[None] if self.tiles else row[name] for row in rows]
         if self.counts:
             other, dimensions = self.counts
             counts = (math.prod(row[other].shape[:dimensions]) for row in rows)
@@ -71,10 +73,10 @@ def learn_joins(image_processor: Any) -> Joins:
         return {name: value for name, value in made.items() if torch.is_tensor(value) and value.dim()}
 
     trials = [([first], [second, third]), ([fourth, first], [third])]
-    alone = [[process(row) for row in rows] for rows in trials]
     tried = try_optional(lambda: [process(*rows) for rows in trials])
-    if tried.value is None:  # it does not take rows whose pictures differ so much: the start of training tries the rule
-        return Joins({name: Join(_first_difference(name, alone[0])) for name in alone[0][0]})
+    if tried.value is None:  # it does not join pictures of different numbers of tiles: training begins with a trial
+        return Joins({name: Join(1, tiles=True) for name, value in process([first]).items() if value.dim() > 4})
+    alone = [[process(row) for row in rows] for rows in trials]
     main, kind = image_processor.model_input_names[0], type(image_processor).__name__
     names = [name for name in image_processor.model_input_names if name in tried.value[0]]
     rules = {name: _find_rule(name, alone, tried.value, kind) for name in names}
@@ -120,12 +122,6 @@ def _same_shape(made: torch.Tensor | None, expected: torch.Tensor) -> bool:
 
 def _equal(made: torch.Tensor | None, expected: torch.Tensor) -> bool:
     return _same_shape(made, expected) and torch.equal(cast(torch.Tensor, made), expected)
-
-
-def _first_difference(name: str, rows: list[Tensors]) -> int:
-    """The first dimension in which the tensors of rows differ."""
-    sizes = zip(*(row[name].shape for row in rows), strict=True)
-    return next((dim for dim, of_rows in enumerate(sizes) if len(set(of_rows)) > 1), 0)
 
 
 def _make_blank(process: Callable[..., Tensors], main: str) -> Tensors:
