@@ -24,9 +24,11 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-# Minutes more: twenty random kills, processes that hang. It ends at the first failure, which is printed then.
+# Minutes more: the rest of the architectures, then twenty random kills, processes that hang. It ends at the first
+# failure, which is printed then.
 test-slow: install
-	$(BIN)/python -m pytest -m slow --exitfirst
+	$(BIN)/python -m pytest tests/architectures -m slow --exitfirst --numprocesses $(PROCESSES)
+	$(BIN)/python -m pytest --ignore tests/architectures -m slow --exitfirst
 
 test-all: test test-slow
 

@@ -51,9 +51,33 @@ for case in EXAMINED_CASES:
 if HAS_BITSANDBYTES:
     CASES["4bit"] = ("llava15", LORA | {"quantization": "4bit"})
 SPLITS = {"2x4": (4, 1), "2x2x2": (2, 2)}
+ACCUMULATED = ("granite_vision full", "mllama lora", "token budget")  # the cases that `make test` also accumulates
 # SGD: Adam's first steps have the size of the learning rate whatever the gradient, and would hide its scale.
 COMMON = {"optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "num_train_epochs": 2, "save_strategy": "no"}
 COMMON |= {"eval_strategy": "steps", "eval_steps": 3, "report_samples": 0}
+
+
+def each(cases):
+    """Run a test for these cases in both splits: most of the second ones in `make test-slow`."""
+    params = [
+        pytest.param(case, split, marks=pytest.mark.slow if split == "2x2x2" and case not in ACCUMULATED else ())
+        for case in cases
+        for split in SPLITS
+    ]
+    return pytest.mark.parametrize(("case", "split"), params)
+
+
+def wanted_runs(session, strategy: str | None = None) -> list[tuple[str, str]]:
+    """Case and split of each test of this file that pytest runs, with `strategy` if it is given. Each once."""
+    of_file = [
+        item.callspec.params for item in session.items if item.path == Path(__file__) and hasattr(item, "callspec")
+    ]
+    runs = [
+        (params["case"], params["split"])
+        for params in of_file
+        if "case" in params and strategy in (None, params["two_processes"])
+    ]
+    return list(dict.fromkeys(runs))
 
 
 def make_job(models, rows, folder: Path, case: str, size: int, steps: int) -> dict:
@@ -88,10 +112,10 @@ def losses_of(folder: Path) -> dict[str, list[float]]:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory, models, mixed_rows):
+def one_process(request, tmp_path_factory, models, mixed_rows):
     """Case → folder of its run on this process alone, in batches of eight."""
     root = tmp_path_factory.mktemp("one")
-    for case in CASES:
+    for case in dict.fromkeys(case for case, _ in wanted_runs(request.session)):
         job = make_job(models, mixed_rows, root / case, case, 8, 1)
         job.pop("environ")
         tuning.train(job)
@@ -102,16 +126,17 @@ def one_process(tmp_path_factory, models, mixed_rows):
 def two_processes(request, tmp_path_factory, models, mixed_rows):
     """Folder with the same runs on two processes, in both splits."""
     root = tmp_path_factory.mktemp(request.param)
-    splits = [(case, split) for case in CASES for split in SPLITS]
-    jobs = [make_job(models, mixed_rows, root / f"{case} {split}", case, *SPLITS[split]) for case, split in splits]
+    jobs = [
+        make_job(models, mixed_rows, root / f"{case} {split}", case, *SPLITS[split])
+        for case, split in wanted_runs(request.session, request.param)
+    ]
     unknown = make_job(models, mixed_rows, root / "unknown", "granite_vision full", 4, 1)
     jobs.append({**unknown, "environ": {"FSDP_TRANSFORMER_CLS_TO_WRAP": "GraniteDecoderLayer,MambaLayer"}})
     run_jobs(request.param, jobs, root)
     return root
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("case", CASES)
+@each(CASES)
 def test_two_processes_train_what_one_does(case, split, one_process, two_processes):
     alone, together = one_process / case, two_processes / f"{case} {split}"
     expected, found = losses_of(alone), losses_of(together)
@@ -127,8 +152,7 @@ def test_two_processes_train_what_one_does(case, split, one_process, two_process
     assert (together / ".complete").exists()
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("case", EXAMINED_CASES)
+@each(EXAMINED_CASES)
 def test_two_processes_answer_what_one_does(case, split, one_process, two_processes):
     alone, together = (
         [json.loads(line) for line in (folder / "sample_predictions.jsonl").read_text().splitlines()]
