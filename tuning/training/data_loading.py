@@ -190,7 +190,7 @@ class DataLoading(TrainerCallback):
         padded = bool(self.processes.all_gather_ints([reason != ""]).any())
         if padded:
             reason = reason or "it fails without padding on another process"
-            self._check_padded_rows(model, forward)
+            self.check_padded_rows(model, forward)
         if padded and wanted is True:
             raise UserError(
                 where="padding_free", problem=f"cannot be true for this model: {reason}.", fix="Leave it out."
@@ -205,7 +205,7 @@ class DataLoading(TrainerCallback):
         print0(f"Batches are {self.batching}.")
         return self.batching
 
-    def _check_padded_rows(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+    def check_padded_rows(self, model: nn.Module, forward: Callable[..., Any]) -> None:
         """Raises `UserError` where the model gives rows of a padded batch other results than each has alone."""
         if self.config.training.per_device_train_batch_size == 1 and not self.config.data.max_tokens_per_batch:
             return
