@@ -18,8 +18,8 @@ from tuning.checking.memory import MemoryEstimate, estimate_memory
 from tuning.config.parse import build_config
 from tuning.model import build, dry_run, load
 from tuning.model.quantize import quantise_skeleton
-from tuning.training.optimizer import patch_master_weights
 from tuning.training.data_loading import DataLoading
+from tuning.training.optimizer import patch_master_weights
 from tuning.training.trainer import SupervisedTrainer
 
 TOLERANCE = 0.25
