@@ -104,7 +104,7 @@ def test_the_projector_trains_with_a_frozen_tower(name):
 
 
 # Early fusion, discrete image tokens, or a tower whose every layer merges patches: there is no module between.
-WITHOUT_PROJECTOR = {"chameleon", "emu3", "idefics", "inkling_mm_model"}
+WITHOUT_PROJECTOR = {"apertus1p5", "chameleon", "emu3", "idefics", "inkling_mm_model"}
 
 
 @pytest.mark.parametrize("name", ARCHS)
