@@ -122,8 +122,9 @@ REFUSED = {
     "idefics": "IdeficsProcessor makes of a row",  # it puts its images before or after the whole text
 }
 """What cannot be trained, and a part of the error that says so."""
-ALONE = ("hunyuan_vl",)
-"""What is trained row by row: transformers counts the pictures of a whole batch in the positions of a row."""
+ALONE = ("emu3", "hunyuan_vl")
+"""What is trained row by row. Emu3's tower sees the padding around smaller pictures, and transformers counts the pictures
+of a whole batch in the positions of a row of HunyuanVL."""
 
 
 def is_known(name: str) -> bool:
