@@ -123,8 +123,8 @@ REFUSED = {
 }
 """What cannot be trained, and a part of the error that says so."""
 ALONE = ("emu3", "hunyuan_vl")
-"""What is trained row by row. Emu3's tower sees the padding around smaller pictures, and transformers counts the pictures
-of a whole batch in the positions of a row of HunyuanVL."""
+"""What is trained row by row. Emu3's tower sees the padding around smaller pictures. In HunyuanVL's positions,
+transformers counts the pictures of a whole batch."""
 
 
 def is_known(name: str) -> bool:

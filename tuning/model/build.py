@@ -160,6 +160,7 @@ def build_model(
         targets = replace(targets, experts=[])
     model = prepare_model(model, config, plan.parts, targets)
     freeze_parameters(model, plan.idle or set())
+    patch_frozen_statistics(model, plan.parts)
     if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else FSDP sends the main process's
         load_adapter(model, adapter)
     if plan.tower_output and config.model.cache_vision_features:
