@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from tuning.data.encode import IGNORED, Sample, Skipped
+from tuning.data.image_joins import ImageLayout, learn_image_layout, pad_to_largest
 from tuning.errors import UserError
 
 INFO = "info"  # the key of a batch under which its `BatchInfo` lies
@@ -41,17 +41,19 @@ class Collator:
     without an attention mask. `cu_seq_lens_q` `[samples + 1]` has the bounds of the samples (Hugging Face's name:
     `FlashAttentionKwargs`). Otherwise samples are padded on the right to the longest, `[samples, T]`.
 
-    `nested_images`: the first dimension of the processor's image tensors is the rows (`[rows, images, …]`: Mllama,
-    Idefics). Otherwise it is the images of all rows (`[images, …]`: LLaVA). `blank_image` has such a processor's
-    tensors for one blank image: they fill the place of a row without images. `dummy_image_sample` is added to a batch
-    without an image, where there are several processes: see `dummy_samples.py`.
+    `image_layout`: how image tensors are joined. `dummy_image_sample` is added to a batch without an image, where there
+    are several processes: see `dummy_samples.py`.
     """
 
     pad_token_id: int
-    nested_images: bool = False
-    blank_image: dict[str, torch.Tensor] = field(default_factory=dict)
+    image_layout: ImageLayout = ImageLayout()
     dummy_image_sample: Sample | None = None
     padding_free: bool = False
+
+    @property
+    def nested_images(self) -> bool:
+        """Whether the first dimension of image tensors is the rows."""
+        return self.image_layout.nested
 
     def __call__(self, samples: Sequence[Sample | UserError]) -> dict[str, Any]:
         for sample in samples:
@@ -65,7 +67,7 @@ class Collator:
         joined = list(samples)
         if self.dummy_image_sample and not any(sample.images for sample in joined):
             joined.append(self.dummy_image_sample)
-        return {**self._sequences(joined), **self._images(joined)}
+        return {**self._sequences(joined), **self.image_layout.join([sample.images for sample in joined])}
 
     def _sequences(self, samples: list[Sample]) -> dict[str, Any]:
         rows = _columns([sample.sequence for sample in samples])
@@ -73,17 +75,6 @@ class Collator:
             return join_end_to_end(rows)
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED}
         return {name: torch.stack(pad_to_largest(values, fill.get(name, 0))) for name, values in rows.items()}
-
-    def _images(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        with_images = [sample.images for sample in samples if sample.images]
-        if not with_images:
-            return {}
-        if self.nested_images:
-            with_images = [sample.images or self.blank_image for sample in samples]
-        return {
-            name: torch.cat(pad_to_largest([images[name] for images in with_images], 0, keep_first=True))
-            for name in with_images[0]
-        }
 
 
 def take_info(batch: dict[str, Any]) -> BatchInfo:
@@ -129,29 +120,7 @@ def join_end_to_end(rows: dict[str, list[torch.Tensor]]) -> dict[str, Any]:
     return batch | dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest)
 
 
-def pad_to_largest(tensors: list[torch.Tensor], value: float, *, keep_first: bool = False) -> list[torch.Tensor]:
-    """Pad every dimension at its end to the largest among `tensors`. `keep_first` leaves out the first dimension."""
-    largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
-    padded = []
-    for tensor in tensors:
-        missing = [most - size for most, size in zip(largest, tensor.shape, strict=True)]
-        if keep_first:
-            missing[0] = 0
-        # F.pad counts dimensions from the last: (before, after) of each.
-        widths = [width for amount in reversed(missing) for width in (0, amount)]
-        padded.append(F.pad(tensor, widths, value=value) if any(missing) else tensor)
-    return padded
-
-
 def probe_collator(processor: Any) -> Collator:
-    """The collator for `processor`. Processes one row of two blank images to see the shape of its tensors."""
-    blank = Image.new("RGB", (32, 32))
-    process = processor.image_processor
-    nested = process([[blank, blank]], return_tensors="pt")["pixel_values"].shape[0] == 1
-    tensors: dict[str, torch.Tensor] = {}
-    if nested:
-        made = process([[blank]], return_tensors="pt")
-        tensors = {name: value for name, value in made.items() if torch.is_tensor(value)}
-        tensors["pixel_values"] = torch.zeros_like(tensors["pixel_values"])
+    """The collator for `processor`. Processes a few small pictures to see how it joins those of several rows."""
     pad = processor.tokenizer.pad_token_id
-    return Collator(pad if pad is not None else 0, nested, tensors)
+    return Collator(pad if pad is not None else 0, learn_image_layout(processor.image_processor))

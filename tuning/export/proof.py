@@ -19,6 +19,7 @@ from tuning.model import load
 from tuning.model.attention import choose_attention
 from tuning.model.lora import Adapter, BaseModel, add_adapter
 from tuning.model.mllama import patch_mllama_cross_attention
+from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.saved_weights import SavedWeights, tensor_bytes
 
 PROBES = 64  # random inputs of a layer
@@ -155,6 +156,7 @@ def run_model(
         source, config, dtype=torch.float32, attention=attention.loaded
     )
     patch_mllama_cross_attention(model)
+    patch_picture_dtype(model)
     model = (add_adapter(model, adapter) if adapter else model).eval()
     with torch.no_grad():
         logits = [model(**batch).logits[0, -POSITIONS:].float() for batch in batches]

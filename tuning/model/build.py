@@ -31,10 +31,12 @@ from tuning.model.parts import (
     freeze_parts,
     parameter_table,
 )
+from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.quantize import Quantization, plan_quantization
 from tuning.model.vision_tower import (
     TowerOutput,
     patch_cached_vision_features,
+    patch_frozen_statistics,
     patch_frozen_tower,
     probe_tower,
 )
@@ -164,6 +166,7 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_
     """Patch the supervised loss into a model, or into a skeleton, add LoRA, and freeze what the config freezes."""
     patch_mllama_cross_attention(model)
     patch_supervised_loss(model)
+    patch_picture_dtype(model)
     if config.lora.peft_method:
         model = add_lora(model, config.lora, lora_targets)
     else:
@@ -174,6 +177,7 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_
         }
         freeze_parts(model, parts, {part for part, freeze in frozen.items() if freeze})
     patch_frozen_tower(model, sharded=is_sharded(config.training))
+    patch_frozen_statistics(model)
     return model
 
 

@@ -28,6 +28,7 @@ from tuning.model.load import without_zero3
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
 from tuning.model.parts import count_numbers
+from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.saved_weights import SavedWeights
 from tuning.training.checkpoint_files import join_shards
 from tuning.training.evaluation import answering_mode
@@ -290,6 +291,7 @@ def find_loading_fault(
             if report[problem]:
                 return f"loading it reports {problem.replace('_', ' ')}, first {min(map(str, report[problem]))}"
         patch_mllama_cross_attention(loaded)
+        patch_picture_dtype(loaded)
         found = read_logits(trained, loaded.to(trained.device)) if expected is not None else None
     if found is None or expected is None:
         return ""
