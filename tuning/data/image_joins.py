@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tuning.errors import try_optional
+from tuning.errors import UserError, try_optional
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -58,6 +58,12 @@ class ImageLayout:
         if with_images and self.nested:
             with_images = [row or self.blank for row in rows]
         names = dict.fromkeys(name for row in with_images for name in row)
+        if len(with_images) > 1 and (strange := [name for name in names if name in self.unknown]):
+            raise UserError(
+                where="collator",
+                problem=f"the processor joins {', '.join(strange)} of several rows in a way that is not known here.",
+                fix="Use batches of one row.",
+            )
         return {name: self.joins.get(name, ImageJoin())(with_images, name) for name in names}
 
 
@@ -84,7 +90,7 @@ def learn_image_layout(image_processor: Any) -> ImageLayout:
             return None
         return {name: value for name, value in made.items() if torch.is_tensor(value)} or None
 
-    one, wide, tall = _pictures()
+    one, wide, tall = small_pictures()
     rows = [[one], [wide, tall]]
     alone, together = [process(row) for row in rows], process(*rows)
     if alone[0] is None or alone[1] is None or together is None:
@@ -107,7 +113,7 @@ def learn_image_layout(image_processor: Any) -> ImageLayout:
     return ImageLayout(joins=joins, unknown=tuple(unknown))
 
 
-def _pictures() -> list[Image.Image]:
+def small_pictures() -> list[Image.Image]:
     """Small pictures of three sizes, each with other contents."""
     steps, rings = Image.linear_gradient("L"), Image.radial_gradient("L")
     return [

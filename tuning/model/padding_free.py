@@ -147,12 +147,12 @@ def run_trial(
     try:
         with record_decoder_calls(model) as calls:
             for batch in batches.separate:
-                _run(forward, batch)
+                run_quietly(forward, batch)
             with record_masks(model, observed, bounds) as masks:
-                _run(forward, batches.packed)
-                _run(forward, batches.changed)
+                run_quietly(forward, batches.packed)
+                run_quietly(forward, batches.changed)
             with decoder_attention(model, attention.packed):
-                _run(forward, batches.packed)
+                run_quietly(forward, batches.packed)
     finally:
         model.train(was_training)
     *separate, packed, changed, as_in_training = calls
@@ -160,8 +160,8 @@ def run_trial(
 
 
 @torch.no_grad()
-def _run(forward: Callable[..., Any], batch: dict[str, Any]) -> None:
-    """Run the model as in training."""
+def run_quietly(forward: Callable[..., Any], batch: dict[str, Any]) -> None:
+    """Run the model as in training, without a graph."""
     forward(**batch, num_items_in_batch=1)
 
 

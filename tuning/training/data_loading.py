@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -23,7 +24,7 @@ from tuning.data.batch_sampler import (
 )
 from tuning.data.collator import Collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows
-from tuning.data.dummy_samples import dummy_samples
+from tuning.data.dummy_samples import trial_samples
 from tuning.data.encode import Sample
 from tuning.data.from_config import TrainingData
 from tuning.data.row_lengths import RowLengths
@@ -31,6 +32,7 @@ from tuning.distributed.interruption import Workers
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError
 from tuning.model.attention import set_decoder_attention
+from tuning.model.batch_trial import try_batch
 from tuning.model.build import TrainableModel
 from tuning.model.padding_free import TrialBatches, why_padding_is_needed, why_padding_is_needed_by_structure
 from tuning.training.optimizer import HALF
@@ -160,14 +162,13 @@ class DataLoading(TrainerCallback):
         wanted, attention = self.config.data.padding_free, self.model.attention
         reason = "padding_free is false"
         if wanted is not False:
-            mixed_precision = self.processes.accelerator.mixed_precision != "no"
             reason = why_padding_is_needed(
                 model,
                 forward,
-                lambda: make_trial_batches(dummy_samples(self.data.encoder), self.data.collator),
+                lambda: make_trial_batches(trial_samples(self.data.encoder), self.data.collator),
                 attention,
                 nested_images=self.data.collator.nested_images,
-                half=mixed_precision or not HALF.isdisjoint(self.model.dtypes.values()),
+                half=self._computes_in_half,
             )
         padded = bool(self.processes.all_gather_ints([reason != ""]).any())
         if padded:
@@ -184,7 +185,26 @@ class DataLoading(TrainerCallback):
             if loader is not None:
                 loader.collate_fn = self._make_collator(loader.dataset)
         print0(f"Batches are {self.batching}.")
+        if padded:
+            self._try_padded_batch(model, forward)
         return self.batching
+
+    @property
+    def _computes_in_half(self) -> bool:
+        mixed_precision = self.processes.accelerator.mixed_precision != "no"
+        return mixed_precision or not HALF.isdisjoint(self.model.dtypes.values())
+
+    def _try_padded_batch(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        """Raise `UserError` where a row in a padded batch gets other results than alone, and batches have several."""
+        options = options_of_several_rows(self.config, evaluates=self.data.validation is not None)
+        if not options:
+            return
+        samples = trial_samples(self.data.encoder)
+        collator = replace(self.data.collator, padding_free=False, dummy_image_sample=None)
+        separate = [collator.join([sample]) for sample in samples]
+        trial = try_batch(model, forward, separate, lambda numbers: collator.join([samples[n] for n in numbers]))
+        fault = trial.find_fault(half=self._computes_in_half)
+        self.processes.raise_on_all_ranks(rows_differ(model, options, fault, samples) if fault else None)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self._train_batches is not None:
@@ -193,8 +213,40 @@ class DataLoading(TrainerCallback):
             begin_epoch(self._train_batches, args, state, padded=padded, order_padded=order_padded)
 
 
+def options_of_several_rows(config: RunConfig, *, evaluates: bool) -> list[str]:
+    """The options that put several rows into a batch."""
+    options = ["max_tokens_per_batch"] if config.data.max_tokens_per_batch else []
+    if not options and config.training.train_batch_size > 1:
+        options.append("per_device_train_batch_size")
+    if evaluates and config.training.eval_batch_size > 1:
+        options.append("per_device_eval_batch_size")
+    return options
+
+
+def rows_differ(model: nn.Module, options: Sequence[str], fault: str, samples: Sequence[Sample]) -> UserError:
+    """The error of a model that gives rows in a batch other results than alone."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    images = ", ".join(dict.fromkeys(name for sample in samples for name in sample.images))
+    sizes = [option for option in options if option != "max_tokens_per_batch"]
+    left_out = ["Leave out max_tokens_per_batch."] if len(sizes) < len(options) else []
+    sizes = sizes if not left_out else ["per_device_train_batch_size", *sizes]
+    return UserError(
+        where=", ".join(options),
+        problem=f"{type(model).__name__} gives a row in a batch something else than alone: {fault}. The processor's"
+        f" tensors for images are {images}.",
+        fix=" ".join([*left_out, f"Set {' and '.join(sizes)} to 1. gradient_accumulation_steps makes up for it."]),
+    )
+
+
 def make_trial_batches(samples: Sequence[Sample], collator: Collator) -> TrialBatches:
-    """The batches for trying out whether a model may get padding-free ones, from `dummy_samples`."""
+    """The batches for trying out whether a model may get padding-free ones, from `trial_samples`.
+
+    The first row has an image, and the second has none. Raises `ValueError` where the processor takes no such rows.
+    """
+    with_image, without = [next((s for s in samples if bool(s.images) is has), None) for has in (True, False)]
+    if with_image is None or without is None:
+        raise ValueError("the processor takes no row without an image")
+    samples = [with_image, without, *(s for s in samples if s is not with_image and s is not without)]
     alone = replace(collator, padding_free=False, dummy_image_sample=None)
     packed = replace(alone, padding_free=True)
     changed = [_change(samples[0], samples[1].sequence["input_ids"]), *samples[1:]]
