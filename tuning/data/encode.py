@@ -258,6 +258,7 @@ class Encoder:
             images_kwargs={"return_tensors": "pt"},
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
+            **self._type_options,
             **self.tokenizer_options(text),
         )
         # The tokenizer's own conversion to tensors walks over every number in Python.
@@ -267,6 +268,12 @@ class Encoder:
         }
         inputs = report_insertion(inputs, text, processor, images)
         return escaper.unescape(inputs, text) if escaped else inputs
+
+    @functools.cached_property
+    def _type_options(self) -> dict[str, bool]:
+        """Asks for the kind of each token where the model needs it, and the processor does not give it unasked."""
+        needed = "mm_token_type_ids" in getattr(self.processor, "model_input_names", ())
+        return {"return_mm_token_type_ids": True} if needed else {}
 
     def tokenizer_options(self, text: str) -> dict[str, bool]:
         """Options that keep the tokenizer from adding a second first token, where the template writes one."""
@@ -323,11 +330,11 @@ class Encoder:
     def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The processor's output as tensors with a position per token, `[T, …]`, and image tensors."""
         inputs = {name: inputs[name] for name in inputs if name not in (EXPANSIONS, "offset_mapping")}
-        images = {name: value for name, value in inputs.items() if name in self.image_names}
-        sequence = {name: value[0] for name, value in inputs.items() if name not in self.image_names}
-        tokens = sequence["input_ids"].shape
-        wrong = {name for name, value in sequence.items() if value.shape[:1] != tokens}
-        assert not wrong, f"{type(self.processor).__name__} gives {wrong} without a position per token"
+        tokens = inputs["input_ids"].shape
+        # Some image processors name only half of their tensors: the others have no position per token.
+        of_images = {n for n, value in inputs.items() if n in self.image_names or value.shape[:2] != tokens}
+        images = {name: value for name, value in inputs.items() if name in of_images}
+        sequence = {name: value[0] for name, value in inputs.items() if name not in of_images}
         return sequence, images
 
     def placeholder(self, where: str, skipped: Skipped) -> Sample:

@@ -92,20 +92,20 @@ def learn_image_layout(image_processor: Any) -> ImageLayout:
 
     one, wide, tall = small_pictures()
     rows = [[one], [wide, tall]]
-    alone, together = [process(row) for row in rows], process(*rows)
-    if alone[0] is None or alone[1] is None or together is None:
+    made, together = [process(row) for row in rows], process(*rows)
+    alone = [row for row in made if row is not None]
+    if len(alone) < len(rows) or together is None:
         return _guess_layout(process([one]), process([wide]))
     main = next(name for name, value in together.items() if value.is_floating_point())
     if alone[1][main].shape[0] == 1 and together[main].shape[0] == len(rows):
-        return ImageLayout(nested=True, blank=_find_blank(alone[0], process([one], []), main))
+        return ImageLayout(nested=True, blank=_find_blank(alone[0], process([one], []) or {}, main))
     joins, unknown = {}, []
     for name in together:
         fitting = (join for join in _candidates(alone, name) if _gives(join, alone, name, together))
         join = next(fitting, None)
-        if join not in (None, ImageJoin()):  # the other order leaves no room for chance
+        if join is not None and join != ImageJoin():  # the other order leaves no room for chance
             again = process(*reversed(rows))
-            if again is None or not _gives(join, alone[::-1], name, again):
-                join = None
+            join = join if again and _gives(join, alone[::-1], name, again) else None
         if join is None:
             unknown.append(name)
         elif join != ImageJoin():
@@ -144,9 +144,9 @@ def _gives(join: ImageJoin, alone: Sequence[Tensors], name: str, together: Tenso
     )  # it resizes pictures of a size at once
 
 
-def _find_blank(alone: Tensors, beside_none: Tensors | None, main: str) -> Tensors:
+def _find_blank(alone: Tensors, beside_none: Tensors, main: str) -> Tensors:
     """Tensors for a row without images. `beside_none`: the processor's own for a row with an image, and one without."""
-    made = list((beside_none or {}).values())
+    made = beside_none.values()
     if made and not any(len(value) < 2 or value[1].any() for value in made):  # the join makes them as large as others
         return {name: value.new_zeros([1] * value.dim()) for name, value in beside_none.items()}
     return {name: torch.zeros_like(value) if name == main else value for name, value in alone.items()}

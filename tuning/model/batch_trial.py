@@ -84,7 +84,7 @@ def try_batch(
     was_training = model.training
     model.eval()
     try:
-        calls = {number: run(lambda batch=batch: batch).value for number, batch in enumerate(separate)}
+        calls = {number: run(partial(dict, batch)).value for number, batch in enumerate(separate)}
         alone = {number: call for number, call in calls.items() if call is not None}
         together = run(partial(join, [*alone])) if len(alone) > 1 else Attempt[BodyCall]()
     finally:

@@ -13,6 +13,7 @@ from tuning.console import print0
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, Parts
+from tuning.model.vision_tower import is_frozen
 from tuning.training.optimizer import HALF, MASTER, holds_master_weights, steps_in_backward
 from tuning.training.step_guard import StepState
 from tuning.training.trained_weights import gather_tensor
@@ -100,7 +101,9 @@ class SelfCheck(TrainerCallback):
         return StepEffect(
             gradient=self._gradients[part],
             moved=moved,
-            frozen_changed=not changed.isdisjoint(named.keys() - trained.keys()),
+            frozen_changed=not changed.isdisjoint(
+                [*(named.keys() - trained.keys()), *frozen_buffers(model, self.parts, part)]
+            ),
             stepped=any(rate > 0 for _, rate in trained.values()),
             should_move=not moved and any(has_to_move(p, rate, masters=masters) for p, rate in trained.values()),
         )
@@ -110,7 +113,8 @@ class SelfCheck(TrainerCallback):
         of_part = {name: p.requires_grad for name, p in model.named_parameters() if self.parts.of(name) == part}
         first, step = next((name for name, trains in of_part.items() if trains), ""), self.step.number
         if effect.frozen_changed:
-            mine = [name for name, trains in of_part.items() if name in changed and not trains]
+            frozen = [name for name, trains in of_part.items() if not trains]
+            mine = [name for name in [*frozen, *frozen_buffers(model, self.parts, part)] if name in changed]
             advice = "Find what writes to it besides the optimizer, such as code that comes with the model"
             error = broken(part, f"is frozen, but changed in step {step}", mine[0], advice) if mine else None
             self.processes.raise_on_all_ranks(error)
@@ -176,7 +180,7 @@ def has_gradient(parameter: torch.Tensor) -> bool:
 
 
 def stepped_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """By name, the tensors that the optimizer steps on this process: parameters, or their master weights.
+    """By name, the tensors that the optimizer steps on this process, parameters or their master weights, and buffers.
 
     After one small step a 16-bit weight may still be the same, as the rounding of another master weight.
     """
@@ -187,6 +191,21 @@ def stepped_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
             yield name, local(parameter.detach().float() if kept is None else kept)
         else:
             yield name, local(parameter.detach())
+    yield from ((name, local(buffer)) for name, buffer in saved_buffers(model))
+
+
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """By name, the buffers that a checkpoint has, such as running statistics. Others may move, such as a rope's."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:  # PyTorch has no public way
+                yield name, buffer
+
+
+def frozen_buffers(model: nn.Module, parts: Parts, part: str) -> list[str]:
+    """Names of the saved buffers of a part that belong to modules in which nothing trains."""
+    of_part = (name for name, _ in saved_buffers(model) if parts.of(name) == part)
+    return [name for name in of_part if is_frozen(model, name.rpartition(".")[0])]
 
 
 def fingerprints(weights: Iterator[tuple[str, torch.Tensor]]) -> dict[str, int]:
