@@ -17,21 +17,19 @@ import tuning
 from tuning import sft_trainer
 from tuning.errors import UserError
 from tuning.model import build, vision_tower
+from tuning.training.data_loading import DataLoading
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 FROZEN = {"freeze_vision_tower": True}
 LAVAS = [layout for layout in LAYOUTS if layout != "mllama"]
 QUICK = {"max_steps": 4, "save_strategy": "no"}
-QUICK |= {
-    "padding_free": False,
-    "verify_save": False,
-}  # both would run the tower
+QUICK |= {"padding_free": False, "verify_save": False}  # verifying would run the tower
 
 
 @pytest.fixture
 def tower_runs(monkeypatch):
-    """Of every run of the tower: images, runs of its first layer, and whether the output has a graph."""
-    runs, build_model = [], sft_trainer.build_model
+    """Of every run of the tower in a step: images, runs of its first layer, and whether the output has a graph."""
+    runs, build_model, decide_batching = [], sft_trainer.build_model, DataLoading.decide_batching
 
     def watched(*args):
         built = build_model(*args)
@@ -51,7 +49,13 @@ def tower_runs(monkeypatch):
         tower.register_forward_hook(end)
         return built
 
+    def decide(*args):
+        batching = decide_batching(*args)
+        runs.clear()  # those of the trial
+        return batching
+
     monkeypatch.setattr(sft_trainer, "build_model", watched)
+    monkeypatch.setattr(DataLoading, "decide_batching", decide)
     return runs
 
 

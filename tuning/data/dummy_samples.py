@@ -30,14 +30,14 @@ def trial_samples(encoder: Encoder) -> list[Sample]:
 
     They are the rows that the processor takes: some refuse a row without a picture, or with two of other sizes.
     """
-    square, wide, tall = small_pictures()
+    square, wide, tall, other = small_pictures()
     questions = [
         ([square], "What is this?"),
         ([], "Is it as it was before?"),
         ([wide], "And now, what do you see here?"),
     ]
     if encoder.max_images != 1:
-        questions.append(([tall, square], "Which is larger?"))
+        questions.append(([tall, other], "Which is larger?"))
 
     def make(images: list[Image.Image], text: str) -> Sample:
         return encoder.untrained_sample(encoder.process_question(images, text))

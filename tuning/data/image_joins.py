@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tuning.errors import UserError, try_optional
 
@@ -90,17 +90,17 @@ def learn_image_layout(image_processor: Any) -> ImageLayout:
             return None
         return {name: value for name, value in made.items() if torch.is_tensor(value)} or None
 
-    one, wide, tall = small_pictures()
+    one, wide, tall, _ = small_pictures()
     rows = [[one], [wide, tall]]
     made, together = [process(row) for row in rows], process(*rows)
     alone = [row for row in made if row is not None]
     if len(alone) < len(rows) or together is None:
         return _guess_layout(process([one]), process([wide]))
-    main = next(name for name, value in together.items() if value.is_floating_point())
+    main = max(together, key=lambda name: together[name].numel())  # the pictures
     if alone[1][main].shape[0] == 1 and together[main].shape[0] == len(rows):
         return ImageLayout(nested=True, blank=_find_blank(alone[0], process([one], []) or {}, main))
     joins, unknown = {}, []
-    for name in together:
+    for name in (name for name in together if any(name in row for row in alone)):
         fitting = (join for join in _candidates(alone, name) if _gives(join, alone, name, together))
         join = next(fitting, None)
         if join is not None and join != ImageJoin():  # the other order leaves no room for chance
@@ -114,20 +114,18 @@ def learn_image_layout(image_processor: Any) -> ImageLayout:
 
 
 def small_pictures() -> list[Image.Image]:
-    """Small pictures of three sizes, each with other contents."""
+    """Four pictures of other sizes, each with other contents."""
     steps, rings = Image.linear_gradient("L"), Image.radial_gradient("L")
-    return [
-        image.resize(size).convert("RGB")
-        for image, size in ((steps, (64, 64)), (rings, (96, 40)), (steps.rotate(90), (40, 96)))
-    ]
+    images = [(steps, (64, 64)), (rings, (96, 40)), (steps.rotate(90), (40, 96)), (ImageOps.invert(rings), (72, 64))]
+    return [image.resize(size).convert("RGB") for image, size in images]
 
 
 def _candidates(alone: Sequence[Tensors], name: str) -> Iterator[ImageJoin]:
     """Ways to join a tensor, the likeliest first."""
-    like = alone[0][name]
-    yield from (ImageJoin(dim) for dim in range(like.dim()))
-    if not like.is_floating_point():
-        for other, value in alone[0].items():
+    row = next(row for row in alone if name in row)
+    yield from (ImageJoin(dim) for dim in range(row[name].dim()))
+    if not row[name].is_floating_point():
+        for other, value in row.items():
             yield from (ImageJoin(0, other, places) for places in range(1, value.dim() + 1) if other != name)
 
 

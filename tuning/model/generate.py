@@ -10,6 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
+from tuning.model.picture_dtype import cast_pictures, reader_of
+
 
 def generate_texts(
     model: PreTrainedModel | PeftModel,
@@ -26,11 +28,17 @@ def generate_texts(
     the same time from the same sharded weights, so that all of them run as many steps as the longest answer needs.
     """
     settings = greedy_settings(model, tokenizer, max_new_tokens=max_new_tokens, end_of_turn=end_of_turn)
-    batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    batch = prepare_prompts(model, batch)
     with torch.no_grad():
         written = model.generate(**batch, generation_config=settings, synced_gpus=synced_gpus)
     texts = tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def prepare_prompts(model: PreTrainedModel | PeftModel, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch on the model's device. `generate` gives pictures to the tower before it calls `forward`."""
+    batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    return cast_pictures(batch, reader_of(model))
 
 
 def greedy_settings(
@@ -68,7 +76,7 @@ def stream_text(
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed = threading.Event()
-    batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    batch = prepare_prompts(model, batch)
 
     def should_stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((len(ids),), closed.is_set() or ending.is_set(), device=ids.device)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -32,9 +31,9 @@ from tuning.distributed.interruption import Workers
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError
 from tuning.model.attention import set_decoder_attention
-from tuning.model.batch_trial import try_batch
 from tuning.model.build import TrainableModel
 from tuning.model.padding_free import TrialBatches, why_padding_is_needed, why_padding_is_needed_by_structure
+from tuning.training.batch_check import find_batch_fault, options_of_several_rows, rows_differ
 from tuning.training.optimizer import HALF
 from tuning.training.resume import Progress
 
@@ -45,12 +44,13 @@ class Batching:
 
     `padded`: rows are padded to the longest one of their batch; otherwise they are joined end to end. `order_padded`:
     rows are ordered as for padded batches. A resumed run keeps the order that it began with. `reason`: why batches are
-    padded.
+    padded. `fault`: why they have one row each, as a row would get other results in a batch.
     """
 
     padded: bool
     order_padded: bool
     reason: str = ""
+    fault: str = ""
 
     def __str__(self) -> str:
         return f"padded to their longest row: {self.reason}" if self.padded else "padding-free"
@@ -180,13 +180,12 @@ class DataLoading(TrainerCallback):
         if not padded:
             set_decoder_attention(model, attention.packed)
         order_padded = padded if self.padded_before is None else self.padded_before
-        self.batching = Batching(padded, order_padded, reason)
+        fault = self._find_batch_fault(model, forward) if padded else ""
+        self.batching = Batching(padded, order_padded, reason, fault)
         for loader in (self._train_loader, self._validation_loader):
             if loader is not None:
                 loader.collate_fn = self._make_collator(loader.dataset)
         print0(f"Batches are {self.batching}.")
-        if padded:
-            self._try_padded_batch(model, forward)
         return self.batching
 
     @property
@@ -194,48 +193,19 @@ class DataLoading(TrainerCallback):
         mixed_precision = self.processes.accelerator.mixed_precision != "no"
         return mixed_precision or not HALF.isdisjoint(self.model.dtypes.values())
 
-    def _try_padded_batch(self, model: nn.Module, forward: Callable[..., Any]) -> None:
-        """Raise `UserError` where a row in a padded batch gets other results than alone, and batches have several."""
+    def _find_batch_fault(self, model: nn.Module, forward: Callable[..., Any]) -> str:
+        """Why batches must have one row; "" where they need not. Raises `UserError` where they have several."""
+        encoder, collator = self.data.encoder, self.data.collator
+        fault = find_batch_fault(model, forward, encoder, collator, half=self._computes_in_half)
         options = options_of_several_rows(self.config, evaluates=self.data.validation is not None)
-        if not options:
-            return
-        samples = trial_samples(self.data.encoder)
-        collator = replace(self.data.collator, padding_free=False, dummy_image_sample=None)
-        separate = [collator.join([sample]) for sample in samples]
-        trial = try_batch(model, forward, separate, lambda numbers: collator.join([samples[n] for n in numbers]))
-        fault = trial.find_fault(half=self._computes_in_half)
-        self.processes.raise_on_all_ranks(rows_differ(model, options, fault, samples) if fault else None)
+        self.processes.raise_on_all_ranks(rows_differ(model, options, fault) if fault and options else None)
+        return fault
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self._train_batches is not None:
             assert self.batching is not None
             padded, order_padded = self.batching.padded, self.batching.order_padded
             begin_epoch(self._train_batches, args, state, padded=padded, order_padded=order_padded)
-
-
-def options_of_several_rows(config: RunConfig, *, evaluates: bool) -> list[str]:
-    """The options that put several rows into a batch."""
-    options = ["max_tokens_per_batch"] if config.data.max_tokens_per_batch else []
-    if not options and config.training.train_batch_size > 1:
-        options.append("per_device_train_batch_size")
-    if evaluates and config.training.eval_batch_size > 1:
-        options.append("per_device_eval_batch_size")
-    return options
-
-
-def rows_differ(model: nn.Module, options: Sequence[str], fault: str, samples: Sequence[Sample]) -> UserError:
-    """The error of a model that gives rows in a batch other results than alone."""
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
-    images = ", ".join(dict.fromkeys(name for sample in samples for name in sample.images))
-    sizes = [option for option in options if option != "max_tokens_per_batch"]
-    left_out = ["Leave out max_tokens_per_batch."] if len(sizes) < len(options) else []
-    sizes = sizes if not left_out else ["per_device_train_batch_size", *sizes]
-    return UserError(
-        where=", ".join(options),
-        problem=f"{type(model).__name__} gives a row in a batch something else than alone: {fault}. The processor's"
-        f" tensors for images are {images}.",
-        fix=" ".join([*left_out, f"Set {' and '.join(sizes)} to 1. gradient_accumulation_steps makes up for it."]),
-    )
 
 
 def make_trial_batches(samples: Sequence[Sample], collator: Collator) -> TrialBatches:

@@ -1,0 +1,44 @@
+"""Every architecture: a row in a batch gives what it gives alone, or the trial before training says that it differs."""
+
+import pytest
+import torch
+from architectures.case import Case
+from architectures.checkpoints import ARCHS
+
+from tuning.data.collator import Collator
+from tuning.data.encode import IGNORED, Sample
+from tuning.errors import UserError
+from tuning.training.batch_check import find_batch_fault
+
+DIFFER = {
+    "emu3": "the results of row",  # its tower sees the padding around a smaller picture
+    "hunyuan_vl": "other position ids",  # it numbers the pictures of all rows, not of each
+}
+
+
+def run(model, collator: Collator, samples: list[Sample]) -> tuple[float, int]:
+    """The summed loss of a batch, and its supervised tokens."""
+    batch = collator.join(samples)
+    with torch.no_grad():
+        loss = model(**batch, num_items_in_batch=1).loss.item()
+    return loss, int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_rows_have_the_loss_in_a_batch_that_they_have_alone(name, tmp_path):
+    case = Case.make(name, tmp_path)
+    try:
+        model, samples, collator = case.model().double().eval(), case.samples, case.collator
+    except UserError as refused:
+        pytest.skip(str(refused))
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the fast one takes no float64
+    fault = find_batch_fault(model, model, case.encoder, collator, half=False)
+    if name in DIFFER:
+        assert DIFFER[name] in fault
+        return
+    assert fault == ""
+    alone = [run(model, collator, [sample]) for sample in samples]
+    loss, tokens = run(model, collator, samples)
+    assert tokens == sum(number for _, number in alone)
+    assert loss == pytest.approx(sum(part for part, _ in alone), rel=1e-5)
