@@ -54,6 +54,7 @@ class SelfCheck(TrainerCallback):
         self._gradients: dict[str, bool] = {}
         self._tries_left = TRIES
         self._before: dict[str, int] = {}  # empty where the step is not looked at
+        self._buffers_before: dict[str, int] = {}
         self._gates: dict[str, bool] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -63,21 +64,24 @@ class SelfCheck(TrainerCallback):
         self.open_parts = {self.parts.of(name) for name, p in model.named_parameters() if p.requires_grad}
         self.fine, self._tries_left = [], TRIES
 
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._buffers_before = fingerprints(saved_buffers(model)) if self.open_parts else {}  # forwards move them
+
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._before = {}
         shows_a_part = self.step.has_images or LANGUAGE_MODEL in self.open_parts
         if self.open_parts and self.step.is_supervised and shows_a_part:
             trained = [(self.parts.of(name), p) for name, p in model.named_parameters() if p.requires_grad]
             self._gradients = {part: any(has_gradient(p) for of, p in trained if of == part) for part in PARTS}
-            self._before = fingerprints(stepped_weights(model, _unwrap(optimizer)))
+            self._before = fingerprints(stepped_weights(model, _unwrap(optimizer))) | self._buffers_before
             self._gates = closed_gates(model)
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         was_skipped = self.processes.accelerator.optimizer_step_was_skipped  # by the gradient scaler of fp16
         if not self._before or was_skipped:
             return
-        after = fingerprints(stepped_weights(model, _unwrap(optimizer)))
-        changed = {name for name, value in after.items() if value != self._before[name]}
+        after = fingerprints(stepped_weights(model, _unwrap(optimizer))) | fingerprints(saved_buffers(model))
+        changed = {name for name, value in after.items() if value != self._before.get(name, value)}
         mine = [self._look(part, model, _unwrap(optimizer), changed) for part in PARTS]
         shared = self.processes.all_gather_ints([flag for effect in mine for flag in vars(effect).values()]).amax(dim=0)
         self._before = {}
@@ -180,7 +184,7 @@ def has_gradient(parameter: torch.Tensor) -> bool:
 
 
 def stepped_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """By name, the tensors that the optimizer steps on this process, parameters or their master weights, and buffers.
+    """By name, the tensors that the optimizer steps on this process: parameters, or their master weights.
 
     After one small step a 16-bit weight may still be the same, as the rounding of another master weight.
     """
@@ -191,7 +195,6 @@ def stepped_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
             yield name, local(parameter.detach().float() if kept is None else kept)
         else:
             yield name, local(parameter.detach())
-    yield from ((name, local(buffer)) for name, buffer in saved_buffers(model))
 
 
 def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -199,7 +202,7 @@ def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:  # PyTorch has no public way
-                yield name, buffer
+                yield name, local(buffer)
 
 
 def frozen_buffers(model: nn.Module, parts: Parts, part: str) -> list[str]:
