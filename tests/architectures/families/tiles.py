@@ -72,7 +72,8 @@ def ovis2(name):
 @arch("got_ocr2", "pp_chart2table")
 def got_ocr2(name):
     kind = CONFIG_MAPPING[name]
-    style = chatml("<img><imgpad></img>\n")
+    pads = "<imgpad>" * (1 if name == "got_ocr2" else 256)  # PP-Chart2Table's published template writes all of them
+    style = chatml(f"<img>{pads}</img>\n")
     tok = tokenizer(style, ("<img>", "</img>", "<imgpad>"))
     if name == "got_ocr2":
         proc = T.GotOcr2Processor(T.GotOcr2ImageProcessor(size=square(256)), tok, chat_template=style.jinja())
