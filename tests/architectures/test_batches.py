@@ -7,9 +7,10 @@ from architectures.checkpoints import ARCHS
 
 from tuning.data.collator import Collator
 from tuning.data.encode import IGNORED, Sample
-from tuning.errors import UserError
+from tuning.errors import UserError, try_optional
 from tuning.training.batch_check import find_batch_fault
 
+NOT_ENCODED = {"idefics": "its processor gives no place of a token in the text"}
 DIFFER = {
     "emu3": "the results of row",  # its tower sees the padding around a smaller picture
     "hunyuan_vl": "other position ids",  # it numbers the pictures of all rows, not of each
@@ -24,15 +25,25 @@ def run(model, collator: Collator, samples: list[Sample]) -> tuple[float, int]:
     return loss, int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-@pytest.mark.parametrize("name", ARCHS)
-def test_rows_have_the_loss_in_a_batch_that_they_have_alone(name, tmp_path):
-    case = Case.make(name, tmp_path)
-    try:
-        model, samples, collator = case.model().double().eval(), case.samples, case.collator
-    except UserError as refused:
-        pytest.skip(str(refused))
+def in_float64(model, collator: Collator, samples: list[Sample]) -> bool:
+    """Make `model` compute in float64. Some have parts that stay in float32, and cannot."""
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the fast one takes no float64
+    if try_optional(lambda: run(model.double(), collator, samples[:1])).error:
+        model.float()
+    return model.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_rows_have_the_loss_in_a_batch_that_they_have_alone(name, tmp_path):
+    if name in NOT_ENCODED:
+        pytest.skip(NOT_ENCODED[name])
+    case = Case.make(name, tmp_path)
+    try:
+        model, samples, collator = case.model().eval(), case.samples, case.collator
+    except UserError as refused:
+        pytest.skip(str(refused))
+    exact = in_float64(model, collator, samples)
     fault = find_batch_fault(model, model, case.encoder, collator, half=False)
     if name in DIFFER:
         assert DIFFER[name] in fault
@@ -41,4 +52,4 @@ def test_rows_have_the_loss_in_a_batch_that_they_have_alone(name, tmp_path):
     alone = [run(model, collator, [sample]) for sample in samples]
     loss, tokens = run(model, collator, samples)
     assert tokens == sum(number for _, number in alone)
-    assert loss == pytest.approx(sum(part for part, _ in alone), rel=1e-5)
+    assert loss == pytest.approx(sum(part for part, _ in alone), rel=1e-5 if exact else 1e-4)
