@@ -1,10 +1,14 @@
 """Every architecture: a row in a batch gives what it gives alone, or the trial before training says that it differs."""
 
+import json
+
 import pytest
 import torch
 from architectures.case import Case
 from architectures.checkpoints import ARCHS
 
+from tuning import train
+from tuning.cli import main
 from tuning.data.collator import Collator
 from tuning.data.encode import IGNORED, Sample
 from tuning.errors import UserError, try_optional
@@ -53,3 +57,25 @@ def test_rows_have_the_loss_in_a_batch_that_they_have_alone(name, tmp_path):
     loss, tokens = run(model, collator, samples)
     assert tokens == sum(number for _, number in alone)
     assert loss == pytest.approx(sum(part for part, _ in alone), rel=1e-5 if exact else 1e-4)
+
+
+def test_a_model_that_takes_rows_one_by_one_is_refused_with_more_and_answers_so(tmp_path, capsys):
+    case = Case.make("hunyuan_vl", tmp_path)
+    several = (
+        r"per_device_train_batch_size: HunYuanVL.* other results than alone \(row . of the trial gets other position"
+    )
+    with pytest.raises(UserError, match=several) as caught:
+        train(case.options())
+    assert "Set per_device_train_batch_size to 1." in str(caught.value)
+    assert "pixel_values, image_grid_thw" in str(caught.value)
+    done = train(case.options(per_device_train_batch_size=1, report_samples=2))
+    assert done.global_step == 2
+    options = {"model_name_or_path": done.model_dir, "data_path": case.folder / "rows.jsonl", "max_new_tokens": 4}
+    answers = {}
+    for size in (1, 4):
+        output = tmp_path / f"answers-{size}.jsonl"
+        flags = [f"--{name}={value}" for name, value in (options | {"output": output, "batch_size": size}).items()]
+        assert main(["predict", *flags]) == 0
+        answers[size] = [json.loads(line)["prediction"] for line in output.read_text().splitlines()]
+    assert "The rows are answered one by one" in capsys.readouterr().out
+    assert answers[1] == answers[4]
