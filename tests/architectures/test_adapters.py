@@ -19,11 +19,11 @@ from tuning.model import load
 from tuning.model.adapter_plan import plan_adapter
 from tuning.model.answering import without_masked
 from tuning.model.build import TrainableModel, build_model, plan_model
-from tuning.model.inputs import patch_picture_dtype
 from tuning.model.lora import find_adapter, rename_saved
 from tuning.model.lora_targets import resolve_targets
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.parts import find_parts
+from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.saved_weights import open_weights
 
 

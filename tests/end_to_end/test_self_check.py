@@ -1,6 +1,7 @@
 """A run looks at its first steps: what should train has a gradient and moves, what is frozen stays as it is."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -148,6 +149,27 @@ def test_a_frozen_part_that_moves_stops_the_run(make_options, monkeypatch):
         UserError, match=r"the vision tower is frozen, but changed in step 1 \(first: .*class_embedding"
     ):
         train(make_options("llava15", **SHORT, freeze_vision_tower=True))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_of_a_frozen_part_that_moves_stops_the_run(persistent, make_options, monkeypatch):
+    """Unless checkpoints lack the buffer, as they lack the frequencies of a rope."""
+    build_model = sft_trainer.build_model
+
+    def count(*arguments):
+        built = build_model(*arguments)
+        tower = built.model.model.vision_tower
+        tower.register_buffer("calls", torch.zeros(1), persistent=persistent)
+        tower.register_forward_hook(lambda module, inputs, output: tower.calls.add_(1) and None)
+        return built
+
+    monkeypatch.setattr(sft_trainer, "build_model", count)
+    options = make_options("llava15", **SHORT, freeze_vision_tower=True, verify_save=False)
+    changed = pytest.raises(
+        UserError, match=r"the vision tower is frozen, but changed in step 1 \(first: .*tower.calls"
+    )
+    with changed if persistent else nullcontext():
+        train(options)
 
 
 def test_gates_that_begin_at_zero_are_reported(said, tmp_path):

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tuning.config.options import ModelSource, RowArguments, option
 from tuning.config.parse import to_flags
 from tuning.console import print0
-from tuning.data.collator import probe_collator
+from tuning.data.collator import Collator, probe_collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import check_config_name, image_rules, make_encoder, open_path, print_formats
 from tuning.data.images import load_image, thumbnail
@@ -44,10 +44,12 @@ from tuning.files import (
 )
 from tuning.machine import default_workers
 from tuning.metrics import METRICS, check_metrics, check_references, score_rows
-from tuning.model.answering import load_answering
+from tuning.model.answering import LoadedModel, load_answering
 from tuning.model.lora import find_adapter, load_base
 from tuning.pages.answers_page import render_answers
+from tuning.training.batch_check import find_batch_fault
 from tuning.training.evaluation import answer, share_out
+from tuning.training.optimizer import HALF
 
 PROGRAM = ("-m", "tuning.cli", "predict")  # what a launcher starts
 COLUMN = 2 + max(map(len, METRICS))  # width of a score on the terminal
@@ -149,7 +151,11 @@ def answer_rows(
         tokens=loaded.tokens,
     )
     collator = probe_collator(encoder.processor)
-    batches = share_out(open_rows, options.batch_size, rank=state.process_index, world=state.num_processes)
+    batch_size = options.batch_size
+    if batch_size > 1 and len(open_rows) > 1 and (fault := find_prompt_fault(loaded, encoder, collator)):
+        print0(f"The rows are answered one by one: in a batch they would get other answers ({fault}).")
+        batch_size = 1
+    batches = share_out(open_rows, batch_size, rank=state.process_index, world=state.num_processes)
     questions = Questions(data, encoder, options.references_field)
     loader = DataLoader(questions, batch_sampler=batches, collate_fn=list, num_workers=default_workers())
     name = Path(options.model_name_or_path).name
@@ -171,6 +177,16 @@ def answer_rows(
             if len(new) < len(lines):
                 raise UserError(problem=bad[0]["error"], fix="Correct the row, or set on_bad_row skip.")
             bar.update(len(lines))
+
+
+def find_prompt_fault(loaded: LoadedModel, encoder: Encoder, collator: Collator) -> str:
+    """How prompts in a batch get other results than alone; "" where they do not. See `find_batch_fault`."""
+    model = loaded.model
+
+    def forward(labels: torch.Tensor, num_items_in_batch: int, **inputs: Any) -> Any:
+        return model(**send_to_device(inputs, model.device))
+
+    return find_batch_fault(model, forward, encoder, collator, half=model.dtype in HALF)
 
 
 class Questions(Dataset):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tuning.data.encode import IGNORED, Sample, Skipped
-from tuning.data.image_joins import Joins, learn_joins, pad_to_largest
+from tuning.data.image_joins import ImageLayout, learn_image_layout, pad_to_largest
 from tuning.errors import UserError
 
 INFO = "info"  # the key of a batch under which its `BatchInfo` lies
@@ -41,19 +41,19 @@ class Collator:
     without an attention mask. `cu_seq_lens_q` `[samples + 1]` has the bounds of the samples (Hugging Face's name:
     `FlashAttentionKwargs`). Otherwise samples are padded on the right to the longest, `[samples, T]`.
 
-    `joins`: how the processor joins the image tensors of rows. `dummy_image_sample` is added to a batch without an
-    image, where there are several processes: see `dummy_samples.py`.
+    `image_layout`: how image tensors are joined. `dummy_image_sample` is added to a batch without an image, where there
+    are several processes: see `dummy_samples.py`.
     """
 
     pad_token_id: int
-    joins: Joins = Joins()
+    image_layout: ImageLayout = ImageLayout()
     dummy_image_sample: Sample | None = None
     padding_free: bool = False
 
     @property
     def nested_images(self) -> bool:
-        """Whether the first dimension of image tensors is the rows: see `Joins`."""
-        return self.joins.by_row
+        """Whether the first dimension of image tensors is the rows."""
+        return self.image_layout.nested
 
     def __call__(self, samples: Sequence[Sample | UserError]) -> dict[str, Any]:
         for sample in samples:
@@ -67,7 +67,7 @@ class Collator:
         joined = list(samples)
         if self.dummy_image_sample and not any(sample.images for sample in joined):
             joined.append(self.dummy_image_sample)
-        return {**self._sequences(joined), **self.joins([sample.images for sample in joined])}
+        return {**self._sequences(joined), **self.image_layout.join([sample.images for sample in joined])}
 
     def _sequences(self, samples: list[Sample]) -> dict[str, Any]:
         rows = _columns([sample.sequence for sample in samples])
@@ -121,6 +121,6 @@ def join_end_to_end(rows: dict[str, list[torch.Tensor]]) -> dict[str, Any]:
 
 
 def probe_collator(processor: Any) -> Collator:
-    """The collator for `processor`: see `learn_joins`."""
+    """The collator for `processor`. Processes a few small pictures to see how it joins those of several rows."""
     pad = processor.tokenizer.pad_token_id
-    return Collator(pad if pad is not None else 0, learn_joins(processor.image_processor))
+    return Collator(pad if pad is not None else 0, learn_image_layout(processor.image_processor))

@@ -1,8 +1,12 @@
 """Made-up samples without a trained token: to try a model on, and for processes that lack an image."""
 
+from functools import partial
+
 from PIL import Image
 
 from tuning.data.encode import Encoder, Sample
+from tuning.data.image_joins import small_pictures
+from tuning.errors import try_optional
 
 
 def dummy_image_sample(encoder: Encoder) -> Sample:
@@ -14,15 +18,29 @@ def dummy_image_sample(encoder: Encoder) -> Sample:
     return encoder.untrained_sample(encoder.process_question([Image.new("RGB", (32, 32))]))
 
 
-def dummy_image_samples(encoder: Encoder) -> list[Sample]:
-    """Two rows of different length with pictures of different size."""
-    wide, tall = Image.new("RGB", (64, 40), "red"), Image.new("RGB", (33, 48), "blue")
-    rows = [([wide], "What?"), ([tall], "Is it as it was before, or another one?")]
-    return [encoder.untrained_sample(encoder.process_question([*images], text)) for images, text in rows]
-
-
 def dummy_samples(encoder: Encoder) -> list[Sample]:
     """Three short rows that differ: with an image, without, and with another image."""
     red, blue = Image.new("RGB", (48, 32), "red"), Image.new("RGB", (32, 48), "blue")
     questions = [([red], "What is this?"), ([], "Is it as it was before?"), ([blue], "And now?")]
     return [encoder.untrained_sample(encoder.process_question(images, text)) for images, text in questions]
+
+
+def trial_samples(encoder: Encoder) -> list[Sample]:
+    """Rows that differ in what a batch may get wrong: lengths, sizes of pictures, and how many there are.
+
+    They are the rows that the processor takes: some refuse a row without a picture, or with two of other sizes.
+    """
+    square, wide, tall, other = small_pictures()
+    questions = [
+        ([square], "What is this?"),
+        ([], "Is it as it was before?"),
+        ([wide], "And now, what do you see here?"),
+    ]
+    if encoder.max_images != 1:
+        questions.append(([tall, other], "Which is larger?"))
+
+    def make(images: list[Image.Image], text: str) -> Sample:
+        return encoder.untrained_sample(encoder.process_question(images, text))
+
+    made = [try_optional(partial(make, *question), catch_user_errors=True) for question in questions]
+    return [attempt.value for attempt in made if attempt.value is not None]

@@ -1,148 +1,165 @@
-"""How an image processor joins the tensors of several rows, learned from what it makes of rows together."""
+"""How the image tensors of several rows become those of a batch: learned from what the processor does itself."""
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tuning.errors import UserError, try_optional
 
-SIZES = ((48, 32), (24, 72), (64, 64), (96, 24))  # of several shapes: tiles depend on it
-Tensors = dict[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Join:
-    """How tensors of one name are joined: along `dim`, and padded with zeros in all others.
+class ImageJoin:
+    """Concatenate along `dim`, and pad the other dimensions at their end with 0.
 
-    `counts`: the tensor, and how many of its first dimensions, whose sizes multiplied are added to the indices of later
-    rows. Molmo 2's `image_token_pooling` holds indices into the patches of all pictures of a batch. -1 stays. `tiles`:
-    the first two dimensions are pictures and tiles, and the tiles of all pictures are laid out as those of one.
+    `points_into`: the numbers are places among the first `places` dimensions of this other tensor. Each row counts from
+    0, and the batch from its first row. Negative numbers stand for no place. `as_one`: the pictures of all rows,
+    `[images, tiles, …]`, become one picture with all their tiles.
     """
 
     dim: int = 0
-    counts: tuple[str, int] | None = None
-    tiles: bool = False
+    points_into: str = ""
+    places: int = 0
+    as_one: bool = False
 
-    def __call__(self, name: str, rows: Sequence[Tensors]) -> torch.Tensor:
-        """Join the tensors `name` of these rows."""
-        tensors = [row[name].flatten(0, 1)[None] if self.tiles else row[name] for row in rows]
-        if self.counts:
-            other, dimensions = self.counts
-            counts = (math.prod(row[other].shape[:dimensions]) for row in rows)
+    def __call__(self, rows: Sequence[Tensors], name: str) -> torch.Tensor:
+        rows = [row for row in rows if name in row]  # some have tiles only for large pictures
+        tensors = [row[name].flatten(0, 1)[None] if self.as_one else row[name] for row in rows]
+        if self.points_into:
+            counts = [math.prod(row[self.points_into].shape[: self.places]) for row in rows]
             starts = itertools.accumulate(counts, initial=0)
-            shifted = zip(tensors, starts, strict=False)
-            tensors = [torch.where(tensor < 0, tensor, tensor + start) for tensor, start in shifted]
-        return torch.cat(pad_to_largest(tensors, 0, but=self.dim), self.dim)
+            tensors = [torch.where(t < 0, t, t + start) for t, start in zip(tensors, starts, strict=False)]
+        return torch.cat(pad_to_largest(tensors, 0, keep=self.dim), dim=self.dim)
 
 
 @dataclass(frozen=True)
-class Joins:
-    """How each image tensor of a processor is joined, by name.
+class ImageLayout:
+    """How a processor lays out the image tensors of a batch.
 
-    `by_row`: the first dimension is the rows (`[rows, images, …]`: Mllama, Idefics). Otherwise it is the images of all
-    rows (`[images, …]`: LLaVA). `blank`: the tensors of a row without images, where there is one `by_row`.
+    `nested`: the first dimension is the rows (`[rows, images, …]`: Mllama, Idefics). Otherwise it is the images, tiles
+    or patches of all rows (`[images, …]`: LLaVA). `blank` has a nested processor's tensors for a row without images.
+    `joins`: by name, where tensors are not concatenated along the first dimension. `unknown`: names of the tensors that
+    the processor joins in another way than we know.
     """
 
-    rules: dict[str, Join] = field(default_factory=dict)
-    by_row: bool = False
+    nested: bool = False
     blank: Tensors = field(default_factory=dict)
+    joins: Mapping[str, ImageJoin] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
 
-    def __call__(self, rows: Sequence[Tensors]) -> Tensors:
-        """The tensors of a batch. A row without images has none."""
-        if not any(rows):
-            return {}
-        rows = [row or self.blank for row in rows if row or self.by_row]
-        return {name: self.rules.get(name, Join())(name, rows) for name in rows[0]}
-
-
-def learn_joins(image_processor: Any) -> Joins:
-    """Process made-up rows alone and together. Raises `UserError` for a tensor whose rule is not found."""
-    first, second, third, fourth = (_draw(size) for size in SIZES)
-
-    def process(*rows: list[Image.Image]) -> Tensors:
-        made = image_processor(list(rows), return_tensors="pt")
-        if torch.is_tensor(made):  # Idefics' returns nothing else
-            made = {image_processor.model_input_names[0]: made}
-        return {name: value for name, value in made.items() if torch.is_tensor(value) and value.dim()}
-
-    trials = [([first], [second, third]), ([fourth, first], [third])]
-    tried = try_optional(lambda: [process(*rows) for rows in trials])
-    if tried.value is None:  # it does not join pictures of different numbers of tiles: training begins with a trial
-        return Joins({name: Join(1, tiles=True) for name, value in process([first]).items() if value.dim() > 4})
-    alone = [[process(row) for row in rows] for rows in trials]
-    main, kind = image_processor.model_input_names[0], type(image_processor).__name__
-    names = [name for name in image_processor.model_input_names if name in tried.value[0]]
-    rules = {name: _find_rule(name, alone, tried.value, kind) for name in names}
-    by_row = main in rules and rules[main].dim == 0 and len(tried.value[0][main]) == len(trials[0])
-    return Joins(rules, by_row, _make_blank(process, main) if by_row else {})
+    def join(self, rows: Sequence[Tensors]) -> dict[str, torch.Tensor]:
+        """The tensors of a batch. Rows without images are empty."""
+        with_images = [row for row in rows if row]
+        if with_images and self.nested:
+            with_images = [row or self.blank for row in rows]
+        names = dict.fromkeys(name for row in with_images for name in row)
+        if len(with_images) > 1 and (strange := [name for name in names if name in self.unknown]):
+            raise UserError(
+                where="collator",
+                problem=f"the processor joins {', '.join(strange)} of several rows in a way that is not known here.",
+                fix="Use batches of one row.",
+            )
+        return {name: self.joins.get(name, ImageJoin())(with_images, name) for name in names}
 
 
-def _draw(size: tuple[int, int]) -> Image.Image:
-    """A picture without two equal pixels side by side."""
-    return Image.fromarray(np.random.default_rng(size[0]).integers(1, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def _find_rule(name: str, alone: list[list[Tensors]], together: list[Tensors], processor: str) -> Join:
-    """The first rule that gives what the processor gives, or at least tensors of that shape: padding may have values.
-
-    The start of training tries what the model makes of them.
-    """
-    made = [
-        (rule, [try_optional(lambda: rule(name, rows)).value for rows in alone])  # noqa: B023
-        for rule in _possible_rules(name, alone[0][0])
-    ]
-    expected = [joined[name] for joined in together]
-    for is_same in (_equal, _same_shape):
-        for rule, found in made:
-            if all(map(is_same, found, expected)):
-                return rule
-    raise UserError(
-        where=processor,
-        problem=f"we found no rule by which it joins `{name}` of several rows.",
-        fix="Choose another model.",
-    )
-
-
-def _possible_rules(name: str, row: Tensors) -> Iterator[Join]:
-    yield from (Join(dim) for dim in range(row[name].dim()))
-    if not row[name].is_floating_point():
-        yield from (Join(0, (other, n)) for other in row for n in range(1, row[other].dim()))
-
-
-def _same_shape(made: torch.Tensor | None, expected: torch.Tensor) -> bool:
-    return made is not None and made.shape == expected.shape
-
-
-def _equal(made: torch.Tensor | None, expected: torch.Tensor) -> bool:
-    return _same_shape(made, expected) and torch.equal(cast(torch.Tensor, made), expected)
-
-
-def _make_blank(process: Callable[..., Tensors], main: str) -> Tensors:
-    """The tensors of a row without images beside one that has some."""
-    picture = Image.new("RGB", (32, 32))
-    tried = try_optional(lambda: process([picture], []))
-    if tried.value is not None and all(len(value) == 2 for value in tried.value.values()):
-        return {name: value[1:] for name, value in tried.value.items()}
-    made = process([picture])
-    return made | {main: torch.zeros_like(made[main])}
-
-
-def pad_to_largest(tensors: Sequence[torch.Tensor], value: float, *, but: int | None = None) -> list[torch.Tensor]:
-    """Pad every dimension, `but` one, at its end to the largest among `tensors`."""
+def pad_to_largest(tensors: Sequence[torch.Tensor], value: float, *, keep: int | None = None) -> list[torch.Tensor]:
+    """Pad every dimension at its end to the largest among `tensors`. `keep` leaves out one dimension."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:
         missing = [most - size for most, size in zip(largest, tensor.shape, strict=True)]
-        if but is not None:
-            missing[but] = 0
+        if keep is not None:
+            missing[keep] = 0
         # F.pad counts dimensions from the last: (before, after) of each.
         widths = [width for amount in reversed(missing) for width in (0, amount)]
         padded.append(F.pad(tensor, widths, value=value) if any(missing) else tensor)
     return padded
+
+
+def learn_image_layout(image_processor: Any) -> ImageLayout:
+    """Process rows of one and of two pictures, alone and together, and find out how their tensors are joined."""
+
+    def process(*rows: list[Image.Image]) -> dict[str, torch.Tensor] | None:
+        made = try_optional(lambda: image_processor(list(rows), return_tensors="pt")).value
+        if not isinstance(made, Mapping):  # it refuses them, or returns a bare tensor (Idefics)
+            return None
+        return {name: value for name, value in made.items() if torch.is_tensor(value)} or None
+
+    one, wide, tall, _ = small_pictures()
+    rows = [[one], [wide, tall]]
+    made, together = [process(row) for row in rows], process(*rows)
+    alone = [row for row in made if row is not None]
+    if len(alone) < len(rows) or together is None:
+        return _guess_layout(process([one]), process([wide]))
+    main = max(together, key=lambda name: together[name].numel())  # the pictures
+    if alone[1][main].shape[0] == 1 and together[main].shape[0] == len(rows):
+        return ImageLayout(nested=True, blank=_find_blank(alone[0], process([one], []) or {}, main))
+    joins, unknown = {}, []
+    for name in (name for name in together if any(name in row for row in alone)):
+        fitting = (join for join in _candidates(alone, name) if _gives(join, alone, name, together))
+        join = next(fitting, None)
+        if join is not None and join != ImageJoin():  # the other order leaves no room for chance
+            again = process(*reversed(rows))
+            join = join if again and _gives(join, alone[::-1], name, again) else None
+        if join is None:
+            unknown.append(name)
+        elif join != ImageJoin():
+            joins[name] = join
+    return ImageLayout(joins=joins, unknown=tuple(unknown))
+
+
+def small_pictures() -> list[Image.Image]:
+    """Four pictures of other sizes, each with other contents."""
+    steps, rings = Image.linear_gradient("L"), Image.radial_gradient("L")
+    images = [(steps, (64, 64)), (rings, (96, 40)), (steps.rotate(90), (40, 96)), (ImageOps.invert(rings), (72, 64))]
+    return [image.resize(size).convert("RGB") for image, size in images]
+
+
+def _candidates(alone: Sequence[Tensors], name: str) -> Iterator[ImageJoin]:
+    """Ways to join a tensor, the likeliest first."""
+    row = next(row for row in alone if name in row)
+    yield from (ImageJoin(dim) for dim in range(row[name].dim()))
+    if not row[name].is_floating_point():
+        for other, value in row.items():
+            yield from (ImageJoin(0, other, places) for places in range(1, value.dim() + 1) if other != name)
+
+
+def _gives(join: ImageJoin, alone: Sequence[Tensors], name: str, together: Tensors) -> bool:
+    """Whether `join` makes the processor's own batch of its rows."""
+    joined = try_optional(lambda: join(alone, name)).value  # dimensions may not fit
+    expected = together[name]
+    if joined is None or joined.shape != expected.shape:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(joined, expected)
+    return torch.allclose(
+        joined.float(), expected.float(), rtol=1e-3, atol=1e-3
+    )  # it resizes pictures of a size at once
+
+
+def _find_blank(alone: Tensors, beside_none: Tensors, main: str) -> Tensors:
+    """Tensors for a row without images. `beside_none`: the processor's own for a row with an image, and one without."""
+    made = beside_none.values()
+    if made and not any(len(value) < 2 or value[1].any() for value in made):  # the join makes them as large as others
+        return {name: value.new_zeros([1] * value.dim()) for name, value in beside_none.items()}
+    return {name: torch.zeros_like(value) if name == main else value for name, value in alone.items()}
+
+
+def _guess_layout(one: Tensors | None, other: Tensors | None) -> ImageLayout:
+    """Where the processor does not take these rows together, join what differs, as a row of its own."""
+    if one is None or other is None:
+        return ImageLayout()
+    joins = {}
+    for name, value in one.items():
+        sizes = zip(value.shape, other[name].shape, strict=True)
+        differing = [dim for dim, (size, another) in enumerate(sizes) if size != another]
+        if len(differing) == 1 and differing != [0]:
+            joins[name] = ImageJoin(differing[0], as_one=differing == [1])
+    return ImageLayout(joins=joins)

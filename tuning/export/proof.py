@@ -19,9 +19,9 @@ from tuning.export.stored_group import StoredGroup, added_to
 from tuning.model import load
 from tuning.model.answering import without_masked
 from tuning.model.attention import choose_attention
-from tuning.model.inputs import patch_picture_dtype
 from tuning.model.lora import Adapter, BaseModel, add_adapter
 from tuning.model.mllama import patch_mllama_cross_attention
+from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.saved_weights import SavedWeights, tensor_bytes
 
 PROBES = 64  # random inputs of a layer
@@ -173,8 +173,8 @@ def run_model(
     model: PreTrainedModel | PeftModel = load.load_model(
         source, config, dtype=torch.float32, attention=attention.loaded
     )
-    patch_picture_dtype(model)
     patch_mllama_cross_attention(model)
+    patch_picture_dtype(model)
     model = (add_adapter(model, adapter) if adapter else model).eval()
     with torch.no_grad():
         logits = [without_masked(model(**batch).logits[0, -POSITIONS:].float()) for batch in batches]

@@ -20,7 +20,6 @@ from tuning.model import load
 from tuning.model.adapter_plan import describe_adapter, plan_adapter
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
-from tuning.model.inputs import patch_frozen_statistics, patch_picture_dtype
 from tuning.model.lora import add_lora, load_adapter, read_adapter_config
 from tuning.model.lora_targets import LoraTargets, check_dora, check_modules_to_save, kept_whole, resolve_targets
 from tuning.model.loss import patch_supervised_loss
@@ -35,10 +34,12 @@ from tuning.model.parts import (
     freeze_parts,
     parameter_table,
 )
+from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.quantize import Quantization, plan_quantization
 from tuning.model.vision_tower import (
     TowerOutput,
     patch_cached_vision_features,
+    patch_frozen_statistics,
     patch_frozen_tower,
     probe_tower,
 )
@@ -160,7 +161,7 @@ def build_model(
         targets = replace(targets, experts=[])
     model = prepare_model(model, config, plan.parts, targets)
     freeze_parameters(model, plan.idle or set())
-    patch_frozen_statistics(model, plan.parts)
+    patch_frozen_statistics(model)
     if adapter and not any(parameter.is_meta for parameter in model.parameters()):  # else FSDP sends the main process's
         load_adapter(model, adapter)
     if plan.tower_output and config.model.cache_vision_features:
@@ -185,9 +186,9 @@ def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attenti
 
 def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_targets: LoraTargets) -> Any:
     """Patch the supervised loss into a model, or into a skeleton, add LoRA, and freeze what the config freezes."""
-    patch_picture_dtype(model)
     patch_mllama_cross_attention(model)
     patch_supervised_loss(model)
+    patch_picture_dtype(model)
     if config.lora.peft_method:
         model = add_lora(model, config.lora, lora_targets)
     else:
@@ -197,7 +198,6 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_
             LANGUAGE_MODEL: config.model.freeze_language_model,
         }
         freeze_parts(model, parts, {part for part, freeze in frozen.items() if freeze})
-    patch_frozen_statistics(model, parts)
     patch_frozen_tower(model, sharded=is_sharded(config.training))
     return model
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
-from tuning.model.inputs import cast_pictures
+from tuning.model.picture_dtype import cast_pictures, reader_of
 
 
 def generate_texts(
@@ -36,9 +36,9 @@ def generate_texts(
 
 
 def prepare_prompts(model: PreTrainedModel | PeftModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch on the model's device. `generate` gives pictures to some towers before it calls `forward`."""
+    """A batch on the model's device. `generate` gives pictures to the tower before it calls `forward`."""
     batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
-    return cast_pictures(model, batch)
+    return cast_pictures(batch, reader_of(model))
 
 
 def greedy_settings(

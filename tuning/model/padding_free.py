@@ -58,44 +58,6 @@ def why_padding_is_needed(
     return trial.value.why_padding_is_needed(HALF_TOLERANCE if half else TOLERANCE)
 
 
-def why_rows_change_in_a_batch(
-    model: PreTrainedModel | PeftModel,
-    forward: Callable[..., Any],
-    rows: Sequence[dict[str, Any]],
-    padded: dict[str, Any],
-    *,
-    half: bool,
-) -> str:
-    """What is wrong with the `padded` batch of `rows`, each a batch of its own; "" where every row is as it is alone.
-
-    Compares the last hidden states of each row. `forward` and `half`: see `why_padding_is_needed`. Every process makes
-    the same calls. Raises what the model raises for a row alone.
-    """
-    with torch.no_grad(), record_decoder_calls(model) as calls, evaluating(model):
-        for row in rows:
-            _run(forward, row)
-        tried = try_optional(lambda: _run(forward, padded), catch_user_errors=True)
-    if tried.error:
-        return f"it fails on a batch of several rows ({describe_failure(tried.error)})"
-    *alone, together = calls
-    pairs = [(together.states[number, : len(call.hidden)], call.hidden) for number, call in enumerate(alone)]
-    # A row that has no numbers when it is alone ends the first step with an error of its own.
-    distances = [(found - expected).norm() / expected.norm() for found, expected in pairs if expected.isfinite().all()]
-    distance = torch.stack(distances).max().item() if distances else 0.0  # not a number if one of them is none
-    return "" if distance <= (HALF_TOLERANCE if half else TOLERANCE) else f"its results differ by {distance:.1g}"
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """The model in evaluation mode while inside."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 @dataclass(frozen=True)
 class TrialBatches:
     """The batches of a trial, of three short rows; the first row has an image, the second has none.
@@ -111,15 +73,10 @@ class TrialBatches:
 
 @dataclass(frozen=True)
 class DecoderCall:
-    """A call of the language model: the `position_ids` it got, and the last hidden states `[B, T, H]`."""
+    """A call of the language model: the `position_ids` it got, and the last hidden states `[T, H]` of its first row."""
 
     positions: torch.Tensor | None
-    states: torch.Tensor
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """The last hidden states of the first row, `[T, H]`."""
-        return self.states[0]
+    hidden: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -186,21 +143,26 @@ def run_trial(
     assert attention.packed is not None
     bounds = [0, *accumulate(batch["input_ids"].shape[1] for batch in batches.separate)]
     observed = attention.packed if attention.packed in (PACKED, PACKED_FLASH) else PACKED
-    with evaluating(model), record_decoder_calls(model) as calls:
-        for batch in batches.separate:
-            _run(forward, batch)
-        with record_masks(model, observed, bounds) as masks:
-            _run(forward, batches.packed)
-            _run(forward, batches.changed)
-        with decoder_attention(model, attention.packed):
-            _run(forward, batches.packed)
+    was_training = model.training
+    model.eval()
+    try:
+        with record_decoder_calls(model) as calls:
+            for batch in batches.separate:
+                run_quietly(forward, batch)
+            with record_masks(model, observed, bounds) as masks:
+                run_quietly(forward, batches.packed)
+                run_quietly(forward, batches.changed)
+            with decoder_attention(model, attention.packed):
+                run_quietly(forward, batches.packed)
+    finally:
+        model.train(was_training)
     *separate, packed, changed, as_in_training = calls
     return Trial([slice(*ends) for ends in pairwise(bounds)], separate, packed, changed, as_in_training, masks)
 
 
 @torch.no_grad()
-def _run(forward: Callable[..., Any], batch: dict[str, Any]) -> None:
-    """Run the model as in training."""
+def run_quietly(forward: Callable[..., Any], batch: dict[str, Any]) -> None:
+    """Run the model as in training, without a graph."""
     forward(**batch, num_items_in_batch=1)
 
 
@@ -211,7 +173,7 @@ def record_decoder_calls(model: PreTrainedModel | PeftModel) -> Iterator[list[De
     calls: list[DecoderCall] = []
 
     def record(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(DecoderCall(kwargs.get("position_ids"), output[0].float()))
+        calls.append(DecoderCall(kwargs.get("position_ids"), output[0][0].float()))
 
     inner = find_code(base)
     decoder = base.get_decoder() if inner is None or inner.owner is base else inner.body

@@ -67,6 +67,26 @@ def patch_frozen_tower(model: PreTrainedModel | PeftModel, *, sharded: bool) -> 
     tower.forward = types.MethodType(forward, tower)
 
 
+def patch_frozen_statistics(model: nn.Module) -> None:
+    """Keep frozen batch normalisation in evaluation mode, whatever mode the model is set to.
+
+    Otherwise each step moves its running statistics, though its weights are frozen, and a row depends on its batch.
+    PyTorch's `requires_grad` does not reach buffers, and `Trainer` sets the whole model to training mode in every step.
+    Call this once it is decided what trains.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and is_frozen(model, name):
+            module.eval()
+            module.train = types.MethodType(lambda self, mode=True: self, module)
+
+
+def is_frozen(model: nn.Module, name: str) -> bool:
+    """Whether nothing trains in the module `name`, or in the one around it where it has no parameter itself."""
+    parameters = list(model.get_submodule(name).parameters())
+    parameters = parameters or list(model.get_submodule(name.rpartition(".")[0]).parameters())
+    return not any(parameter.requires_grad for parameter in parameters)
+
+
 def _needs_gradient(tower: nn.Module, arguments: Any) -> bool:
     """Whether something trains in the tower, or before it."""
     inputs = (value for value in tree_leaves(arguments) if isinstance(value, torch.Tensor))

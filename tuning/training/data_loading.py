@@ -23,7 +23,7 @@ from tuning.data.batch_sampler import (
 )
 from tuning.data.collator import Collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows
-from tuning.data.dummy_samples import dummy_image_samples, dummy_samples
+from tuning.data.dummy_samples import trial_samples
 from tuning.data.encode import Sample
 from tuning.data.from_config import TrainingData, dummy_batch
 from tuning.data.row_lengths import RowLengths
@@ -33,12 +33,8 @@ from tuning.errors import UserError, describe_failure, try_optional
 from tuning.model.attention import set_decoder_attention
 from tuning.model.build import TrainableModel
 from tuning.model.loss import check_logits
-from tuning.model.padding_free import (
-    TrialBatches,
-    why_padding_is_needed,
-    why_padding_is_needed_by_structure,
-    why_rows_change_in_a_batch,
-)
+from tuning.model.padding_free import TrialBatches, why_padding_is_needed, why_padding_is_needed_by_structure
+from tuning.training.batch_check import find_batch_fault, options_of_several_rows, rows_differ
 from tuning.training.optimizer import HALF
 from tuning.training.resume import Progress
 
@@ -49,12 +45,13 @@ class Batching:
 
     `padded`: rows are padded to the longest one of their batch; otherwise they are joined end to end. `order_padded`:
     rows are ordered as for padded batches. A resumed run keeps the order that it began with. `reason`: why batches are
-    padded.
+    padded. `fault`: why they have one row each, as a row would get other results in a batch.
     """
 
     padded: bool
     order_padded: bool
     reason: str = ""
+    fault: str = ""
 
     def __str__(self) -> str:
         return f"padded to their longest row: {self.reason}" if self.padded else "padding-free"
@@ -182,7 +179,7 @@ class DataLoading(TrainerCallback):
             reason = why_padding_is_needed(
                 model,
                 forward,
-                lambda: make_trial_batches(dummy_samples(self.data.encoder), self.data.collator),
+                lambda: make_trial_batches(trial_samples(self.data.encoder), self.data.collator),
                 attention,
                 nested_images=self.data.collator.nested_images,
                 half=self._computes_in_half,
@@ -190,7 +187,6 @@ class DataLoading(TrainerCallback):
         padded = bool(self.processes.all_gather_ints([reason != ""]).any())
         if padded:
             reason = reason or "it fails without padding on another process"
-            self.check_padded_rows(model, forward)
         if padded and wanted is True:
             raise UserError(
                 where="padding_free", problem=f"cannot be true for this model: {reason}.", fix="Leave it out."
@@ -198,32 +194,26 @@ class DataLoading(TrainerCallback):
         if not padded:
             set_decoder_attention(model, attention.packed)
         order_padded = padded if self.padded_before is None else self.padded_before
-        self.batching = Batching(padded, order_padded, reason)
+        fault = self._find_batch_fault(model, forward) if padded else ""
+        self.batching = Batching(padded, order_padded, reason, fault)
         for loader in (self._train_loader, self._validation_loader):
             if loader is not None:
                 loader.collate_fn = self._make_collator(loader.dataset)
         print0(f"Batches are {self.batching}.")
         return self.batching
 
-    def check_padded_rows(self, model: nn.Module, forward: Callable[..., Any]) -> None:
-        """Raises `UserError` where the model gives rows of a padded batch other results than each has alone."""
-        if self.config.training.per_device_train_batch_size == 1 and not self.config.data.max_tokens_per_batch:
-            return
-        collator = replace(self.data.collator, padding_free=False, dummy_image_sample=None)
-        samples = dummy_image_samples(self.data.encoder)
-        rows, padded = [collator.join([sample]) for sample in samples], collator.join(samples)
-        fault = why_rows_change_in_a_batch(model, forward, rows, padded, half=self._computes_in_half)
-        if self.processes.all_gather_ints([fault != ""]).any():
-            raise UserError(
-                where="per_device_train_batch_size",
-                problem=f"must be 1 for this model: {fault or 'it fails on another process'}.",
-                fix="Set it to 1, and raise gradient_accumulation_steps instead.",
-            )
-
     @property
     def _computes_in_half(self) -> bool:
-        mixed = self.processes.accelerator.mixed_precision != "no"
-        return mixed or not HALF.isdisjoint(self.model.dtypes.values())
+        mixed_precision = self.processes.accelerator.mixed_precision != "no"
+        return mixed_precision or not HALF.isdisjoint(self.model.dtypes.values())
+
+    def _find_batch_fault(self, model: nn.Module, forward: Callable[..., Any]) -> str:
+        """Why batches must have one row; "" where they need not. Raises `UserError` where they have several."""
+        encoder, collator = self.data.encoder, self.data.collator
+        fault = find_batch_fault(model, forward, encoder, collator, half=self._computes_in_half)
+        options = options_of_several_rows(self.config, evaluates=self.data.validation is not None)
+        self.processes.raise_on_all_ranks(rows_differ(model, options, fault) if fault and options else None)
+        return fault
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self._train_batches is not None:
@@ -233,7 +223,14 @@ class DataLoading(TrainerCallback):
 
 
 def make_trial_batches(samples: Sequence[Sample], collator: Collator) -> TrialBatches:
-    """The batches for trying out whether a model may get padding-free ones, from `dummy_samples`."""
+    """The batches for trying out whether a model may get padding-free ones, from `trial_samples`.
+
+    The first row has an image, and the second has none. Raises `ValueError` where the processor takes no such rows.
+    """
+    with_image, without = [next((s for s in samples if bool(s.images) is has), None) for has in (True, False)]
+    if with_image is None or without is None:
+        raise ValueError("the processor takes no row without an image")
+    samples = [with_image, without, *(s for s in samples if s is not with_image and s is not without)]
     alone = replace(collator, padding_free=False, dummy_image_sample=None)
     packed = replace(alone, padding_free=True)
     changed = [_change(samples[0], samples[1].sequence["input_ids"]), *samples[1:]]

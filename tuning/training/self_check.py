@@ -1,6 +1,6 @@
 """Checks after the first steps that every part that should train does train, and that nothing else changes."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from tuning.console import print0
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError
 from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, Parts
+from tuning.model.vision_tower import is_frozen
 from tuning.training.optimizer import HALF, MASTER, holds_master_weights, steps_in_backward
 from tuning.training.step_guard import StepState
 from tuning.training.trained_weights import gather_tensor
@@ -39,8 +40,7 @@ class StepEffect:
 class SelfCheck(TrainerCallback):
     """Looks at the first steps until every trained part has had a gradient and has moved. Then it costs nothing.
 
-    It ends the run if a part has no gradient or does not move though it should, or if a frozen number changed. Buffers
-    of a part in which nothing trains, such as the statistics of a normalization, count as frozen numbers. Some
+    It ends the run if a part has no gradient or does not move though it should, or if a frozen number changed. Some
     steps cannot show that: one whose rows have no image (the vision tower and the projector), one with a learning rate
     of 0 (movement, in a warmup), and one without a supervised token (all of it). It waits for another step then.
 
@@ -54,7 +54,7 @@ class SelfCheck(TrainerCallback):
         self._gradients: dict[str, bool] = {}
         self._tries_left = TRIES
         self._before: dict[str, int] = {}  # empty where the step is not looked at
-        self._buffers: dict[str, int] = {}  # of frozen parts, as they were before the step's forward
+        self._buffers_before: dict[str, int] = {}
         self._gates: dict[str, bool] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -65,7 +65,7 @@ class SelfCheck(TrainerCallback):
         self.fine, self._tries_left = [], TRIES
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self._buffers = fingerprints(frozen_buffers(model, self.parts)) if self.open_parts else {}
+        self._buffers_before = fingerprints(saved_buffers(model)) if self.open_parts else {}  # forwards move them
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._before = {}
@@ -73,17 +73,15 @@ class SelfCheck(TrainerCallback):
         if self.open_parts and self.step.is_supervised and shows_a_part:
             trained = [(self.parts.of(name), p) for name, p in model.named_parameters() if p.requires_grad]
             self._gradients = {part: any(has_gradient(p) for of, p in trained if of == part) for part in PARTS}
-            self._before = fingerprints(stepped_weights(model, _unwrap(optimizer)))
+            self._before = fingerprints(stepped_weights(model, _unwrap(optimizer))) | self._buffers_before
             self._gates = closed_gates(model)
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         was_skipped = self.processes.accelerator.optimizer_step_was_skipped  # by the gradient scaler of fp16
         if not self._before or was_skipped:
             return
-        after = fingerprints(stepped_weights(model, _unwrap(optimizer)))
-        changed = {name for name, value in after.items() if value != self._before[name]}
-        buffers = fingerprints(frozen_buffers(model, self.parts))
-        changed |= {name for name, value in self._buffers.items() if value != buffers[name]}
+        after = fingerprints(stepped_weights(model, _unwrap(optimizer))) | fingerprints(saved_buffers(model))
+        changed = {name for name, value in after.items() if value != self._before.get(name, value)}
         mine = [self._look(part, model, _unwrap(optimizer), changed) for part in PARTS]
         shared = self.processes.all_gather_ints([flag for effect in mine for flag in vars(effect).values()]).amax(dim=0)
         self._before = {}
@@ -107,21 +105,20 @@ class SelfCheck(TrainerCallback):
         return StepEffect(
             gradient=self._gradients[part],
             moved=moved,
-            frozen_changed=not changed.isdisjoint({*named, *self._of_part(self._buffers, part)} - trained.keys()),
+            frozen_changed=not changed.isdisjoint(
+                [*(named.keys() - trained.keys()), *frozen_buffers(model, self.parts, part)]
+            ),
             stepped=any(rate > 0 for _, rate in trained.values()),
             should_move=not moved and any(has_to_move(p, rate, masters=masters) for p, rate in trained.values()),
         )
-
-    def _of_part(self, names: Iterable[str], part: str) -> set[str]:
-        return {name for name in names if self.parts.of(name) == part}
 
     def _judge(self, part: str, effect: StepEffect, model: nn.Module, changed: set[str], learning_rate: float) -> None:
         """Close the part, leave it open for another step, or end the run. `learning_rate`: of most parts."""
         of_part = {name: p.requires_grad for name, p in model.named_parameters() if self.parts.of(name) == part}
         first, step = next((name for name, trains in of_part.items() if trains), ""), self.step.number
         if effect.frozen_changed:
-            frozen = [name for name, trains in of_part.items() if not trains] + [*self._of_part(self._buffers, part)]
-            mine = [name for name in frozen if name in changed]
+            frozen = [name for name, trains in of_part.items() if not trains]
+            mine = [name for name in [*frozen, *frozen_buffers(model, self.parts, part)] if name in changed]
             advice = "Find what writes to it besides the optimizer, such as code that comes with the model"
             error = broken(part, f"is frozen, but changed in step {step}", mine[0], advice) if mine else None
             self.processes.raise_on_all_ranks(error)
@@ -177,12 +174,6 @@ def broken(part: str, what: str, first: str, advice: str) -> UserError:
     return UserError(where="self-check", problem=f"the {words(part)} {what} (first: {first}).", fix=f"{advice}.")
 
 
-def frozen_buffers(model: nn.Module, parts: Parts) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers of parts in which no parameter trains."""
-    trained = {parts.of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if parts.of(name) not in trained)
-
-
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The share of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -204,6 +195,20 @@ def stepped_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
             yield name, local(parameter.detach().float() if kept is None else kept)
         else:
             yield name, local(parameter.detach())
+
+
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """By name, the buffers that a checkpoint has, such as running statistics. Others may move, such as a rope's."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:  # PyTorch has no public way
+                yield name, local(buffer)
+
+
+def frozen_buffers(model: nn.Module, parts: Parts, part: str) -> list[str]:
+    """Names of the saved buffers of a part that belong to modules in which nothing trains."""
+    of_part = (name for name, _ in saved_buffers(model) if parts.of(name) == part)
+    return [name for name in of_part if is_frozen(model, name.rpartition(".")[0])]
 
 
 def fingerprints(weights: Iterator[tuple[str, torch.Tensor]]) -> dict[str, int]:

@@ -140,7 +140,8 @@ class SupervisedTrainer(ResumableTrainer):
 
         model = self.accelerator.unwrap_model(self.model)
         self.loading.check_logits(model, forward)
-        self.loading.decide_batching(model, forward)
+        if self.loading.decide_batching(model, forward).fault:  # then answers are written one by one, too
+            self.evaluator = self.samples.evaluator = replace(self.evaluator, batch_size=1)
         if self.args.torch_compile:
             backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
             layers = compile_layers(model, self.trainable.wrap_classes, backend=backend, mode=mode)

@@ -26,11 +26,11 @@ from tuning.files import SHARDED_MODEL
 from tuning.machine import free_device_memory
 from tuning.model.answering import load_answering, without_masked
 from tuning.model.attention import decoder_attention
-from tuning.model.inputs import patch_picture_dtype
 from tuning.model.load import find_template, name_attention, without_zero3
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
 from tuning.model.parts import count_numbers
+from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.saved_weights import SavedWeights
 from tuning.training.checkpoint_files import join_shards
 from tuning.training.evaluation import answering_mode
@@ -309,8 +309,8 @@ def find_loading_fault(
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if report[problem]:
                 return f"loading it reports {problem.replace('_', ' ')}, first {min(map(str, report[problem]))}"
-        patch_picture_dtype(loaded)
         patch_mllama_cross_attention(loaded)
+        patch_picture_dtype(loaded)
         found = read_logits(trained, loaded.to(trained.device)) if expected is not None else None
     if found is None or expected is None:
         return ""

@@ -271,14 +271,14 @@ def test_every_dimension_is_padded_at_its_end():
     assert [tuple(tensor.shape) for tensor in padded] == [(2, 2, 3)] * 2
     assert padded[0][0, :, 0].tolist() == [1, 1]
     assert (padded[0] == 7).sum() == 10
-    assert [len(tensor) for tensor in pad_to_largest([small, large], 0, but=0)] == [1, 2]
+    assert [len(tensor) for tensor in pad_to_largest([small, large], 0, keep=0)] == [1, 2]
 
 
 @pytest.mark.parametrize(("layout", "nested"), [("llava15", False), ("granite_vision", False), ("mllama", True)])
 def test_collator_finds_how_a_processor_joins_images(layout, nested):
     collator = probe_collator(encoder_of(layout).processor)
     assert collator.nested_images is nested
-    assert bool(collator.joins.blank) is nested
+    assert bool(collator.image_layout.blank) is nested
 
 
 # --- through worker processes ---
