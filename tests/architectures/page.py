@@ -63,8 +63,8 @@ class Line:
 
 
 def describe_batches(printed: str) -> str:
-    """How batches were joined, from what a run printed."""
-    found = re.findall(r"^Batches are (padding-free|padded to their longest row: .*)\.$", printed, re.M)
+    """How batches were joined, from what a run printed; without the difference that it measured."""
+    found = re.findall(r"^Batches are (padding-free|padded to their longest row: .*?)(?:, by .*)?\.$", printed, re.M)
     return found[-1].replace(" to their longest row", "") if found else ""
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tuning.errors import Attempt, describe_failure, try_optional
-from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE, run_quietly
+from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE, find_decoder, run_quietly
 
 GPU_TOLERANCE = 0.01  # of the norm in float32: convolutions compute in TF32 there, which has 10 bits
 
@@ -97,12 +97,14 @@ def try_batch(
 def run_body(model: PreTrainedModel | PeftModel, forward: Callable[..., Any], batch: dict[str, Any]) -> BodyCall:
     """Run the model on a batch as in training, and record what its body returns."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    decoder = find_decoder(base)
+    body = base.base_model if base.base_model is not base else decoder
     positions, hidden = list[torch.Tensor | None](), list[torch.Tensor]()
     hooks = [
-        base.get_decoder().register_forward_pre_hook(
+        decoder.register_forward_pre_hook(
             lambda decoder, args, kwargs: positions.append(kwargs.get("position_ids")), with_kwargs=True
         ),
-        base.base_model.register_forward_hook(lambda body, args, output: hidden.append(output[0].float())),
+        body.register_forward_hook(lambda body, args, output: hidden.append(output[0].float())),
     ]
     try:
         run_quietly(forward, batch)

@@ -166,6 +166,13 @@ def run_quietly(forward: Callable[..., Any], batch: dict[str, Any]) -> None:
     forward(**batch, num_items_in_batch=1)
 
 
+def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The layers that give the last hidden states. `get_decoder` of Llama 4 gives them with their output head."""
+    decoder = model.get_decoder()
+    code = find_code(decoder)
+    return code.body if code else decoder
+
+
 @contextmanager
 def record_decoder_calls(model: PreTrainedModel | PeftModel) -> Iterator[list[DecoderCall]]:
     """A list that grows with each call of the language model."""
