@@ -109,28 +109,31 @@ GEMMA4_SPECIAL = dict(
 )
 
 
+GEMMA4_VARIANTS = {
+    "vision": dict(use_bidirectional_attention="vision"),
+    "moe": dict(
+        use_bidirectional_attention="vision",
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+    ),
+    "e2b": dict(
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+    ),
+}
+
+
 @arch("gemma4", "gemma4_unified", "gemma4+vision", "gemma4+e2b", "gemma4+moe")
 def gemma4_(name):
     name, _, variant = name.partition("+")
     kind = CONFIG_MAPPING[name]
-    own = {
-        "vision": dict(use_bidirectional_attention="vision"),
-        "moe": dict(
-            use_bidirectional_attention="vision",
-            enable_moe_block=True,
-            num_experts=4,
-            top_k_experts=2,
-            moe_intermediate_size=32,
-            attention_k_eq_v=True,
-            hidden_size_per_layer_input=0,
-        ),
-        "e2b": dict(
-            num_hidden_layers=4,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            num_kv_shared_layers=2,
-            use_double_wide_mlp=True,
-        ),
-    }.get(variant, {})
+    own = GEMMA4_VARIANTS.get(variant, {})
     style = gemma4("<|image|>")
     tok = tokenizer(style, ("<|video|>",), **GEMMA4_SPECIAL)
     image_processor = (

@@ -6,21 +6,24 @@ from architectures.registry import arch, ids, square, sub
 from architectures.styles import chatml, mistral
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+VISION = small(T.PixtralVisionConfig, image_size=64, patch_size=8).to_dict()
+
+
+def with_pixtral(**merge):
+    """A tokenizer, a processor and a style of chat with Pixtral's pictures."""
+    style = mistral("[IMG]")
+    tok = tokenizer(style, ("[IMG]", "[IMG_BREAK]", "[IMG_END]"))
+    pictures = T.PixtralImageProcessor(patch_size=square(8), size={"longest_edge": 64})
+    return tok, T.PixtralProcessor(pictures, tok, patch_size=8, chat_template=style.jinja(), **merge), style
+
 
 @arch("llava+pixtral")
 def pixtral(name):
-    style = mistral("[IMG]")
-    tok = tokenizer(style, ("[IMG]", "[IMG_BREAK]", "[IMG_END]"))
-    proc = T.PixtralProcessor(
-        T.PixtralImageProcessor(patch_size=square(8), size={"longest_edge": 64}),
-        tok,
-        patch_size=8,
-        chat_template=style.jinja(),
-    )
+    tok, proc, style = with_pixtral()
     return (
         T.LlavaConfig(
             text_config=small(T.MistralConfig, tok, sliding_window=None).to_dict(),
-            vision_config=small(T.PixtralVisionConfig, image_size=64, patch_size=8).to_dict(),
+            vision_config=VISION,
             image_token_index=ids(tok, "[IMG]")[0],
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
@@ -32,19 +35,11 @@ def pixtral(name):
 
 @arch("mistral3")
 def mistral3(name):
-    style = mistral("[IMG]")
-    tok = tokenizer(style, ("[IMG]", "[IMG_BREAK]", "[IMG_END]"))
-    proc = T.PixtralProcessor(
-        T.PixtralImageProcessor(patch_size=square(8), size={"longest_edge": 64}),
-        tok,
-        patch_size=8,
-        spatial_merge_size=2,
-        chat_template=style.jinja(),
-    )
+    tok, proc, style = with_pixtral(spatial_merge_size=2)
     return (
         T.Mistral3Config(
             text_config=small(T.MistralConfig, tok, sliding_window=None).to_dict(),
-            vision_config=small(T.PixtralVisionConfig, image_size=64, patch_size=8).to_dict(),
+            vision_config=VISION,
             image_token_index=ids(tok, "[IMG]")[0],
             spatial_merge_size=2,
         ),
@@ -55,15 +50,7 @@ def mistral3(name):
 
 @arch("mistral_large4")
 def mistral_large4(name):
-    style = mistral("[IMG]")
-    tok = tokenizer(style, ("[IMG]", "[IMG_BREAK]", "[IMG_END]"))
-    proc = T.PixtralProcessor(
-        T.PixtralImageProcessor(patch_size=square(8), size={"longest_edge": 64}),
-        tok,
-        patch_size=8,
-        spatial_merge_size=2,
-        chat_template=style.jinja(),
-    )
+    tok, proc, style = with_pixtral(spatial_merge_size=2)
     kind = CONFIG_MAPPING[name]
     text = small(
         sub(kind, "text_config"),
@@ -79,7 +66,7 @@ def mistral_large4(name):
     return (
         kind(
             text_config=text.to_dict(),
-            vision_config=small(T.PixtralVisionConfig, image_size=64, patch_size=8).to_dict(),
+            vision_config=VISION,
             image_token_index=ids(tok, "[IMG]")[0],
             spatial_merge_size=2,
         ),
@@ -103,7 +90,7 @@ def lighton_ocr(name):
     return (
         T.LightOnOcrConfig(
             text_config=small(T.Qwen3Config, tok).to_dict(),
-            vision_config=small(T.PixtralVisionConfig, image_size=64, patch_size=8).to_dict(),
+            vision_config=VISION,
             image_token_id=ids(tok, "<|image_pad|>")[0],
             spatial_merge_size=2,
         ),

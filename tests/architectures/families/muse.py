@@ -5,20 +5,16 @@ from architectures.pieces import small, tokenizer
 from architectures.registry import arch, ids
 from architectures.styles import llama3
 
+SEEN = (
+    *("<|patch|>", "<|image_start|>", "<|image_end|>", "<|video|>"),
+    *("<|vid_frame_separator|>", "<|vid_start|>", "<|vid_end|>"),
+)
+
 
 @arch("muse_glimmer")
 def muse_glimmer(name):
     style = llama3("<|patch|>", ("<|header_start|>", "<|header_end|>", "<|eot|>"))
-    special = (
-        "<|patch|>",
-        "<|image_start|>",
-        "<|image_end|>",
-        "<|video|>",
-        "<|vid_frame_separator|>",
-        "<|vid_start|>",
-        "<|vid_end|>",
-    )
-    tok = tokenizer(style, special)
+    tok = tokenizer(style, SEEN)
     sizes = dict(patch_size=4, merge_size=2)
     proc = T.MuseGlimmerProcessor(
         T.MuseGlimmerImageProcessor(**sizes), T.MuseGlimmerVideoProcessor(**sizes), tok, chat_template=style.jinja()
@@ -51,19 +47,7 @@ def muse_glimmer(name):
 @arch("muse_spark")
 def muse_spark(name):
     style = llama3("<|patch|>", ("<|header_start|>", "<|header_end|>", "<|eot|>"))
-    special = (
-        "<|patch|>",
-        "<|image_start|>",
-        "<|image_end|>",
-        "<|video|>",
-        "<|vid_frame_separator|>",
-        "<|vid_start|>",
-        "<|vid_end|>",
-        "<|audio|>",
-        "<|soft_audio_start|>",
-        "<|soft_audio_end|>",
-    )
-    tok = tokenizer(style, special)
+    tok = tokenizer(style, (*SEEN, "<|audio|>", "<|soft_audio_start|>", "<|soft_audio_end|>"))
     sizes = dict(patch_size=4, merge_size=2)
     proc = T.MuseSparkProcessor(
         T.MuseGlimmerImageProcessor(**sizes),
