@@ -28,10 +28,11 @@ vlm-tuning train config.json --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct
 ```
 
 You can train the image-text-to-text models of `transformers` that have a chat template. This page lists all of them,
-and why a few cannot be trained. `python docs/generate_models.py` writes it: a tiny checkpoint of each architecture is trained in full, with LoRA on
-all linear layers, and with LoRA on 4-bit weights. `tests/architectures/` proves more of each: the supervised tokens are
-the answers, the loss is that of the stock forward in float64, a row in a batch is as it is alone, saved models and
-adapters read back. [examples/models](../examples/models/README.md) has a config for the families people tune most.
+and why a few cannot be trained. `python docs/generate_models.py` writes it: a tiny checkpoint of each architecture is
+trained in full, with LoRA on all linear layers, and with LoRA on 4-bit weights. `tests/architectures/` proves more of
+each: the supervised tokens are the answers, the loss is that of the stock forward in float64, a row in a batch is as
+it is alone, saved models and adapters read back. [examples/models](../examples/models/README.md) has a config for the
+families people tune most.
 
 - **Batches**: padding-free, or why they are padded. See [batches.md](batches.md).
 - **Pictures**: how many a row may have, and whether it needs one.
