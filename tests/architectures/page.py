@@ -24,7 +24,7 @@ LORA = {"peft_method": "lora", "target_modules": "all-linear", "lora_dropout": 0
 HEAD = """# Choose a model
 
 ```bash
-vlm-tuning train config.json --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct
+vlm-tuning train config.json --model_name_or_path ibm-granite/granite-vision-3.2-2b
 ```
 
 You can train the image-text-to-text models of `transformers` that have a chat template. This page lists all of them,
