@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import tuning
+from tuning.export.ignored_tensors import find_ignored
+from tuning.model.packed_attention import PACKED_FLASH
 from tuning.model.saved_weights import SavedWeights
 
 BASES = {
@@ -73,9 +75,16 @@ def test_what_transformers_ignores_is_saved_with_the_final_model(name, tmp_path,
 def test_a_base_that_is_gone_at_the_end_costs_the_ignored_tensors_only(tmp_path, capsys):
     case = Case.make("qwen3_5", tmp_path)
     add_ignored(case.folder, "mtp.{}", 1)
-    from tuning.export.ignored_tensors import find_ignored
 
     assert len(find_ignored(str(case.folder), case.model_config)) == 3
     (case.folder / "model.safetensors").unlink()
     assert find_ignored(str(case.folder), case.model_config) == []
     assert "cannot be read any more" in capsys.readouterr().out
+
+
+def test_the_config_of_a_model_that_was_trained_padding_free_on_a_gpu_will_do(tmp_path):
+    """transformers looks for a package where the name of an attention has "flash" in it."""
+    case = Case.make("qwen3_5", tmp_path, weights=False)
+    case.model_config._attn_implementation = PACKED_FLASH
+    assert find_ignored(str(case.folder), case.model_config) == []
+    assert case.model_config._attn_implementation == PACKED_FLASH

@@ -3,6 +3,7 @@
 Engines use them. A model that transformers saves lacks them, so they are copied from the base.
 """
 
+import copy
 import re
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def find_ignored(name: str, config: PreTrainedConfig) -> list[StoredTensor]:
 
     A warning is printed where the model cannot be read any more: what was trained is worth more.
     """
+    config = copy.deepcopy(config)
+    config._attn_implementation = None  # that of a trained model may be one that transformers does not know
     skeleton = build_skeleton(config)
     patterns = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()]
     if not patterns:
