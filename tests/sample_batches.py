@@ -1,17 +1,19 @@
 """What several parity tests share: samples that differ in size and images, gradients, the trial without padding."""
 
+from dataclasses import replace
+
 import torch
 from PIL import Image
 from tiny_models import build_processor
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
-from tuning.data.dummy_samples import dummy_samples
+from tuning.data.dummy_samples import trial_samples
 from tuning.data.encode import Encoder
 from tuning.data.sources import Row
 from tuning.model.attention import Attention
-from tuning.model.padding_free import why_padding_is_needed
-from tuning.training.data_loading import make_trial_batches
+from tuning.model.padding_free import Packing, TrialBatches, find_packing
+from tuning.training.data_loading import find_positions, make_trial_batches
 
 SIZES = [(40, 40), (90, 30), (30, 80), (64, 64)]
 
@@ -54,14 +56,12 @@ def assert_same_gradients(ours: dict, reference: dict) -> None:
         torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def try_rows(model, forward, encoder: Encoder, attention: Attention, *, half: bool = False) -> str:
-    """Why this model needs padding, by the trial that training runs."""
-    collator = probe_collator(encoder.processor)
-    return why_padding_is_needed(
-        model,
-        forward,
-        lambda: make_trial_batches(dummy_samples(encoder), collator),
-        attention,
-        nested_images=collator.nested_images,
-        half=half,
-    )
+def try_rows(model, forward, encoder: Encoder, attention: Attention, *, half: bool = False) -> Packing:
+    """How this model takes packed rows, by the trial that training runs."""
+
+    def make_batches() -> TrialBatches:
+        samples = trial_samples(encoder)
+        collator = replace(probe_collator(encoder.processor), positions=find_positions(model, samples))
+        return make_trial_batches(samples, collator)
+
+    return find_packing(model, forward, make_batches, attention, half=half)

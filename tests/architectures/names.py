@@ -127,6 +127,10 @@ ALONE = ("emu3", "hunyuan_vl")
 transformers counts the pictures of a whole batch."""
 
 
+PADDED = ("emu3", "mllama")
+"""What has padded batches: Mllama's tokens see pictures through a mask of tokens by pictures of their row."""
+
+
 def is_known(name: str) -> bool:
     """Whether the installed transformers has the architecture."""
     return name.partition("+")[0] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

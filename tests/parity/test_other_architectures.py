@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures that are not plain causal decoders, and why each needs padded batches."""
+"""Tiny random models of real architectures that are not plain causal decoders, and how each takes packed rows."""
 
 import functools
 
@@ -15,7 +15,8 @@ from tuning.data.encode import Encoder
 from tuning.demo.tokenizer import train_tokenizer
 from tuning.model.attention import choose_attention, set_decoder_attention
 from tuning.model.loss import patch_supervised_loss
-from tuning.model.packed_attention import PACKED
+from tuning.model.packed_attention import PACKED, PACKED_MASKED
+from tuning.model.padding_free import Packing
 
 TEXT = tiny_models._TEXT
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -125,20 +126,17 @@ CHUNKED = dict(
     **dict(interleave_moe_layer_step=2, intermediate_size_mlp=64, layer_types=["chunked_attention", "full_attention"]),
 )
 ARCHITECTURES = {
-    "Gemma 3": (gemma3, "more or less than causal"),
-    "PaliGemma": (paligemma, "fails on packed rows (ValueError"),
-    "Qwen2.5-VL": (qwen2_5_vl, "other position ids"),
-    "LFM2's convolutions": (functools.partial(in_llava, "Lfm2", **CONV), "packed rows: conv"),
-    "Llama 4's chunks": (
-        functools.partial(in_llava, "Llama4Text", **CHUNKED),
-        "could mix packed rows: chunked_attention",
-    ),
-    "Qwen3's text": (functools.partial(in_llava, "Qwen3", head_dim=8), ""),
-    "Mistral's with a window": (functools.partial(in_llava, "Mistral", head_dim=8, sliding_window=9), ""),
+    "Gemma 3": (gemma3, Packing(PACKED_MASKED, masked=True)),
+    "PaliGemma": (paligemma, Packing(PACKED_MASKED, first_position=1)),
+    "Qwen2.5-VL": (qwen2_5_vl, Packing(PACKED)),
+    "LFM2's convolutions": (functools.partial(in_llava, "Lfm2", **CONV), Packing(PACKED, ("layers.0",))),
+    "Llama 4's chunks": (functools.partial(in_llava, "Llama4Text", **CHUNKED), Packing(PACKED_MASKED)),
+    "Qwen3's text": (functools.partial(in_llava, "Qwen3", head_dim=8), Packing(PACKED)),
+    "Mistral's with a window": (functools.partial(in_llava, "Mistral", head_dim=8, sliding_window=9), Packing(PACKED)),
 }
 
 
-def try_model(config, processor, dtype: torch.dtype) -> str:
+def try_model(config, processor, dtype: torch.dtype) -> Packing:
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").to(dtype)
     for parameter in model.parameters():  # experts of Llama 4 are made of unwritten memory
@@ -156,22 +154,9 @@ def try_model(config, processor, dtype: torch.dtype) -> str:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_each_is_padded_for_its_own_reason_or_not_at_all(name, dtype):
-    build, reason = ARCHITECTURES[name]
-    obstacle = try_model(*build(), dtype)
-    assert (obstacle == "") if not reason else (reason in obstacle), obstacle
-
-
-def test_the_trial_finds_a_chunked_mask_with_rows_shorter_than_a_chunk(monkeypatch):
-    config, processor = ARCHITECTURES["Llama 4's chunks"][0]()
-    monkeypatch.setattr("tuning.model.padding_free.why_layers_need_padding", lambda config: "")
-    assert "more or less than causal" in try_model(config, processor, torch.bfloat16)
-
-
-def test_the_trial_finds_a_convolution_that_the_config_does_not_name(monkeypatch):
-    config, processor = ARCHITECTURES["LFM2's convolutions"][0]()
-    monkeypatch.setattr("tuning.model.padding_free.why_layers_need_padding", lambda config: "")
-    assert "would change each other" in try_model(config, processor, torch.bfloat16)
+def test_each_is_packed_in_its_own_way(name, dtype):
+    build, expected = ARCHITECTURES[name]
+    assert try_model(*build(), dtype) == expected
 
 
 def test_windows_and_softcapping_are_the_same_packed_and_alone():

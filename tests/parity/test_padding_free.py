@@ -1,6 +1,7 @@
 """Packed rows give the loss and gradients of padded rows, and the trial finds models for which they do not."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,11 @@ from tiny_models import LAYOUTS, build_model, build_processor
 
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import probe_collator
-from tuning.data.dummy_samples import dummy_samples
 from tuning.data.encode import Encoder
 from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.loss import patch_supervised_loss, supervised_loss
 from tuning.model.packed_attention import PACKED
-from tuning.model.padding_free import run_trial
-from tuning.training.data_loading import make_trial_batches
+from tuning.model.padding_free import Packing
 
 PLAIN = [layout for layout in LAYOUTS if layout != "mllama"]
 ATTENTION = Attention("sdpa", PACKED, "")
@@ -72,20 +71,19 @@ def encoder_of(layout: str) -> Encoder:
 
 @pytest.mark.parametrize("layout", PLAIN)
 def test_the_trial_passes_a_model_that_keeps_rows_apart(layout):
-    model, encoder = build_model(layout), encoder_of(layout)
+    model, encoder = build_model(layout).train(), encoder_of(layout)
     patch_supervised_loss(model)
-    batches = make_trial_batches(dummy_samples(encoder), probe_collator(encoder.processor))
-    trial = run_trial(model, model, batches, ATTENTION)
-    assert trial.distance < 1e-5
-    assert (trial.has_own_positions, trial.masks.is_needed, trial.leaks) == (True, False, False)
-    assert try_rows(model, model, encoder, ATTENTION) == ""
+    state = torch.get_rng_state()
+    assert try_rows(model, model, encoder, ATTENTION) == Packing(PACKED)
     assert model.config.get_text_config()._attn_implementation == "sdpa"  # as it was
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_mllama_is_padded_because_of_its_images():
     model, encoder = build_model("mllama"), encoder_of("mllama")
-    obstacle = try_rows(model, model, encoder, ATTENTION)
-    assert "images of each row apart" in obstacle
+    patch_supervised_loss(model)
+    assert "cross_attention_mask has a place for each" in try_rows(model, model, encoder, ATTENTION).reason
 
 
 def attend_across(attend):
@@ -100,10 +98,11 @@ def forget_positions(forward):
     )
 
 
+LAYERS = ("layers.0", "layers.1")
 FAULTS = {
-    "leak": "would change each other",
-    "positions": "more or less than causal",  # transformers masks by position
-    "refusal": "fails on packed rows (TypeError",
+    "leak": Packing(PACKED, LAYERS),  # then layers get one row at a time
+    "refusal": Packing(None, LAYERS),
+    "positions": Packing(reason="the results of packed rows differ from those of separate rows"),
 }
 
 
@@ -129,10 +128,10 @@ def test_the_trial_finds_a_model_that_mixes_samples(fault, dtype, monkeypatch):
     def forward(**batch):
         return model(**{k: v.to(dtype) if "pixel" in k else v for k, v in batch.items()})
 
-    obstacle = try_rows(model, forward, encoder, ATTENTION, half=dtype == torch.bfloat16)
-    assert FAULTS[fault] in obstacle
+    found = try_rows(model, forward, encoder, ATTENTION, half=dtype == torch.bfloat16)
+    assert replace(found, reason=found.reason.partition(", by")[0]) == FAULTS[fault]
     monkeypatch.undo()
-    assert try_rows(model, forward, encoder, ATTENTION, half=dtype == torch.bfloat16) == ""
+    assert try_rows(model, forward, encoder, ATTENTION, half=dtype == torch.bfloat16) == Packing(PACKED)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 8, 100])

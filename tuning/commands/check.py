@@ -29,10 +29,10 @@ from tuning.model import load
 from tuning.model.attention import Attention, set_decoder_attention
 from tuning.model.build import ModelPlan, plan_model, prepare_model
 from tuning.model.packed_attention import PACKED
-from tuning.model.padding_free import why_padding_is_needed_by_structure
 from tuning.model.parts import freeze_parameters, parameter_table
 from tuning.model.quantize import quantise_skeleton
 from tuning.pages.check_page import render_page
+from tuning.training.data_loading import must_pad
 from tuning.training.optimizer import check_optimizer, patch_master_weights
 
 OPTIONS = RunConfig  # those of train
@@ -73,10 +73,7 @@ def check(config: RunConfig) -> Report:
 
     plan = plan_model(config, model_config, partial(dummy_batch, encoder))
     collator = probe_collator(encoder.processor)
-    reason = why_padding_is_needed_by_structure(
-        plan.attention, model_config, nested_images=collator.nested_images, padding_free=config.data.padding_free
-    )
-    collator = replace(collator, padding_free=not reason)
+    collator = replace(collator, padding_free=not must_pad(config.data.padding_free, encoder, collator))
     batches = count_batches(config, source, lengths, encoder, padded=not collator.padding_free)
     model = build_trained_skeleton(config, model_config, plan)
     settings = describe_settings(config, encoder, plan, model)

@@ -1,8 +1,8 @@
 """Samples → one batch: end to end in a single row, or padded to the longest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,12 @@ class BatchInfo:
     error: UserError | None = None
 
 
+class Positions(Protocol):
+    """Computes the position ids of a row, `[axes, T]`, from its sequence and its image tensors."""
+
+    def __call__(self, sequence: Mapping[str, torch.Tensor], images: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
+
+
 @dataclass
 class Collator:
     """Joins samples and their images.
@@ -40,6 +46,9 @@ class Collator:
     `padding_free`: samples lie end to end in one row `[1, T]`, with positions that restart at 0 in each sample and
     without an attention mask. `cu_seq_lens_q` `[samples + 1]` has the bounds of the samples (Hugging Face's name:
     `FlashAttentionKwargs`). Otherwise samples are padded on the right to the longest, `[samples, T]`.
+
+    `positions`: how a model computes positions in several dimensions, `[axes, 1, T]` of a padding-free batch. `adapt`:
+    what else the model needs to be changed in such a batch.
 
     `image_layout`: how image tensors are joined. `dummy_image_sample` is added to a batch without an image, where there
     are several processes: see `dummy_samples.py`.
@@ -49,6 +58,8 @@ class Collator:
     image_layout: ImageLayout = ImageLayout()
     dummy_image_sample: Sample | None = None
     padding_free: bool = False
+    positions: Positions | None = None
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
     def nested_images(self) -> bool:
@@ -67,10 +78,22 @@ class Collator:
         joined = list(samples)
         if self.dummy_image_sample and not any(sample.images for sample in joined):
             joined.append(self.dummy_image_sample)
-        return {**self._sequences(joined), **self.image_layout.join([sample.images for sample in joined])}
+        images = [sample.images for sample in joined]
+        batch = {**self._sequences(joined), **self.image_layout.join(images, end_to_end=self.padding_free)}
+        return self.adapt(batch) if self.padding_free and self.adapt else batch
+
+    def find_masks_of_images(self, samples: Sequence[Sample]) -> list[str]:
+        """Names of tensors `[T, images, …]` (Mllama's mask): end to end, a token would get the images of all rows."""
+        tensors = [pair for sample in samples for pair in sample.sequence.items()]
+        return [name for name, value in tensors if self.nested_images and value.dim() > 1]
 
     def _sequences(self, samples: list[Sample]) -> dict[str, Any]:
         rows = _columns([sample.sequence for sample in samples])
+        if self.padding_free and (by_images := self.find_masks_of_images(samples)):
+            raise UserError(where="collator", problem=f"{by_images[0]} has a place for each token and image.")
+        if self.padding_free and self.positions:
+            made = [self.positions(sample.sequence, sample.images) for sample in samples]
+            return {**join_end_to_end(rows), "position_ids": torch.cat(made, dim=1)[:, None]}
         if self.padding_free:
             return join_end_to_end(rows)
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED}

@@ -54,9 +54,11 @@ class ImageLayout:
     joins: Mapping[str, ImageJoin] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
 
-    def join(self, rows: Sequence[Tensors]) -> dict[str, torch.Tensor]:
-        """The tensors of a batch. Rows without images are empty."""
+    def join(self, rows: Sequence[Tensors], *, end_to_end: bool = False) -> dict[str, torch.Tensor]:
+        """The tensors of a batch. Rows without images are empty. `end_to_end`: of a padding-free batch, of one row."""
         with_images = [row for row in rows if row]
+        if end_to_end and self.nested:
+            return {name: ImageJoin(1)(with_images, name) for row in with_images for name in row}
         if with_images and self.nested:
             with_images = [row or self.blank for row in rows]
         names = dict.fromkeys(name for row in with_images for name in row)

@@ -1,8 +1,9 @@
 """Which attention a model runs with on this machine, and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -34,12 +35,11 @@ def choose_attention(
 ) -> Attention:
     """The attention that the user names, else the fastest one that needs no other package."""
     if attn_implementation:
-        packed = attn_implementation if "flash" in attn_implementation and model_class._supports_flash_attn else None
+        packs_itself = "flash" in attn_implementation or "flex" in attn_implementation
+        packed = PACKED if attn_implementation == "sdpa" else attn_implementation if packs_itself else None
         return Attention(attn_implementation, packed, f"Attention: {attn_implementation}, from attn_implementation.")
     loaded = "sdpa" if model_class._supports_sdpa else "eager"
     own = "PyTorch's own (sdpa)" if loaded == "sdpa" else "eager, the only one that this model supports"
-    if not model_class._supports_attention_backend:
-        return Attention(loaded, None, f"Attention: {own}; {model_class.__name__} supports no other.")
     if not use_flash_attn:
         return Attention(loaded, PACKED, f"Attention: {own}; use_flash_attn is false.")
     if device_type != "cuda":
@@ -53,17 +53,29 @@ def choose_attention(
     return Attention(loaded, PACKED_FLASH, f"Attention: {reason}, {own} elsewhere.")
 
 
-def why_layers_need_padding(config: PreTrainedConfig) -> str:
-    """The kinds of layers that could mix packed rows, as a reason for padding; "" where there are none."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    others = kinds - {"full_attention", "sliding_attention"}
-    return f"it has layers that could mix packed rows: {', '.join(sorted(others))}" if others else ""
+KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv"}
+"""Kinds of layers whose rows are seen to mix, if they do, in a few short rows."""
+
+
+def find_unknown_layers(config: PreTrainedConfig, names: Sequence[str]) -> list[str]:
+    """Those of the layers called `names` that are of another kind: some choose among keys only in long rows."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    if {*kinds} <= KNOWN_LAYERS:
+        return []
+    if len(kinds) != len(names):
+        return [*names]
+    return [name for name, kind in zip(names, kinds, strict=True) if kind not in KNOWN_LAYERS]
+
+
+def get_base(model: PreTrainedModel | PeftModel) -> Any:
+    """The model without adapters' wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def decoder_configs(model: PreTrainedModel | PeftModel) -> list[PreTrainedConfig]:
     """The configurations that the layers of the language model read, each once."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    configs = {id(module.config): module.config for module in base.get_decoder().modules() if hasattr(module, "config")}
+    decoder = get_base(model).get_decoder()
+    configs = {id(module.config): module.config for module in decoder.modules() if hasattr(module, "config")}
     return list(configs.values())
 
 

@@ -10,7 +10,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tuning.errors import Attempt, describe_failure, try_optional
-from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE, find_decoder, run_quietly
+from tuning.model.decoder_calls import find_decoder, run_quietly
+from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
 
 GPU_TOLERANCE = 0.01  # of the norm in float32: convolutions compute in TF32 there, which has 10 bits
 

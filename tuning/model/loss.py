@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from tuning.console import print0
 from tuning.errors import UserError
 from tuning.model.head import HeadCode, OutputHead, find_head, measure_distance, record_inner_body
+from tuning.model.row_by_row import PackedRows
 
 IGNORED = -100  # the label of a position that is not trained: PyTorch's `ignore_index`
 MAX_LOGITS = 2**25
@@ -36,9 +37,11 @@ def patch_supervised_loss(model: PreTrainedModel) -> None:
     tokens only, with that arithmetic. Raises `UserError` for a model without a body and a head. It prints
     where the loss is more than the stock one, unless the model is a skeleton.
 
+    `model.packed_rows` says where the rows of a packed batch end, to layers that run row by row.
+
     With `compare_logits` it returns logits `[2, N, V]` of the first row's last tokens: ours, and the stock forward's.
     """
-    head, stock_forward = find_head(model), model.forward
+    head, stock_forward, rows = find_head(model), model.forward, PackedRows()
     chunk_size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     places = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     last_places = {"logits_to_keep": COMPARED_TOKENS} if places else {}
@@ -53,13 +56,14 @@ def patch_supervised_loss(model: PreTrainedModel) -> None:
         return outputs[-1]
 
     def forward(self, *args, labels=None, num_items_in_batch=None, compare_logits=False, **inputs):
-        if compare_logits:
-            ours = head.stock_logits(run_body(*args, **inputs).last_hidden_state[0, -COMPARED_TOKENS:])
-            stock = stock_forward(*args, **inputs, **last_places, use_cache=False).logits[0, -COMPARED_TOKENS:]
-            return CausalLMOutput(logits=torch.stack([ours, stock]))
-        if labels is None:
-            return stock_forward(*args, **inputs)
-        body = run_body(*args, **inputs, **router_outputs)
+        with rows.running(inputs.get("cu_seq_lens_q")):
+            if compare_logits:
+                ours = head.stock_logits(run_body(*args, **inputs).last_hidden_state[0, -COMPARED_TOKENS:])
+                stock = stock_forward(*args, **inputs, **last_places, use_cache=False).logits[0, -COMPARED_TOKENS:]
+                return CausalLMOutput(logits=torch.stack([ours, stock]))
+            if labels is None:
+                return stock_forward(*args, **inputs)
+            body = run_body(*args, **inputs, **router_outputs)
         loss = supervised_loss(
             body.last_hidden_state, labels, head.stock.head, head.logits, num_items_in_batch, chunk_size=chunk_size
         )
@@ -71,6 +75,7 @@ def patch_supervised_loss(model: PreTrainedModel) -> None:
     # `generate` looks for `logits_to_keep` in the signature; without it, it computes the logits of whole prompts.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
+    model.packed_rows = rows
     if model.device.type != "meta":  # a skeleton's plan says nothing of it
         for line in describe_loss(model, head):
             print0(line)

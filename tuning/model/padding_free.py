@@ -2,103 +2,195 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
-from tuning.errors import describe_failure, try_optional
-from tuning.model.attention import Attention, decoder_attention, why_layers_need_padding
-from tuning.model.head import find_code
-from tuning.model.packed_attention import PACKED, PACKED_FLASH, packed_mask
+from tuning.errors import UserError, describe_failure, try_optional
+from tuning.model.attention import (
+    Attention,
+    decoder_attention,
+    find_unknown_layers,
+    get_base,
+    set_decoder_attention,
+)
+from tuning.model.decoder_calls import (
+    DecoderCall,
+    are_same,
+    find_decoder,
+    find_first_position,
+    have_same_masks,
+    record_masks,
+    run_all,
+    run_quietly,
+)
+from tuning.model.packed_attention import PACKED, PACKED_FLASH, PACKED_MASKED
+from tuning.model.row_by_row import find_layers, layers_by_row, run_layers_by_row
 
+CHUNKED = "chunked_attention"  # a kind of layers whose mask changes at certain positions
 TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05  # of the norm; packed wrongly, a row is off by more, but not always by much
 
 
-def why_padding_is_needed_by_structure(
-    attention: Attention, config: PreTrainedConfig, *, nested_images: bool, padding_free: bool | str = "auto"
-) -> str:
-    """Why batches must be padded, as far as that is known without running the model; "" where nothing is against it.
+@dataclass(frozen=True)
+class Packing:
+    """How a model takes packed rows, or why it does not.
 
-    `padding_free` is the user's option.
+    `attention`: of its language model; None stands for the one it was loaded with, and its masks. `by_row`: the names
+    of the layers of its language model that run row by row. `first_position`: of each row, 1 for PaliGemma.
+    `masked`: batches have a mask of ones, so that the model makes its masks as for one row (transformers 5.24 looks
+    image blocks up at the wrong places in packed rows). `reason`: why batches are padded; "" where they need not.
     """
-    if padding_free is False:
-        return "padding_free is false"
-    if nested_images:
-        return "the processor keeps the images of each row apart"
-    if attention.packed is None:
-        return f"attention {attention.loaded} cannot keep packed rows apart"
-    return why_layers_need_padding(config)
 
+    attention: str | None = None
+    by_row: tuple[str, ...] = ()
+    first_position: int = 0
+    masked: bool = False
+    reason: str = ""
 
-def why_padding_is_needed(
-    model: PreTrainedModel | PeftModel,
-    forward: Callable[..., Any],
-    make_batches: Callable[[], "TrialBatches"],
-    attention: Attention,
-    *,
-    nested_images: bool,
-    half: bool,
-) -> str:
-    """Why this model needs padded batches, by its structure or by a trial; "" where packed rows give the same results.
+    def apply(self, model: PreTrainedModel | PeftModel) -> None:
+        """Run the language model so from now on."""
+        base = get_base(model)
+        if self.attention:
+            set_decoder_attention(model, self.attention)
+        run_layers_by_row(find_decoder(base), self.by_row, base.packed_rows)
 
-    `forward` is the model as it is wrapped for training; it takes a batch on the CPU. `make_batches` may raise, where
-    the processor does not take a row without an image. `half`: the model computes in 16 bits.
-    """
-    if reason := why_padding_is_needed_by_structure(attention, model.config, nested_images=nested_images):
-        return reason
-    trial = try_optional(lambda: run_trial(model, forward, make_batches(), attention), catch_user_errors=True)
-    if trial.error:
-        return f"it fails on packed rows ({describe_failure(trial.error)})"
-    assert trial.value is not None
-    return trial.value.why_padding_is_needed(HALF_TOLERANCE if half else TOLERANCE)
+    def adapt(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A padding-free batch as this model needs it."""
+        positions = batch["position_ids"] + self.first_position
+        mask = {"attention_mask": torch.ones_like(batch["input_ids"])} if self.masked else {}
+        return {**batch, "position_ids": positions, **mask}
+
+    @contextmanager
+    def applied(self, model: PreTrainedModel | PeftModel) -> Iterator[None]:
+        """Run the language model so while inside."""
+        base = get_base(model)
+        decoder = find_decoder(base)
+        name = self.attention or base.config.get_text_config()._attn_implementation
+        with decoder_attention(model, name), layers_by_row(decoder, self.by_row, base.packed_rows):
+            yield
 
 
 @dataclass(frozen=True)
 class TrialBatches:
-    """The batches of a trial, of three short rows; the first row has an image, the second has none.
+    """The batches of a trial, of up to four short rows.
 
     `separate`: each row as a padded batch of its own. `packed`: all rows in one padding-free batch. `changed`: the
-    same batch, but the first row has other pixels and another last token.
+    same batch, but the row of number `place` has other pixels and another last token.
     """
 
     separate: Sequence[dict[str, Any]]
     packed: dict[str, Any]
     changed: dict[str, Any]
+    place: int
+
+    @property
+    def ends(self) -> list[int]:
+        """Where packed rows begin, and where the last one ends."""
+        return [0, *accumulate(batch["input_ids"].shape[1] for batch in self.separate)]
 
 
-@dataclass(frozen=True)
-class DecoderCall:
-    """A call of the language model: the `position_ids` it got, and the last hidden states `[T, H]` of its first row."""
+def find_packing(
+    model: PreTrainedModel | PeftModel,
+    forward: Callable[..., Any],
+    make_batches: Callable[[], TrialBatches],
+    attention: Attention,
+    *,
+    half: bool,
+    agree: Callable[[str], str] = lambda fault: fault,
+) -> Packing:
+    """The fastest way in which this model gives packed rows what it gives them separately, found by trying.
 
-    positions: torch.Tensor | None
-    hidden: torch.Tensor
+    `forward` is the model as it is wrapped for training; it takes a batch on the CPU. `make_batches` may raise, where
+    the processor does not take a second row. `half`: the model computes in 16 bits. `agree` gives all processes the
+    same fault, if one has any, so that all of them try the same. The model's mode and random state stay as they were.
+    """
+    limit = HALF_TOLERANCE if half else TOLERANCE
+
+    def attempt(run: Callable[[], Any]) -> tuple[Any, str]:
+        tried = try_optional(run, catch_user_errors=True)
+        return tried.value, agree(describe_fault(tried.error) if tried.error else "")
+
+    was_training = model.training
+    model.eval()
+    try:
+        batches, fault = attempt(make_batches)
+        if fault:
+            return Packing(reason=fault)
+        separate, fault = attempt(lambda: run_all(model, forward, batches.separate))
+        if fault:
+            return Packing(reason=fault)
+        faults = []
+        for packing in list_packings(model, forward, batches, attention):
+            packing = replace(packing, first_position=find_first_position(separate[0]))
+            trial, fault = attempt(partial(run_trial, model, forward, batches, separate, packing))
+            fault = fault or agree(trial.find_fault(limit))
+            if not fault:
+                return packing
+            faults.append(fault)
+    finally:
+        model.train(was_training)
+    return Packing(reason=faults[0])
+
+
+def describe_fault(error: Exception) -> str:
+    """Why packed rows cannot be tried, or fail."""
+    if isinstance(error, UserError):
+        return error.problem.rstrip(".")
+    return f"it fails on packed rows ({describe_failure(error)})"
+
+
+def list_packings(
+    model: PreTrainedModel | PeftModel, forward: Callable[..., Any], batches: TrialBatches, attention: Attention
+) -> Iterator[Packing]:
+    """Ways to run packed rows, the fastest first.
+
+    The first leaves to the model what is not attention: some take the bounds of rows. Then layers without attention run
+    row by row, and at last all of them, each as it is.
+    """
+    base = get_base(model)
+    decoder, config = find_decoder(base), base.config.get_text_config()
+    layers = [*find_layers(decoder)]
+    unknown = find_unknown_layers(config, layers)
+    if attention.packed:
+        own = attention.packed in (PACKED, PACKED_FLASH)
+        with record_masks(model, attention.packed if own else PACKED) as masks:
+            for batch in batches.separate:
+                unmasked = {name: value for name, value in batch.items() if name != "attention_mask"}
+                try_optional(partial(run_quietly, forward, unmasked), catch_user_errors=True)
+        chosen = PACKED_MASKED if own and masks.is_needed else attention.packed
+        attended = [name for name, module in decoder.named_modules() if id(module) in masks.attended]
+        others = [name for name in layers if not any(inner.startswith(f"{name}.") for inner in attended)]
+        ways = dict.fromkeys(
+            [tuple(unknown), tuple(name for name in layers if name in {*unknown, *others}), tuple(layers)]
+        )
+        yield from (Packing(chosen, names) for names in ways)
+        if masks.is_needed and CHUNKED not in (getattr(config, "layer_types", None) or ()):
+            yield from (Packing(chosen, names, masked=True) for names in ways)
+    yield Packing(None, tuple(layers))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the language model did with each of `TrialBatches`, and with `packed` under the attention of the run.
-
-    `rows` are the slices of a packed batch, in tokens. `masks` were recorded with `packed` and `changed`.
-    """
+    """What the language model did with each of `TrialBatches`. `rows` are slices of a packed batch, in tokens."""
 
     rows: Sequence[slice]
     separate: Sequence[DecoderCall]
     packed: DecoderCall
     changed: DecoderCall
-    packed_as_in_training: DecoderCall
-    masks: "MaskRecord"
+    place: int
+    has_masks: bool
 
-    def why_padding_is_needed(self, tolerance: float) -> str:
+    def find_fault(self, tolerance: float) -> str:
         """What is wrong with packed rows; "" where nothing is. All but the last finding are exact in any precision."""
         if not self.has_own_positions:
             return "packed rows get other position ids than separate rows"
-        if self.masks.is_needed:
-            return "its attention mask is more or less than causal, and packed rows have no mask"
+        if self.has_masks and not have_same_masks(self.separate, self.packed, [0, *(row.stop for row in self.rows)]):
+            return "packed rows get other attention masks than separate rows"
         if self.leaks:
             return "packed rows would change each other"
         if not self.distance <= tolerance:
@@ -108,139 +200,33 @@ class Trial:
     @property
     def has_own_positions(self) -> bool:
         """Whether each packed row has the position ids that it has when it is separate."""
-        if self.packed.positions is None:
-            return False
-        for call, row in zip(self.separate, self.rows, strict=True):
-            found = self.packed.positions[..., row]
-            expected = call.positions
-            if expected is None:
-                expected = torch.arange(found.shape[-1], device=found.device)[None]
-            if found.shape != expected.shape or not torch.equal(found, expected):
-                return False
-        return True
+        found = self.packed.positions
+        pairs = zip(self.separate, self.rows, strict=True)
+        return found is not None and all(are_same(call.positions, found[..., row]) for call, row in pairs)
 
     @property
     def leaks(self) -> bool:
-        """Whether another first row changed the rows after it."""
-        end = self.rows[0].stop
-        return not torch.equal(self.packed.hidden[end:], self.changed.hidden[end:])
+        """Whether the changed row changed another one."""
+        others = [row for number, row in enumerate(self.rows) if number != self.place]
+        return any(not torch.equal(self.packed.hidden[row], self.changed.hidden[row]) for row in others)
 
     @property
     def distance(self) -> float:
         """The largest ‖packed − separate‖ / ‖separate‖ of a row's last hidden states."""
-        found, separate = self.packed_as_in_training.hidden, [call.hidden for call in self.separate]
+        found, separate = self.packed.hidden, [call.hidden for call in self.separate]
         pairs = zip(self.rows, separate, strict=True)
         return max(((found[row] - hidden).norm() / hidden.norm()).item() for row, hidden in pairs)
 
 
 def run_trial(
-    model: PreTrainedModel | PeftModel, forward: Callable[..., Any], batches: TrialBatches, attention: Attention
+    model: PreTrainedModel | PeftModel,
+    forward: Callable[..., Any],
+    batches: TrialBatches,
+    separate: Sequence[DecoderCall],
+    packing: Packing,
 ) -> Trial:
-    """Run the model on rows, separate and packed; its attention, mode and random state stay as they were.
-
-    Every process makes the same calls, whatever their results. Raises what the model raises.
-    """
-    assert attention.packed is not None
-    bounds = [0, *accumulate(batch["input_ids"].shape[1] for batch in batches.separate)]
-    observed = attention.packed if attention.packed in (PACKED, PACKED_FLASH) else PACKED
-    was_training = model.training
-    model.eval()
-    try:
-        with record_decoder_calls(model) as calls:
-            for batch in batches.separate:
-                run_quietly(forward, batch)
-            with record_masks(model, observed, bounds) as masks:
-                run_quietly(forward, batches.packed)
-                run_quietly(forward, batches.changed)
-            with decoder_attention(model, attention.packed):
-                run_quietly(forward, batches.packed)
-    finally:
-        model.train(was_training)
-    *separate, packed, changed, as_in_training = calls
-    return Trial([slice(*ends) for ends in pairwise(bounds)], separate, packed, changed, as_in_training, masks)
-
-
-@torch.no_grad()
-def run_quietly(forward: Callable[..., Any], batch: dict[str, Any]) -> None:
-    """Run the model as in training, without a graph."""
-    forward(**batch, num_items_in_batch=1)
-
-
-def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The layers that give the last hidden states. `get_decoder` of Llama 4 gives them with their output head."""
-    decoder = model.get_decoder()
-    code = find_code(decoder)
-    return code.body if code else decoder
-
-
-@contextmanager
-def record_decoder_calls(model: PreTrainedModel | PeftModel) -> Iterator[list[DecoderCall]]:
-    """A list that grows with each call of the language model."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    calls: list[DecoderCall] = []
-
-    def record(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(DecoderCall(kwargs.get("position_ids"), output[0][0].float()))
-
-    inner = find_code(base)
-    decoder = base.get_decoder() if inner is None or inner.owner is base else inner.body
-    hook = decoder.register_forward_hook(record, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        hook.remove()
-
-
-@dataclass
-class MaskRecord:
-    """The masks and windows that a model asks for, over rows that begin and end at `bounds`.
-
-    Packed attention makes no mask and only knows its own window; SDPA knows only the mask. `mask_windows` are the
-    windows of masks, `attention_windows` those that attention gets. `is_unusual`: some mask is more or less than causal
-    within its window and its row.
-    """
-
-    bounds: list[int]
-    mask_windows: set[int] = field(default_factory=set)
-    attention_windows: set[int] = field(default_factory=set)
-    is_unusual: bool = False
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether packed attention would give other results because it has no mask."""
-        return self.is_unusual or self.mask_windows != self.attention_windows
-
-    def add(self, mask: torch.Tensor | None, window: int | None) -> None:
-        """Record a mask `[B, 1, T, T]`, true where a token (row) sees another (column)."""
-        self.mask_windows |= {window} if window else set()
-        if mask is None:
-            return
-        row = torch.bucketize(torch.arange(mask.shape[-1]), torch.tensor(self.bounds[1:]), right=True)
-        expected = (row[:, None] == row).tril()
-        expected = expected.triu(1 - window) if window else expected
-        self.is_unusual |= not torch.equal(mask.cpu().bool(), expected.expand(mask.shape))
-
-
-@contextmanager
-def record_masks(model: PreTrainedModel | PeftModel, attention: str, bounds: list[int]) -> Iterator[MaskRecord]:
-    """Run the language model with packed `attention` while recording the masks that this attention leaves out.
-
-    The recording attention stays registered, as transformers has no way to remove a name. Its name contains
-    `attention`, because transformers asks for "flash" in the name.
-    """
-    record, name = MaskRecord(bounds), f"recorded_{attention}"
-
-    def attend(*args: Any, sliding_window: int | None = None, **others: Any) -> Any:
-        record.attention_windows |= {sliding_window} if sliding_window else set()
-        return AttentionInterface()[attention](*args, sliding_window=sliding_window, **others)
-
-    def make_mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **others: Any) -> Any:
-        sizes = {"q_length": q_length, "kv_length": kv_length}
-        if attention_mask is None and q_length == kv_length:
-            record.add(sdpa_mask(**sizes, **{**others, "allow_is_causal_skip": False}), others.get("local_size"))
-        return packed_mask(**sizes, attention_mask=attention_mask, **others)
-
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, make_mask)
-    with decoder_attention(model, name):
-        yield record
+    """Run packed rows in a certain way. Every process makes the same calls, whatever their results."""
+    with packing.applied(model):
+        packed, changed = run_all(model, forward, [packing.adapt(batches.packed), packing.adapt(batches.changed)])
+    rows, has_masks = [slice(*ends) for ends in pairwise(batches.ends)], packing.attention in (PACKED_MASKED, None)
+    return Trial(rows, separate, packed, changed, batches.place, has_masks)

@@ -23,17 +23,17 @@ from tuning.data.batch_sampler import (
 )
 from tuning.data.collator import Collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows
-from tuning.data.dummy_samples import trial_samples
-from tuning.data.encode import Sample
+from tuning.data.dummy_samples import dummy_image_sample, trial_samples
+from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import TrainingData, dummy_batch
 from tuning.data.row_lengths import RowLengths
 from tuning.distributed.interruption import Workers
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError, describe_failure, try_optional
-from tuning.model.attention import set_decoder_attention
 from tuning.model.build import TrainableModel
 from tuning.model.loss import check_logits
-from tuning.model.padding_free import TrialBatches, why_padding_is_needed, why_padding_is_needed_by_structure
+from tuning.model.padding_free import Packing, TrialBatches, find_packing
+from tuning.model.row_positions import RowPositions, find_row_positions
 from tuning.training.batch_check import find_batch_fault, options_of_several_rows, rows_differ
 from tuning.training.optimizer import HALF
 from tuning.training.resume import Progress
@@ -67,6 +67,8 @@ class DataLoading(TrainerCallback):
         self.padded_before = progress.padded
         self.workers = Workers(config.training.dataloader_multiprocessing_context)
         self.batching: Batching | None = None
+        self.positions: RowPositions | None = None
+        self.packing = Packing()
         self._train_batches: SharedBatches | None = None
         self._train_loader: DataLoader | None = None
         self._validation_loader: DataLoader | None = None
@@ -114,13 +116,7 @@ class DataLoading(TrainerCallback):
         """Whether batches will be padded, as far as the model's structure tells: it has not run yet."""
         if self.padded_before is not None:
             return self.padded_before
-        reason = why_padding_is_needed_by_structure(
-            self.model.attention,
-            self.model.model.config,
-            nested_images=self.data.collator.nested_images,
-            padding_free=self.config.data.padding_free,
-        )
-        return reason != ""
+        return must_pad(self.config.data.padding_free, self.data.encoder, self.data.collator)
 
     def _sum_over_processes(self, numbers: np.ndarray) -> np.ndarray:
         accelerator = self.processes.accelerator
@@ -149,7 +145,9 @@ class DataLoading(TrainerCallback):
 
     def _make_collator(self, rows: EncodedRows | StreamedRows) -> Callable[[Sequence], dict[str, Any]]:
         is_packed = self.batching is not None and not self.batching.padded
-        collator = replace(self.data.collator, padding_free=is_packed)
+        collator = self.data.collator
+        if is_packed:
+            collator = replace(collator, padding_free=True, positions=self.positions, adapt=self.packing.adapt)
         if isinstance(rows, StreamedRows):
             return EncodingCollator(self.data.encoder, collator, self.config.data.on_bad_row == "skip")
         return collator
@@ -173,26 +171,18 @@ class DataLoading(TrainerCallback):
         `model`: without wrappers. `forward`: the model as it trains, with its wrappers and autocast. Raises `UserError`
         where `padding_free` is true and the model needs padding.
         """
-        wanted, attention = self.config.data.padding_free, self.model.attention
-        reason = "padding_free is false"
+        wanted, reason = self.config.data.padding_free, "padding_free is false"
         if wanted is not False:
-            reason = why_padding_is_needed(
-                model,
-                forward,
-                lambda: make_trial_batches(trial_samples(self.data.encoder), self.data.collator),
-                attention,
-                nested_images=self.data.collator.nested_images,
-                half=self._computes_in_half,
-            )
-        padded = bool(self.processes.all_gather_ints([reason != ""]).any())
-        if padded:
-            reason = reason or "it fails without padding on another process"
+            packing = self._find_packing(model, forward)
+            reason = packing.reason
+        padded = reason != ""
         if padded and wanted is True:
             raise UserError(
                 where="padding_free", problem=f"cannot be true for this model: {reason}.", fix="Leave it out."
             )
         if not padded:
-            set_decoder_attention(model, attention.packed)
+            packing.apply(model)
+            self.packing = packing
         order_padded = padded if self.padded_before is None else self.padded_before
         fault = self._find_batch_fault(model, forward) if padded else ""
         self.batching = Batching(padded, order_padded, reason, fault)
@@ -201,6 +191,21 @@ class DataLoading(TrainerCallback):
                 loader.collate_fn = self._make_collator(loader.dataset)
         print0(f"Batches are {self.batching}.")
         return self.batching
+
+    def _find_packing(self, model: nn.Module, forward: Callable[..., Any]) -> Packing:
+        """How the model takes packed rows, the same on all processes."""
+
+        def make_batches() -> TrialBatches:
+            samples = trial_samples(self.data.encoder)
+            self.positions = find_positions(model, samples)
+            return make_trial_batches(samples, replace(self.data.collator, positions=self.positions))
+
+        def agree(fault: str) -> str:
+            failed = bool(self.processes.all_gather_ints([fault != ""]).any())
+            return fault or ("it fails without padding on another process" if failed else "")
+
+        attention, half = self.model.attention, self._computes_in_half
+        return find_packing(model, forward, make_batches, attention, half=half, agree=agree)
 
     @property
     def _computes_in_half(self) -> bool:
@@ -222,24 +227,37 @@ class DataLoading(TrainerCallback):
             begin_epoch(self._train_batches, args, state, padded=padded, order_padded=order_padded)
 
 
+def must_pad(padding_free: bool | str, encoder: Encoder, collator: Collator) -> bool:
+    """Whether batches must be padded, as far as the option `padding_free` and the processor tell."""
+    return padding_free is False or bool(collator.find_masks_of_images([dummy_image_sample(encoder)]))
+
+
+def find_positions(model: nn.Module, samples: Sequence[Sample]) -> RowPositions | None:
+    """How `model` computes positions in several dimensions; None where it does not. See `find_row_positions`."""
+    with_images = next((sample for sample in samples if sample.images), None)
+    return find_row_positions(model, with_images.sequence, with_images.images) if with_images else None
+
+
 def make_trial_batches(samples: Sequence[Sample], collator: Collator) -> TrialBatches:
     """The batches for trying out whether a model may get padding-free ones, from `trial_samples`.
 
-    The first row has an image, and the second has none. Raises `ValueError` where the processor takes no such rows.
+    Raises `ValueError` where there are not two, or none has an image.
     """
-    with_image, without = [next((s for s in samples if bool(s.images) is has), None) for has in (True, False)]
-    if with_image is None or without is None:
-        raise ValueError("the processor takes no row without an image")
-    samples = [with_image, without, *(s for s in samples if s is not with_image and s is not without)]
+    with_image = next((sample for sample in samples if sample.images), None)
+    if with_image is None or len(samples) < 2:
+        raise ValueError("the processor takes no two rows, of which one has an image")
+    others = [sample for sample in samples if sample is not with_image]
+    samples = [others[0], with_image, *others[1:]]  # so that it has rows before and after it
     alone = replace(collator, padding_free=False, dummy_image_sample=None)
     packed = replace(alone, padding_free=True)
-    changed = [_change(samples[0], samples[1].sequence["input_ids"]), *samples[1:]]
-    return TrialBatches([alone.join([sample]) for sample in samples], packed.join(samples), packed.join(changed))
+    changed = [others[0], _change(with_image), *others[1:]]
+    separate = [alone.join([sample]) for sample in samples]
+    return TrialBatches(separate, packed.join(samples), packed.join(changed), place=1)
 
 
-def _change(sample: Sample, text_ids: torch.Tensor) -> Sample:
-    """A row of the same length with another image and another last token, from `text_ids`, which has no image token."""
+def _change(sample: Sample) -> Sample:
+    """A row of the same length with another image and another last token: the one before it, which is text, too."""
     ids = sample.sequence["input_ids"].clone()
-    ids[-1] = text_ids[text_ids != ids[-1]][0]
+    ids[-1] = ids[ids != ids[-1]][-1]
     images = {name: -value if value.is_floating_point() else value for name, value in sample.images.items()}
     return replace(sample, sequence={**sample.sequence, "input_ids": ids}, images=images)
