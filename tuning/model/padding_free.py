@@ -101,12 +101,14 @@ def find_packing(
     attention: Attention,
     *,
     half: bool,
+    by_row: bool = True,
     agree: Callable[[str], str] = lambda fault: fault,
 ) -> Packing:
     """The fastest way in which this model gives packed rows what it gives them separately, found by trying.
 
     `forward` is the model as it is wrapped for training; it takes a batch on the CPU. `make_batches` may raise, where
-    the processor does not take a second row. `half`: the model computes in 16 bits. `agree` gives all processes the
+    the processor does not take a second row. `half`: the model computes in 16 bits. `by_row`: layers may
+    run row by row; not under ZeRO-3, which gathers weights in every call of a module. `agree` gives all processes the
     same fault, if one has any, so that all of them try the same. The model's mode and random state stay as they were.
     """
     limit = HALF_TOLERANCE if half else TOLERANCE
@@ -126,6 +128,8 @@ def find_packing(
             return Packing(reason=fault)
         faults = []
         for packing in list_packings(model, forward, batches, attention):
+            if packing.by_row and not by_row:
+                continue
             packing = replace(packing, first_position=find_first_position(separate[0]))
             trial, fault = attempt(partial(run_trial, model, forward, batches, separate, packing))
             fault = fault or agree(trial.find_fault(limit))
@@ -134,7 +138,7 @@ def find_packing(
             faults.append(fault)
     finally:
         model.train(was_training)
-    return Packing(reason=faults[0])
+    return Packing(reason=faults[0] if faults else "its layers would run row by row, which ZeRO-3 cannot share out")
 
 
 def describe_fault(error: Exception) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
@@ -44,17 +45,22 @@ class Batching:
     """How the rows of a batch are joined.
 
     `padded`: rows are padded to the longest one of their batch; otherwise they are joined end to end. `order_padded`:
-    rows are ordered as for padded batches. A resumed run keeps the order that it began with. `reason`: why batches are
-    padded. `fault`: why they have one row each, as a row would get other results in a batch.
+    rows are ordered as for padded batches. A resumed run keeps the order that it began with. `packing`: how the model
+    takes rows end to end, or why it does not. `fault`: why they have one row each, as a row would get other results in
+    a batch.
     """
 
     padded: bool
     order_padded: bool
-    reason: str = ""
+    packing: Packing
     fault: str = ""
 
     def __str__(self) -> str:
-        return f"padded to their longest row: {self.reason}" if self.padded else "padding-free"
+        if self.padded:
+            return f"padded to their longest row: {self.packing.reason}"
+        count = len(self.packing.by_row)
+        by_row = "1 layer runs" if count == 1 else f"{count} layers run"
+        return f"padding-free, and {by_row} row by row" if count else "padding-free"
 
 
 class DataLoading(TrainerCallback):
@@ -68,7 +74,6 @@ class DataLoading(TrainerCallback):
         self.workers = Workers(config.training.dataloader_multiprocessing_context)
         self.batching: Batching | None = None
         self.positions: RowPositions | None = None
-        self.packing = Packing()
         self._train_batches: SharedBatches | None = None
         self._train_loader: DataLoader | None = None
         self._validation_loader: DataLoader | None = None
@@ -144,10 +149,10 @@ class DataLoading(TrainerCallback):
         )
 
     def _make_collator(self, rows: EncodedRows | StreamedRows) -> Callable[[Sequence], dict[str, Any]]:
-        is_packed = self.batching is not None and not self.batching.padded
         collator = self.data.collator
-        if is_packed:
-            collator = replace(collator, padding_free=True, positions=self.positions, adapt=self.packing.adapt)
+        if self.batching is not None and not self.batching.padded:
+            adapt = self.batching.packing.adapt
+            collator = replace(collator, padding_free=True, positions=self.positions, adapt=adapt)
         if isinstance(rows, StreamedRows):
             return EncodingCollator(self.data.encoder, collator, self.config.data.on_bad_row == "skip")
         return collator
@@ -171,21 +176,19 @@ class DataLoading(TrainerCallback):
         `model`: without wrappers. `forward`: the model as it trains, with its wrappers and autocast. Raises `UserError`
         where `padding_free` is true and the model needs padding.
         """
-        wanted, reason = self.config.data.padding_free, "padding_free is false"
+        wanted, packing = self.config.data.padding_free, Packing(reason="padding_free is false")
         if wanted is not False:
             packing = self._find_packing(model, forward)
-            reason = packing.reason
-        padded = reason != ""
+        padded = packing.reason != ""
         if padded and wanted is True:
             raise UserError(
-                where="padding_free", problem=f"cannot be true for this model: {reason}.", fix="Leave it out."
+                where="padding_free", problem=f"cannot be true for this model: {packing.reason}.", fix="Leave it out."
             )
         if not padded:
             packing.apply(model)
-            self.packing = packing
         order_padded = padded if self.padded_before is None else self.padded_before
         fault = self._find_batch_fault(model, forward) if padded else ""
-        self.batching = Batching(padded, order_padded, reason, fault)
+        self.batching = Batching(padded, order_padded, packing, fault)
         for loader in (self._train_loader, self._validation_loader):
             if loader is not None:
                 loader.collate_fn = self._make_collator(loader.dataset)
@@ -205,7 +208,8 @@ class DataLoading(TrainerCallback):
             return fault or ("it fails without padding on another process" if failed else "")
 
         attention, half = self.model.attention, self._computes_in_half
-        return find_packing(model, forward, make_batches, attention, half=half, agree=agree)
+        by_row = not is_deepspeed_zero3_enabled()
+        return find_packing(model, forward, make_batches, attention, half=half, by_row=by_row, agree=agree)
 
     @property
     def _computes_in_half(self) -> bool:
