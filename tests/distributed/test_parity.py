@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures.case import Case
 from launches import outcomes, run_jobs
 from preparation import HAS_BITSANDBYTES
 from safetensors.torch import load_file
@@ -46,6 +47,9 @@ CASES |= {
     # Weight decay moves the vision tower although no row has an image: as if one had it, with a gradient of zero.
     "text only": ("llava15", {"training_data_path": "text_only.jsonl", **ADAMW}),
 }
+# One of each way to take packed rows: positions in several dimensions, layers row by row, masks, images apart by row.
+PACKED = ("qwen2_5_vl", "qwen3_5", "gemma3", "smolvlm")
+CASES |= {name: (name, {}) for name in PACKED}
 for case in EXAMINED_CASES:
     CASES[case] = (CASES[case][0], CASES[case][1] | EXAMINED)
 if HAS_BITSANDBYTES:
@@ -60,11 +64,16 @@ COMMON |= {"eval_strategy": "steps", "eval_steps": 3, "report_samples": 0}
 def each(cases):
     """Run a test for these cases in both splits: most of the second ones in `make test-slow`."""
     params = [
-        pytest.param(case, split, marks=pytest.mark.slow if split == "2x2x2" and case not in ACCUMULATED else ())
+        pytest.param(case, split, marks=pytest.mark.slow if is_slow(case, split) else ())
         for case in cases
         for split in SPLITS
     ]
     return pytest.mark.parametrize(("case", "split"), params)
+
+
+def is_slow(case: str, split: str) -> bool:
+    """Whether only `make test-slow` runs it."""
+    return case in PACKED or (split == "2x2x2" and case not in ACCUMULATED)
 
 
 def wanted_runs(session, strategy: str | None = None) -> list[tuple[str, str]]:
@@ -109,6 +118,13 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def losses_of(folder: Path) -> dict[str, list[float]]:
     lines = [json.loads(line) for line in (folder / "training_logs.jsonl").read_text().splitlines()]
     return {name: [line[name] for line in lines if name in line] for name in ("loss", "eval_loss", "supervised_tokens")}
+
+
+@pytest.fixture(scope="module")
+def models(models, tmp_path_factory):
+    """Layout or architecture → folder of its checkpoint."""
+    root = tmp_path_factory.mktemp("architectures")
+    return {**models, **{name: Case.make(name, root).folder for name in PACKED}}
 
 
 @pytest.fixture(scope="module")
