@@ -66,7 +66,7 @@ def differentiate(model, batches: list[dict]) -> tuple[float, dict]:
     return total, dict(gradients)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["full", pytest.param("LoRA", marks=pytest.mark.slow)])
 @each_architecture
 def test_loss_and_gradients_are_those_of_padded_batches(name, way, tmp_path):
     case = Case.make(name, tmp_path)
