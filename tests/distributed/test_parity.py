@@ -55,6 +55,12 @@ for case in EXAMINED_CASES:
 if HAS_BITSANDBYTES:
     CASES["4bit"] = ("llava15", LORA | {"quantization": "4bit"})
 SPLITS = {"2x4": (4, 1), "2x2x2": (2, 2)}
+# What `make test-slow` runs in both splits: layouts of the same architecture as another one's, and other ways to batch.
+RARE = {
+    *PACKED,
+    *("llava_next_vicuna lora", "llava16_mistral full", "llava16_mistral lora", "mllama arranged lora"),
+    *("grouped by length, padded", "token budget, padded", "streamed by workers", "named layers"),
+}
 ACCUMULATED = ("granite_vision full", "mllama lora", "token budget")  # the cases that `make test` also accumulates
 # SGD: Adam's first steps have the size of the learning rate whatever the gradient, and would hide its scale.
 COMMON = {"optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "num_train_epochs": 2, "save_strategy": "no"}
@@ -73,7 +79,7 @@ def each(cases):
 
 def is_slow(case: str, split: str) -> bool:
     """Whether only `make test-slow` runs it."""
-    return case in PACKED or (split == "2x2x2" and case not in ACCUMULATED)
+    return case in RARE or (split == "2x2x2" and case not in ACCUMULATED)
 
 
 def wanted_runs(session, strategy: str | None = None) -> list[tuple[str, str]]:
