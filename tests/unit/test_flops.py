@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from flops import RowShape, count_step, layers_in_use, utilisation
+from flops import RowShape, count_step
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import make_config_and_processor
+
+from tuning.model.flops import layers_in_use, utilisation
 
 ADAPTED = ["q_proj", "v_proj", "up_proj"]
 
