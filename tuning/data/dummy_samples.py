@@ -51,24 +51,16 @@ def trial_samples(encoder: Encoder) -> list[Sample]:
 
 @dataclass(frozen=True)
 class PictureSize:
-    """What a picture of 640×480 becomes: tokens of its row, and numbers for the vision tower.
-
-    `tile_values`: the numbers of one of its tiles, whose positions attend to one another, or of the whole picture.
-    """
+    """What a picture of 640×480 becomes: tokens of its row, and numbers for the vision tower, in this `shape`."""
 
     tokens: int
-    values: int
-    tile_values: int
+    shape: tuple[int, ...]
 
 
 def measure_picture(encoder: Encoder) -> PictureSize | None:
     """Process a blank picture. None where the processor makes no tokens, or no numbers, of it."""
     blank = Image.new("RGB", (640, 480))
     inputs = try_optional(lambda: encoder.process_question([blank]), catch_user_errors=True).value or {}
-    tensors = [value for value in inputs.values() if value.is_floating_point()]
+    shapes = [value.shape for value in inputs.values() if value.is_floating_point()]
     tokens = int(inputs[IMAGE_TOKENS].sum()) if inputs else 0
-    if not tokens or not tensors:
-        return None
-    shape = max(tensors, key=lambda tensor: tensor.numel()).shape
-    is_tiled = len(shape) >= 4  # […, channels, height, width]; otherwise patches lie in a row
-    return PictureSize(tokens, math.prod(shape), math.prod(shape[-3:] if is_tiled else shape))
+    return PictureSize(tokens, tuple(max(shapes, key=math.prod))) if tokens and shapes else None

@@ -79,6 +79,18 @@ class Flops:
         }
         return {**parts, "total": sum(parts.values())}
 
+    def find_tiles(self, shape: Sequence[int], pictures: int = 1) -> list[float]:
+        """The patches of each tile in `pixel_values` of this shape, […, channels, height, width].
+
+        Where patches lie in a row instead, those of each of `pictures`, on average.
+        """
+        if not self.patch_values:
+            return []
+        patches, of_tile = prod(shape) / self.patch_values, prod(shape[-3:]) / self.patch_values
+        if len(shape) >= 4 and of_tile > 1:
+            return [of_tile] * round(patches / of_tile)
+        return [patches / pictures] * pictures
+
     def count_attention(self, tokens: np.ndarray) -> np.ndarray:
         """The operations of the decoder's attention for each row."""
         rows = np.asarray(tokens, dtype=float)

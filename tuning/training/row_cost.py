@@ -22,8 +22,7 @@ def find_row_cost(flops: Flops, picture: PictureSize | None) -> RowCost | None:
 
 
 def _cost_of_image_token(flops: Flops, picture: PictureSize | None) -> float:
-    if picture is None or not flops.patch_values:
+    tiles = flops.find_tiles(picture.shape) if picture else []
+    if picture is None or not tiles:
         return flops.projector
-    patches, of_tile = picture.values / flops.patch_values, picture.tile_values / flops.patch_values
-    per_patch = float(flops.count_tower(np.array(of_tile))) / of_tile + flops.projector
-    return per_patch * patches / picture.tokens
+    return float(flops.count_tower(np.array(tiles)).sum() + flops.projector * sum(tiles)) / picture.tokens
