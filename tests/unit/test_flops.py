@@ -105,6 +105,16 @@ def test_attention_in_a_window_grows_with_the_tokens():
     assert flops.count_tower(np.array([9, 100])).tolist() == [81, 1600]
 
 
+def test_a_patch_of_overlapping_convolutions_is_what_their_strides_span():
+    model = load.build_skeleton(build("fast_vlm").config)
+    assert count_flops(model, find_parts(model)).patch_values == 3 * 64**2  # tests/architectures: 128 pixels, 4 tokens
+
+
+def test_a_tower_for_sound_is_not_run_on_pictures():
+    model = load.build_skeleton(build("qwen3_omni_moe_thinker").config)
+    assert count_flops(model, find_parts(model)).patch_values == 3 * 2 * 4 * 4
+
+
 def test_tiles_and_pictures_are_told_apart():
     flops = Flops(0, {}, 0, 0, {}, 0, 12)
     assert flops.find_tiles((1, 5, 3, 4, 4)) == [4] * 5

@@ -124,7 +124,9 @@ def count_flops(model: Any, parts: Parts) -> Flops:
             linear["head" if is_head else part] += _count_map(module, times[part])
 
     in_use = layers_in_use(base.config)
-    tower = {name: module for part, name, module in modules if part == VISION_TOWER}
+    audio = base.get_encoder(modality="audio")  # the model itself where it has none
+    heard = {id(module) for module in audio.modules()} if audio is not None and audio is not base else set()
+    tower = {name: module for part, name, module in modules if part == VISION_TOWER and id(module) not in heard}
     layers = {name: module for name, module in tower.items() if _is_in_layer(name, module, in_use)}
     queries, windows = _find_queries(layers), _TowerWindows.of(base, parts)
     attention = Counter[float]()
@@ -232,12 +234,18 @@ class _TowerWindows:
 
 
 def _find_patch_embedding(tower: Mapping[str, nn.Module]) -> tuple[nn.Module | None, int | None]:
-    """The map that makes a position of a patch, and how many numbers a patch has."""
+    """The map that makes a position of a patch, and how many numbers a patch has.
+
+    A tower of convolutions that overlap (FastVLM, Gemma 3n) makes a position of what all their strides span.
+    """
+    convolutions = [module for module in tower.values() if isinstance(module, nn.Conv2d | nn.Conv3d)]
     for name, module in tower.items():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            return module, prod(module.kernel_size) * module.in_channels
         if isinstance(module, nn.Linear) and "patch" in name:
             return module, module.in_features
+        if module in convolutions[:1] and module.kernel_size == module.stride:
+            return module, prod(module.kernel_size) * module.in_channels
+        if module in convolutions[:1]:
+            return None, prod(prod(other.stride) for other in convolutions) * module.in_channels
     return None, None
 
 
