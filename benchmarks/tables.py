@@ -23,6 +23,7 @@ KEYS = {
     "gpu": ("run", "checkpointing", "contender", "device"),
     "check_speed": ("rows",),
     "pictures": ("family",),
+    "balance": ("mixture", "batches", "ranks"),
 }
 COLUMNS = {
     "step": {
@@ -76,6 +77,15 @@ COLUMNS = {
         "on tensors, ms": "tensors_ms",
         "on arrays, ms": "pillow_ms",
         "× faster": "against_pillow",
+    },
+    "balance": {
+        "mixture": "mixture",
+        "batches": "batches",
+        "processes": "ranks",
+        "ours": "ours",
+        "by chance": "random",
+        "our worst step": "worst",
+        "at least": "least",
     },
 }
 ORIGIN = ("commit", "cores", "load", "torch", "transformers")

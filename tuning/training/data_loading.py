@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
+from tuning.data.balance import Balance, RowCost
 from tuning.data.batch_sampler import (
     RowBatches,
     RowOrder,
@@ -24,7 +25,7 @@ from tuning.data.batch_sampler import (
 )
 from tuning.data.collator import Collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows
-from tuning.data.dummy_samples import dummy_image_sample, trial_samples
+from tuning.data.dummy_samples import dummy_image_sample, measure_picture, trial_samples
 from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import TrainingData, dummy_batch
 from tuning.data.row_lengths import RowLengths
@@ -38,6 +39,7 @@ from tuning.model.row_positions import RowPositions, find_row_positions
 from tuning.training.batch_check import find_batch_fault, options_of_several_rows, rows_differ
 from tuning.training.optimizer import HALF
 from tuning.training.resume import Progress
+from tuning.training.row_cost import find_row_cost
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class DataLoading(TrainerCallback):
     ):
         self.config, self.data, self.model, self.processes = config, data, model, processes
         self.padded_before = progress.padded
+        self.row_cost = self._find_row_cost(progress)
         self.workers = Workers(config.training.dataloader_multiprocessing_context)
         self.batching: Batching | None = None
         self.positions: RowPositions | None = None
@@ -109,13 +112,26 @@ class DataLoading(TrainerCallback):
         training, budget = self.config.training, self.config.data.max_tokens_per_batch
         if not budget:
             lengths = RowLengths(rows.source, rows.encoder)
-            return make_row_batches(training, len(rows), lengths, self.config.group_by_length)
+            balance = Balance(self.row_cost, lengths.sizes) if self.row_cost else None
+            return make_row_batches(training, len(rows), lengths, self.config.group_by_length, balance)
         workers = {"workers": training.dataloader_num_workers, "start_worker": self.workers.start}
         lengths = RowLengths(rows.source, rows.encoder, exact=True, **workers)
         if training.max_steps < 1:  # the trainer asks for the number of steps of an epoch
             rank, world, show = training.process_index, training.world_size, not training.disable_tqdm
             lengths.measure_all(self._sum_over_processes, rank=rank, world=world, show=show)
-        return make_token_batches(training, len(rows), lengths, budget, padded=self._expects_padding())
+        balance = Balance(self.row_cost, lengths.sizes) if self.row_cost else None
+        return make_token_batches(training, len(rows), lengths, budget, padded=self._expects_padding(), balance=balance)
+
+    def _find_row_cost(self, progress: Progress) -> RowCost | None:
+        """What balances the batches of several processes. A resumed run keeps what it began with."""
+        if progress.resume_from is not None:
+            return RowCost(*progress.row_cost) if progress.row_cost else None
+        training, flops = self.config.training, self.model.flops
+        batches = training.world_size * training.gradient_accumulation_steps
+        measures = self.config.data.max_tokens_per_batch or not self.config.data.allow_remote_images
+        if batches == 1 or flops is None or not measures or isinstance(self.data.train, StreamedRows):
+            return None
+        return find_row_cost(flops, measure_picture(self.data.encoder))
 
     def _expects_padding(self) -> bool:
         """Whether batches will be padded, as far as the model's structure tells: it has not run yet."""

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from tuning.training.optimizer import (
     set_learning_rates,
     steps_in_backward,
 )
-from tuning.training.resume import PADDED, Progress
+from tuning.training.resume import COST, PADDED, Progress
 from tuning.training.row_log import SkippedRows
 from tuning.training.self_check import SelfCheck
 from tuning.training.step_guard import StepGuard, StepState
@@ -112,7 +112,9 @@ class SupervisedTrainer(ResumableTrainer):
     def fingerprint(self) -> dict[str, Any]:  # type: ignore[override]
         """What a later run must have in common with this one to resume it."""
         batching = self.loading.batching
-        return self.progress.fingerprint | ({PADDED: batching.order_padded} if batching else {})
+        cost = self.loading.row_cost
+        known = {PADDED: batching.order_padded, COST: cost and list(astuple(cost))} if batching else {}
+        return self.progress.fingerprint | known
 
     def _set_precision(self) -> None:
         """Print how 16-bit weights are updated, and set the precision that FSDP shards and computes in."""
