@@ -1,7 +1,7 @@
 """The batches of a run: which rows they have, whether they are padded, and the loaders that read them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,7 @@ class DataLoading(TrainerCallback):
 
     def _make_batches(self, rows: EncodedRows) -> SharedBatches:
         training, budget = self.config.training, self.config.data.max_tokens_per_batch
+        self._take_cost_of_first_process()
         if not budget:
             lengths = RowLengths(rows.source, rows.encoder)
             balance = Balance(self.row_cost, lengths.sizes) if self.row_cost else None
@@ -132,6 +133,12 @@ class DataLoading(TrainerCallback):
         if batches == 1 or flops is None or not measures or isinstance(self.data.train, StreamedRows):
             return None
         return find_row_cost(flops, measure_picture(self.data.encoder))
+
+    def _take_cost_of_first_process(self) -> None:
+        """Machines with other versions of a library could count otherwise, and rows would be left out."""
+        cost = astuple(self.row_cost) if self.row_cost else (0, 0, 0)
+        first = self.processes.all_gather_ints(cost)[0].tolist()
+        self.row_cost = RowCost(*first) if any(first) else None
 
     def _expects_padding(self) -> bool:
         """Whether batches will be padded, as far as the model's structure tells: it has not run yet."""

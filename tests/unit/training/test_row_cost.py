@@ -1,6 +1,8 @@
 """What a row costs, from a model's shapes and what its processor makes of a picture."""
 
+from dataclasses import astuple
 from math import inf
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +10,13 @@ import torch
 from architectures.case import Case
 from PIL import Image
 
-from tuning.data.balance import UNIT
+from tuning.data.balance import UNIT, RowCost
 from tuning.data.dummy_samples import PictureSize, measure_picture
 from tuning.data.processing import IMAGE_TOKENS
 from tuning.model.flops import Flops, count_flops
 from tuning.model.load import build_skeleton
 from tuning.model.parts import find_parts
+from tuning.training.data_loading import DataLoading
 from tuning.training.row_cost import find_row_cost
 
 FLOPS = Flops(100.0, {inf: 0.5, 8: 2.0}, 7.0, 30.0, {inf: 0.1}, 4.0, patch_values=12, class_tokens=1)
@@ -61,3 +64,13 @@ def test_a_picture_that_the_processor_makes_nothing_of_has_no_size(tokens, tmp_p
 
     monkeypatch.setattr(encoder.row_processor, "process", process)
     assert measure_picture(encoder) is None
+
+
+@pytest.mark.parametrize("mine", [RowCost(UNIT, 2, 3), None])
+@pytest.mark.parametrize("first", [RowCost(UNIT, 5, 0), None])
+def test_every_process_takes_the_cost_of_the_first(mine, first):
+    gathered = torch.tensor([[*astuple(first)] if first else [0, 0, 0], [1, 2, 3]])
+    processes = SimpleNamespace(all_gather_ints=lambda numbers: gathered)
+    loading = SimpleNamespace(row_cost=mine, processes=processes)
+    DataLoading._take_cost_of_first_process(loading)
+    assert loading.row_cost == first
