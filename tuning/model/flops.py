@@ -33,8 +33,13 @@ from torch import nn
 
 from tuning.model.parts import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, Parts
 
-# Dense bf16 operations per second, from NVIDIA's data sheets (H100 and H200: SXM), by a part of the device's name.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# Dense bf16 operations per second from NVIDIA's data sheets (fp16 where a device has no bf16), by words of its name, of
+# which the first that fit count.
+PEAKS = {
+    **{"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12},
+    **{"B200": 2250e12, "H20": 148e12, "A100": 312e12, "A30": 165e12, "A10": 125e12},
+    **{"L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12},
+}
 # The layers that make the queries of a tower, and how many times the queries' width their output has.
 QUERIES = {"q_proj": 1, "query": 1, "q": 1, "wq": 1, "query_proj": 1, "qkv": 3, "qkv_proj": 3, "Wqkv": 3, "c_attn": 3}
 # The kinds of a decoder's layers that attend, and what the config calls their window.
@@ -263,7 +268,8 @@ def _count_class_tokens(tower: Mapping[str, nn.Module]) -> int:
 
 def peak_of(device_name: str) -> float | None:
     """Peak operations per second of a device by its name; None where it is not in the table."""
-    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+    words = {*re.split(r"[ -]", device_name)}
+    return next((peak for name, peak in PEAKS.items() if words.issuperset(name.split())), None)
 
 
 def utilisation(operations: float, seconds: float, peak: float | None) -> float | None:
