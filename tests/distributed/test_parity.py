@@ -121,9 +121,12 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(adapter if adapter.exists() else folder / "model.safetensors")
 
 
+SAID = ("loss", "eval_loss", "supervised_tokens", "rank_imbalance")
+
+
 def losses_of(folder: Path) -> dict[str, list[float]]:
     lines = [json.loads(line) for line in (folder / "training_logs.jsonl").read_text().splitlines()]
-    return {name: [line[name] for line in lines if name in line] for name in ("loss", "eval_loss", "supervised_tokens")}
+    return {name: [line[name] for line in lines if name in line] for name in SAID}
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +170,10 @@ def test_two_processes_train_what_one_does(case, split, one_process, two_process
     else:
         assert len(expected["loss"]) == 6  # two epochs of 8 + 8 + 3 rows
     assert found["supervised_tokens"] == expected["supervised_tokens"]
+    assert len(found["rank_imbalance"]) == len(found["loss"])
+    assert min(found["rank_imbalance"]) >= 1
+    assert max(found["rank_imbalance"]) <= 2
+    assert not expected["rank_imbalance"]
     of_loss, of_weights = (5e-4, 2e-3) if case == "bf16" else (1e-5, 1e-4)
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=of_loss, atol=0)
     torch.testing.assert_close(found["eval_loss"], expected["eval_loss"], rtol=of_loss, atol=0)

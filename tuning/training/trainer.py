@@ -179,9 +179,8 @@ class SupervisedTrainer(ResumableTrainer):
             infos = [self._take_info(batch) for batch in batches]
         except UserError as found:
             error = found
-        supervised, images = (
-            sum(getattr(info, n) for info in infos) for n in ("supervised_tokens", "rows_with_images")
-        )
+        supervised = sum(info.supervised_tokens for info in infos)
+        images = sum(info.rows_with_images for info in infos)
         operations = count_operations(self.trainable.flops, infos)
         mine = supervised, self.rows.unsynced, self.rows.rows_seen, images, operations
         shared = self.processes.raise_on_all_ranks(error, *mine)
