@@ -108,9 +108,9 @@ def find_packing(
     """The fastest way in which this model gives packed rows what it gives them separately, found by trying.
 
     `forward` is the model as it is wrapped for training; it takes a batch on the CPU. `make_batches` may raise, where
-    the processor does not take a second row. `half`: the model computes in 16 bits. `by_row`: layers may
-    run row by row; not under ZeRO-3, which gathers weights in every call of a module. `agree` gives all processes the
-    same fault, if one has any, so that all of them try the same. The model's mode and random state stay as they were.
+    the processor does not take a second row. `half`: the model computes in 16 bits. `by_row`: layers may run row by
+    row; not under ZeRO-3, which gathers weights in every call of a module. `agree` gives all processes the same fault,
+    if one has any, so that all of them try the same. The model's mode and random state stay as they were.
     """
     limit = HALF_TOLERANCE if half else TOLERANCE
 

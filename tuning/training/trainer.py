@@ -187,7 +187,7 @@ class SupervisedTrainer(ResumableTrainer):
         by_process = shared.tolist()  # the only wait for the device here
         all_supervised, left_out, seen, all_images, _ = map(sum, zip(*by_process, strict=True))
         self.rows.sync(left_out, self.train_dataset, seen)
-        tokens = sum(sum(info.tokens) for info in infos)
+        tokens = sum(info.tokens for info in infos)
         self.meter.data_arrived(tokens, supervised, [numbers[-1] for numbers in by_process])
         self.supervised_tokens = (self.supervised_tokens or 0) + all_supervised
         number = self.state.global_step + 1

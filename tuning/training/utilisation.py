@@ -12,7 +12,7 @@ def count_operations(flops: Flops | None, infos: Sequence[BatchInfo]) -> int:
     """The operations of a step's batches, of real tokens and pictures only; 0 where the model's shapes are unknown."""
     if flops is None:
         return 0
-    tokens = [number for info in infos for number in info.tokens]
+    tokens = [number for info in infos for number in info.row_tokens]
     tiles = [tile for info in infos for shape, pictures in info.pictures for tile in flops.find_tiles(shape, pictures)]
     return int(flops.count(tokens, tiles, sum(info.supervised_tokens for info in infos))["total"])
 

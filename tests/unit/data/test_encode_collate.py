@@ -249,7 +249,7 @@ def test_info_counts_what_is_in_the_batch(layout):
     batch = probe_collator(encoder.processor)(samples)
     info = batch["info"]
     assert info.rows == [f"{number}, row 0" for number in range(4)]
-    assert sum(info.tokens) == batch["attention_mask"].sum()
+    assert info.tokens == batch["attention_mask"].sum()
     assert info.supervised_tokens == (batch["labels"] != IGNORED).sum()
     assert info.dropped_images == 1
     assert info.error is None

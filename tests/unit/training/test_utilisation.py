@@ -21,7 +21,7 @@ def test_a_step_costs_its_rows_and_tiles_without_padding():
     lengths = [len(sample.sequence["input_ids"]) for sample in samples]
     with_images = [sample for sample in samples if sample.images]
     tiles = [16] * len(with_images)  # 32 × 32 pixels in patches of 8 × 8
-    assert info.tokens == lengths
+    assert info.row_tokens == lengths
     assert count_operations(flops, [info]) == int(flops.count(lengths, tiles, 0)["total"])
     apart = [describe_batch([sample]) for sample in samples]
     assert count_operations(flops, apart) == pytest.approx(count_operations(flops, [info]))
