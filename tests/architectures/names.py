@@ -134,6 +134,10 @@ PADDED = ("emu3", "mllama", *OLDER_PADDED)
 """What has padded batches: Mllama's tokens see pictures through a mask of tokens by pictures of their row."""
 
 
+EITHER_WAY = ("ernie4_5_vl_moe",)
+"""Whose layers run row by row or not, as rounding has it: what one row sends to experts may change another by a bit."""
+
+
 def is_known(name: str) -> bool:
     """Whether the installed transformers has the architecture."""
     return name.partition("+")[0] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
