@@ -23,6 +23,7 @@ KEYS = {
     "gpu": ("run", "checkpointing", "contender", "device"),
     "check_speed": ("rows",),
     "pictures": ("family",),
+    "towers": ("family", "tower"),
 }
 COLUMNS = {
     "step": {
@@ -76,6 +77,17 @@ COLUMNS = {
         "on tensors, ms": "tensors_ms",
         "on arrays, ms": "pillow_ms",
         "× faster": "against_pillow",
+    },
+    "towers": {
+        "family": "family",
+        "tower": "tower",
+        "patches": "patches",
+        "stock, s": "stock_seconds",
+        "ours, s": "seconds",
+        "× faster": "against_stock",
+        "stock calls of SDPA": "stock_sdpa_calls",
+        "our calls": "sdpa_calls",
+        "threads": "threads",
     },
 }
 ORIGIN = ("commit", "cores", "load", "torch", "transformers")

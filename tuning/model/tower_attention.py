@@ -93,7 +93,7 @@ def _by_length(attend: Callable, *states_and_bounds: torch.Tensor) -> torch.Tens
     To sort the segments by length first would leave fewer runs, but on a CPU the copies cost more than it saves.
     """
     *states, bounds = states_and_bounds
-    runs = [(length, len([*run])) for length, run in groupby(_lengths(bounds)) if length]
+    runs = [(length, len([*run])) for length, run in groupby(filter(None, _lengths(bounds)))]
     sizes = [length * number for length, number in runs]
     parts = zip(runs, *(tensor[0].transpose(0, 1).split(sizes) for tensor in states), strict=True)
     attended = []
