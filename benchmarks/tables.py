@@ -24,6 +24,7 @@ KEYS = {
     "check_speed": ("rows",),
     "pictures": ("family",),
     "balance": ("mixture", "batches", "ranks"),
+    "towers": ("family", "tower"),
 }
 COLUMNS = {
     "step": {
@@ -86,6 +87,17 @@ COLUMNS = {
         "by chance": "random",
         "our worst step": "worst",
         "at least": "least",
+    },
+    "towers": {
+        "family": "family",
+        "tower": "tower",
+        "patches": "patches",
+        "stock, s": "stock_seconds",
+        "ours, s": "seconds",
+        "× faster": "against_stock",
+        "stock calls of SDPA": "stock_sdpa_calls",
+        "our calls": "sdpa_calls",
+        "threads": "threads",
     },
 }
 ORIGIN = ("commit", "cores", "load", "torch", "transformers")

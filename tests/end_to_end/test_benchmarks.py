@@ -66,6 +66,15 @@ def test_batches_of_many_processes_are_simulated(capsys):
         assert line["batches"] == "rows" or line["ours"] <= 1.05
 
 
+def test_towers_are_timed_with_equal_outputs(capsys, monkeypatch):
+    towers = importlib.import_module("towers")
+    monkeypatch.setattr(towers, "SIZES", [(252, 112), (56, 56)])
+    towers.main(["--rounds", "1", "--family", "qwen2_5_vl"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["tower"] for line in lines] == ["frozen", "trains"]
+    assert all(line["sdpa_calls"] < line["stock_sdpa_calls"] and line["seconds"] > 0 for line in lines)
+
+
 def test_a_start_is_timed_in_processes_of_their_own(run, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(datasets.config.HF_DATASETS_CACHE))
     (line,) = run("start", ["--rows", "20", "--repeats", "1"])

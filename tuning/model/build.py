@@ -35,6 +35,7 @@ from tuning.model.parts import (
     freeze_parts,
     parameter_table,
 )
+from tuning.model.patch_embedding import patch_patch_embeddings
 from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.quantize import Quantization, plan_quantization
 from tuning.model.vision_tower import (
@@ -196,6 +197,7 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_
     patch_mllama_cross_attention(model)
     patch_supervised_loss(model)
     patch_picture_dtype(model)
+    patch_patch_embeddings(model)
     if config.lora.peft_method:
         model = add_lora(model, config.lora, lora_targets)
     else:

@@ -36,6 +36,7 @@ from tuning.model.build import TrainableModel
 from tuning.model.loss import check_logits
 from tuning.model.padding_free import Packing, TrialBatches, find_packing
 from tuning.model.row_positions import RowPositions, find_row_positions
+from tuning.model.tower_attention import TOWER, find_tower_configs, find_tower_difference, set_attention
 from tuning.training.batch_check import find_batch_fault, options_of_several_rows, rows_differ
 from tuning.training.optimizer import HALF
 from tuning.training.resume import Progress
@@ -192,6 +193,29 @@ class DataLoading(TrainerCallback):
         self.processes.raise_on_all_ranks(checked.error if isinstance(checked.error, UserError) else None)
         if checked.error:
             print0(f"Logits are not compared with the stock forward's: {describe_failure(checked.error)}.")
+
+    def choose_tower_attention(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give the vision tower our attention, the same on all processes, if its output stays what it is.
+
+        `model` and `forward` as in `decide_batching`. Only towers that take the lengths of pictures are tried.
+        """
+        settings, configs = self.config.model, find_tower_configs(model)
+        if settings.attn_implementation or not settings.use_flash_attn or not configs:
+            return
+
+        def try_out() -> str:
+            samples = [sample for sample in trial_samples(self.data.encoder) if sample.images]
+            batch = replace(self.data.collator, padding_free=False).join(samples[-1:])  # the one with most pictures
+            return find_tower_difference(model, forward, batch, half=self._computes_in_half)
+
+        trial = try_optional(try_out, catch_user_errors=True)
+        reason = f"it fails ({describe_failure(trial.error)})" if trial.error else trial.value
+        fails = bool(self.processes.all_gather_ints([reason != ""]).any())
+        if not fails:
+            set_attention(configs, TOWER)
+            print0("The vision tower keeps pictures apart by their lengths, in as few calls as it can.")
+        else:
+            print0(f"The vision tower keeps transformers' attention: {reason or 'ours fails on another process'}.")
 
     def decide_batching(self, model: nn.Module, forward: Callable[..., Any]) -> Batching:
         """Decide before the first batch, the same on all processes, whether batches are padded.

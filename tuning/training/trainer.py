@@ -143,6 +143,7 @@ class SupervisedTrainer(ResumableTrainer):
 
         model = self.accelerator.unwrap_model(self.model)
         self.loading.check_logits(model, forward)
+        self.loading.choose_tower_attention(model, forward)
         if self.loading.decide_batching(model, forward).fault:  # then answers are written one by one, too
             self.evaluator = self.samples.evaluator = replace(self.evaluator, batch_size=1)
         if self.args.torch_compile:
