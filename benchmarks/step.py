@@ -47,12 +47,13 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
     count = len(rows.read_text().splitlines())
     spec = make_spec(model, rows, method, steps=steps, output=folder / "ours", batch_size=count)
     spec["threads"] = None if large else 1  # with models this small, more threads only wait for each other
+    spec["options"] = {**spec["options"], **({"padding_free": True} if large else {})}  # it fails where it cannot be
     print0(f"{layout} {size} {method}: ours …")
     results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
     for name, changes in OWN_VARIANTS.items() if large else ():
         print0(f"{layout} {size} {method}: {name} …")
-        variant = {**spec, "contender": "ours", "training": {**spec["training"], **changes}}
-        results[name] = run_child("contender.py", {**variant, "output": str(folder / "variant")}, folder)
+        variant = {**spec, "contender": "ours", "output": str(folder / "variant")}
+        results[name] = run_child("contender.py", {**variant, "options": {**spec["options"], **changes}}, folder)
         check_equal(results["ours"], results[name], name)
     for peer in arguments.peers:
         peer_spec = {**spec, "contender": peer, "output": str(folder / peer), "options": {}}
