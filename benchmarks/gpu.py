@@ -10,9 +10,10 @@ and LoRA on the same layers. TRL runs as its documentation shows for images: `ma
 its fused head. It does not support packing and padding-free batches with images. Its first loss must equal ours within
 2 %, as rounding differs in bfloat16.
 
-MFU is model FLOPs ÷ (seconds · peak FLOP/s of the card in dense bfloat16); `flops.py` explains the count. Peak memory
-is what PyTorch had allocated. A run that does not fit gives a line with `failed`. With `--tiny`, everything runs with
-tiny models on a CPU. That also makes the folder `benchmarks/.peers/`, which a machine without a network needs.
+MFU is model FLOPs ÷ (seconds · peak FLOP/s of the card in dense bfloat16). `tuning/model/flops.py` explains the count.
+Peak memory is what PyTorch had allocated. A run that does not fit gives a line with `failed`. With `--tiny`,
+everything runs with tiny models on a CPU. That also makes the folder `benchmarks/.peers/`, which a machine without a
+network needs.
 """
 
 import argparse
@@ -22,11 +23,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flops import RowShape, count_step, peak_of, utilisation
+from flops import RowShape, count_step
 from peers import TRL_VERSION, install_trl
 from record import ChildFailed, describe_environment, median, print0, print_line, run_child
 from step import LORA, check_equal
 from workloads import LARGE_PICTURES, SMALL_PICTURES, save_model, write_rows
+
+from tuning.model.flops import peak_of, utilisation
 
 # Run → layout, size, method, and whether 16-bit weights have float32 master weights.
 RUNS = {
@@ -145,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="*", choices=["trl"], default=["trl"])
     parser.add_argument("--checkpointing", nargs="+", choices=["on", "off"], default=["on"])
     parser.add_argument("--steps", type=int, default=12, help="default: 12")
-    parser.add_argument("--peak-flops", type=float, help="dense bfloat16 peak of a card that is not in flops.py")
+    parser.add_argument("--peak-flops", type=float, help="dense bfloat16 peak of a card that we do not know")
     parser.add_argument("--tiny", action="store_true", help="use tiny models, on a CPU")
     arguments = parser.parse_args(argv)
     environment = describe_environment()

@@ -24,6 +24,7 @@ KEYS = {
     "gpu": ("run", "checkpointing", "contender", "device"),
     "check_speed": ("rows",),
     "pictures": ("family",),
+    "balance": ("mixture", "batches", "ranks"),
 }
 COLUMNS = {
     "step": {
@@ -77,6 +78,15 @@ COLUMNS = {
         "on tensors, ms": "tensors_ms",
         "on arrays, ms": "pillow_ms",
         "× faster": "against_pillow",
+    },
+    "balance": {
+        "mixture": "mixture",
+        "batches": "batches",
+        "processes": "ranks",
+        "ours": "ours",
+        "by chance": "random",
+        "our worst step": "worst",
+        "at least": "least",
     },
 }
 AGAINST = {"trl": "TRL", "stock": "stock", "ours, padded": "padded"}  # contender → its name in the table of ratios

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import transformers
 from architectures.checkpoints import Family, save
-from architectures.names import ALONE
+from architectures.names import ALONE, is_known
 from PIL import Image, ImageDraw
 
 from tuning.config.parse import resolve
@@ -83,6 +85,8 @@ class Case:
 
     @classmethod
     def make(cls, name: str, root: Path, *, weights: bool = True) -> "Case":
+        if not is_known(name):  # only `test_oldest_transformers.py` runs with such a version
+            pytest.skip(f"transformers {transformers.__version__} has no {name}")
         folder = root / name
         family = save(name, folder, weights=weights)
         draw(folder)

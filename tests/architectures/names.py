@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 from architectures.registry import ARCHS
+from transformers import masking_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 # vLLM 0.32.0, read from its source: the class that its registry names for the architecture, and whether that class or
@@ -127,8 +128,14 @@ ALONE = ("emu3", "hunyuan_vl")
 transformers counts the pictures of a whole batch."""
 
 
-PADDED = ("emu3", "mllama")
+OLDER_PADDED = () if hasattr(masking_utils, "remap_positions_for_packed_sequence") else ("llama4",)
+"""What has padded batches with an older transformers only: there the chunks of packed rows count from the first row."""
+PADDED = ("emu3", "mllama", *OLDER_PADDED)
 """What has padded batches: Mllama's tokens see pictures through a mask of tokens by pictures of their row."""
+
+
+EITHER_WAY = ("ernie4_5_vl_moe",)
+"""Whose layers run row by row or not, as rounding has it: what one row sends to experts may change another by a bit."""
 
 
 def is_known(name: str) -> bool:

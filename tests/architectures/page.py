@@ -34,7 +34,7 @@ each: the supervised tokens are the answers, the loss is that of the stock forwa
 it is alone, saved models and adapters read back. [examples/models](../examples/models/README.md) has a config for the
 families people tune most.
 
-- **Batches**: padding-free, or why they are padded. See [batches.md](batches.md).
+- **Batches**: padding-free, or why they are padded. Some layers run row by row. See [batches.md](batches.md).
 - **Pictures**: how many a row may have, and whether it needs one.
 - **vLLM 0.32**: what it serves, read from its source. "no" means that it has no code for this model.
 
@@ -65,8 +65,9 @@ class Line:
 
 def describe_batches(printed: str) -> str:
     """How batches were joined, from what a run printed; without the difference that it measured."""
-    found = re.findall(r"^Batches are (padding-free|padded to their longest row: .*?)(?:, by .*)?\.$", printed, re.M)
-    return found[-1].replace(" to their longest row", "") if found else ""
+    found = re.findall(r"^Batches are (padding-free.*|padded to their longest row: .*?)(?:, by .*)?\.$", printed, re.M)
+    short = found[-1].replace(" to their longest row", "") if found else ""
+    return re.sub(r", and \d+ layers? runs? row by row", ", layers row by row", short)
 
 
 def describe_pictures(case: Case) -> str:

@@ -1,6 +1,7 @@
-"""Padding-free batches give the loss and the gradients of padded ones in float64, for every architecture that has them."""
+"""Padding-free batches give the loss and the gradients of padded ones in float64, for every architecture."""
 
 import functools
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,13 +11,17 @@ from architectures.names import ALONE, PADDED, each_architecture
 from architectures.page import LORA
 from sample_batches import try_rows
 from torch import nn
+from transformers import PreTrainedModel
 
 from tuning.config.parse import resolve
 from tuning.data.encode import IGNORED
 from tuning.data.from_config import dummy_batch
+from tuning.model.attention import get_base
 from tuning.model.build import build_model, plan_model
 from tuning.training.data_loading import find_positions
 
+PRECISION = 1e-5  # relative: parts of many models compute in float32, whatever their weights have (norms, routers)
+SINGLE = ("nemotron_h_omni",)  # its tower's pictures are float32 whatever its weights are: the test runs in float32
 WAYS = {"full": {}, "LoRA": {**LORA, "freeze_vision_tower": False, "freeze_multi_modal_projector": False}}
 
 
@@ -24,7 +29,9 @@ def build(case: Case, **options):
     """A model as it trains, in float64, and the attention that it was planned with."""
     config = resolve(case.options(**options))
     plan = plan_model(config, case.model_config, functools.partial(dummy_batch, case.encoder))
-    model = build_model(config, case.model_config, plan).model.double().train()
+    model = build_model(config, case.model_config, plan).model.train()
+    if case.name not in SINGLE:
+        keep_float32(get_base(model.double()))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -37,8 +44,13 @@ def build(case: Case, **options):
     return model, plan.attention
 
 
-def as_double(batch: dict) -> dict:
-    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+def keep_float32(model) -> None:
+    """Convert back what transformers keeps in float32, whatever the dtype of a model."""
+    for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
+        kept = [*(part._keep_in_fp32_modules or ()), *(part._keep_in_fp32_modules_strict or ())]
+        for name, parameter in part.named_parameters():
+            if any(re.search(rf"(^|\.){re.escape(module)}(\.|$)", name) for module in kept):
+                parameter.data = parameter.data.float()
 
 
 def differentiate(model, batches: list[dict]) -> tuple[float, dict]:
@@ -47,23 +59,24 @@ def differentiate(model, batches: list[dict]) -> tuple[float, dict]:
     count = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
-        loss = model(**as_double(batch), num_items_in_batch=count).loss
+        loss = model(**batch, num_items_in_batch=count).loss
         loss.backward()
         total += loss.item()
     gradients = [(n, p.grad.clone()) for n, p in model.named_parameters() if p.requires_grad and p.grad is not None]
     return total, dict(gradients)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["full", pytest.param("LoRA", marks=pytest.mark.slow)])
 @each_architecture
 def test_loss_and_gradients_are_those_of_padded_batches(name, way, tmp_path):
     case = Case.make(name, tmp_path)
     model, attention = build(case, **WAYS[way])
+    limit = 1e-4 if name in SINGLE else PRECISION
     padded = [[sample] for sample in case.samples] if name in ALONE else [case.samples]
     loss, expected = differentiate(model, [case.collator.join(samples) for samples in padded])
 
     model.eval()
-    packing = try_rows(model, lambda **batch: model(**as_double(batch)), case.encoder, attention)
+    packing = try_rows(model, model, case.encoder, attention)
     model.train()
     if name in PADDED:
         assert packing.reason
@@ -79,8 +92,9 @@ def test_loss_and_gradients_are_those_of_padded_batches(name, way, tmp_path):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         found_loss, found = differentiate(model, [batch])
-        assert found_loss == pytest.approx(loss, rel=1e-9)
+        assert found_loss == pytest.approx(loss, rel=limit)
         assert found.keys() == expected.keys()
+        largest = max(gradient.norm().item() for gradient in expected.values())
         for parameter, gradient in expected.items():
-            scale = gradient.abs().max().item()
-            torch.testing.assert_close(found[parameter], gradient, rtol=1e-6, atol=1e-7 * scale + 1e-12, msg=parameter)
+            distance = (found[parameter] - gradient).norm().item()
+            assert distance <= limit * (gradient.norm().item() + 1e-3 * largest), parameter

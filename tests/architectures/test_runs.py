@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 from architectures.case import Case
-from architectures.names import ALONE, each_architecture
+from architectures.names import ALONE, EITHER_WAY, OLDER_PADDED, PADDED, each_architecture
 from architectures.page import LORA, describe_batches, read_page
 
 import tuning
@@ -47,11 +47,17 @@ def run(make_case, tmp_path, capsys, monkeypatch):
 
 @each_architecture
 def test_it_trains_in_full_and_padding_changes_nothing(run, name):
-    full = run(name)
+    in_order = {"train_sampling_strategy": "sequential"}  # padded batches of one row would be grouped by length
+    full = run(name, **in_order)
     assert len(full.losses) == 2
-    assert read_page()[name].batches == describe_batches(full.printed), "run: python docs/generate_models.py"
-    if describe_batches(full.printed) == "padding-free":
-        padded = run(name, padding_free=False)
+    found, page = describe_batches(full.printed), read_page()[name].batches
+    if name in EITHER_WAY:
+        found, page = found.partition(",")[0], page.partition(",")[0]
+    if name not in OLDER_PADDED:
+        assert page == found, "run: python docs/generate_models.py"
+    assert describe_batches(full.printed).startswith("padded") == (name in PADDED)
+    if name not in PADDED:
+        padded = run(name, padding_free=False, **in_order)
         assert padded.losses == pytest.approx(full.losses, rel=1e-4)
 
 
@@ -105,5 +111,5 @@ def test_a_row_is_answered_in_a_batch_as_alone(make_case, name, tmp_path, capsys
 @pytest.mark.parametrize("name", ALONE)
 def test_what_changes_in_a_batch_is_trained_row_by_row(run, name):
     with pytest.raises(UserError, match="gives a row in a batch other results than alone") as refused:
-        run(name, per_device_train_batch_size=2)
+        run(name, per_device_train_batch_size=2, padding_free=False)
     assert refused.value.where == "per_device_train_batch_size"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures.case import Case
 from launches import outcomes, run_jobs
 from preparation import HAS_BITSANDBYTES
 from safetensors.torch import load_file
@@ -46,11 +47,20 @@ CASES |= {
     # Weight decay moves the vision tower although no row has an image: as if one had it, with a gradient of zero.
     "text only": ("llava15", {"training_data_path": "text_only.jsonl", **ADAMW}),
 }
+# One of each way to take packed rows: positions in several dimensions, layers row by row, masks, images apart by row.
+PACKED = ("qwen2_5_vl", "qwen3_5", "gemma3", "smolvlm")
+CASES |= {name: (name, {}) for name in PACKED}
 for case in EXAMINED_CASES:
     CASES[case] = (CASES[case][0], CASES[case][1] | EXAMINED)
 if HAS_BITSANDBYTES:
     CASES["4bit"] = ("llava15", LORA | {"quantization": "4bit"})
 SPLITS = {"2x4": (4, 1), "2x2x2": (2, 2)}
+# What `make test-slow` runs in both splits: layouts of the same architecture as another one's, and other ways to batch.
+RARE = {
+    *PACKED,
+    *("llava_next_vicuna lora", "llava16_mistral full", "llava16_mistral lora", "mllama arranged lora"),
+    *("grouped by length, padded", "token budget, padded", "streamed by workers", "named layers"),
+}
 ACCUMULATED = ("granite_vision full", "mllama lora", "token budget")  # the cases that `make test` also accumulates
 # SGD: Adam's first steps have the size of the learning rate whatever the gradient, and would hide its scale.
 COMMON = {"optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "num_train_epochs": 2, "save_strategy": "no"}
@@ -60,11 +70,16 @@ COMMON |= {"eval_strategy": "steps", "eval_steps": 3, "report_samples": 0}
 def each(cases):
     """Run a test for these cases in both splits: most of the second ones in `make test-slow`."""
     params = [
-        pytest.param(case, split, marks=pytest.mark.slow if split == "2x2x2" and case not in ACCUMULATED else ())
+        pytest.param(case, split, marks=pytest.mark.slow if is_slow(case, split) else ())
         for case in cases
         for split in SPLITS
     ]
     return pytest.mark.parametrize(("case", "split"), params)
+
+
+def is_slow(case: str, split: str) -> bool:
+    """Whether only `make test-slow` runs it."""
+    return case in RARE or (split == "2x2x2" and case not in ACCUMULATED)
 
 
 def wanted_runs(session, strategy: str | None = None) -> list[tuple[str, str]]:
@@ -106,9 +121,19 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(adapter if adapter.exists() else folder / "model.safetensors")
 
 
+SAID = ("loss", "eval_loss", "supervised_tokens", "rank_imbalance")
+
+
 def losses_of(folder: Path) -> dict[str, list[float]]:
     lines = [json.loads(line) for line in (folder / "training_logs.jsonl").read_text().splitlines()]
-    return {name: [line[name] for line in lines if name in line] for name in ("loss", "eval_loss", "supervised_tokens")}
+    return {name: [line[name] for line in lines if name in line] for name in SAID}
+
+
+@pytest.fixture(scope="module")
+def models(models, tmp_path_factory):
+    """Layout or architecture → folder of its checkpoint."""
+    root = tmp_path_factory.mktemp("architectures")
+    return {**models, **{name: Case.make(name, root).folder for name in PACKED}}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +170,10 @@ def test_two_processes_train_what_one_does(case, split, one_process, two_process
     else:
         assert len(expected["loss"]) == 6  # two epochs of 8 + 8 + 3 rows
     assert found["supervised_tokens"] == expected["supervised_tokens"]
+    assert len(found["rank_imbalance"]) == len(found["loss"])
+    assert min(found["rank_imbalance"]) >= 1
+    assert max(found["rank_imbalance"]) <= 2
+    assert not expected["rank_imbalance"]
     of_loss, of_weights = (5e-4, 2e-3) if case == "bf16" else (1e-5, 1e-4)
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=of_loss, atol=0)
     torch.testing.assert_close(found["eval_loss"], expected["eval_loss"], rtol=of_loss, atol=0)

@@ -57,6 +57,15 @@ def test_image_processors_are_timed_on_tensors_and_on_arrays(capsys):
     assert min(line["tensors_ms"], line["pillow_ms"]) > 0
 
 
+def test_batches_of_many_processes_are_simulated(capsys):
+    importlib.import_module("balance").main(["--rows", "6000", "--ranks", "8", "--mixture", "all"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["batches"] for line in lines] == ["tokens", "grouped", "rows"]
+    for line in lines:
+        assert 1 <= line["least"] <= line["ours"] < line["random"]
+        assert line["batches"] == "rows" or line["ours"] <= 1.05
+
+
 def test_a_start_is_timed_in_processes_of_their_own(run, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(datasets.config.HF_DATASETS_CACHE))
     (line,) = run("start", ["--rows", "20", "--repeats", "1"])

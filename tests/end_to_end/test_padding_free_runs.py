@@ -46,7 +46,7 @@ def test_a_run_without_padding_equals_a_padded_one(layout, changes, make_options
 
 def test_mllama_is_padded_and_the_reason_is_said(make_options, capsys):
     tuning.train(make_options("mllama", max_steps=1))
-    assert "Batches are padded to their longest row: the processor keeps the images of each row apart" in (
+    assert "Batches are padded to their longest row: cross_attention_mask has a place for each token and image" in (
         capsys.readouterr().out
     )
 

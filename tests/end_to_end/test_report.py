@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tuning.errors import UserError
+from tuning.model.padding_free import Packing
 from tuning.pages.render import format_number
 from tuning.pages.run_record import read_record
 from tuning.sft_trainer import train
@@ -121,7 +122,7 @@ def test_a_page_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
         written.append(clock[0])
 
     monkeypatch.setattr("tuning.training.callbacks.write_report", write)
-    loading = SimpleNamespace(batching=Batching(padded=False, order_padded=False))
+    loading = SimpleNamespace(batching=Batching(padded=False, order_padded=False, packing=Packing()))
     report = RunReport(tmp_path, loading, is_main_process=True)
     state = type("State", (), {"global_step": 0, "max_steps": 1000})
     report.on_train_begin(None, state, None)

@@ -14,9 +14,13 @@ from tiny_models import LAYOUTS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tuning
+from tuning.data.balance import UNIT, RowCost
 from tuning.data.encode import Encoder
 from tuning.data.from_config import ROWS_CHECKED_FIRST
 from tuning.errors import UserError
+from tuning.files import FINGERPRINT_FILE
+from tuning.model.padding_free import Packing
+from tuning.training.resume import COST
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 METHODS = {"full": {}, "lora": LORA}
@@ -141,13 +145,41 @@ def test_a_run_that_must_pad_from_now_on_keeps_its_order(changes, make_options, 
 
     whole = run(tmp_path / "whole")
     cut = cut_back(tmp_path / "whole", tmp_path / "cut", 3)
+    padded = Packing(reason="on this GPU")
+    monkeypatch.setattr("tuning.training.data_loading.find_packing", lambda *args, **options: padded)
     if "max_tokens_per_batch" in changes:
         with pytest.raises(UserError, match="must be padded, but they were filled as if they were not"):
-            run(cut, attn_implementation="eager")
+            run(cut)
     else:
-        rest = run(cut, attn_implementation="eager")
+        rest = run(cut)
         assert rest == whole[-len(rest) :]
         assert len(rest) == 6
+
+
+@pytest.mark.parametrize("before", [RowCost(UNIT, 10, 3), None], ids=["of another version", "of an earlier version"])
+def test_a_run_keeps_the_costs_that_balanced_it(before, make_options, tmp_path, monkeypatch):
+    changes = {"max_tokens_per_batch": 300, "max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 2}
+    seen, encode = list[int](), Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda encoder, row: seen.append(row.number) or encode(encoder, row))
+
+    def run(folder: Path, cost: RowCost | None) -> list[int]:
+        monkeypatch.setattr("tuning.training.data_loading.find_row_cost", lambda flops, picture: cost)
+        seen.clear()
+        options = make_options("llava15", **changes, output_dir=str(folder))
+        tuning.train(_without(options, "per_device_train_batch_size"))
+        return seen[ROWS_CHECKED_FIRST:]
+
+    whole = run(tmp_path / "whole", before)
+    cut = cut_back(tmp_path / "whole", tmp_path / "cut", 3)
+    identity = cut / "checkpoint-3" / FINGERPRINT_FILE
+    kept = json.loads(identity.read_text())
+    assert kept.pop(COST) == (before and [UNIT, 10, 3])
+    if before is None:  # earlier versions did not write it
+        identity.write_text(json.dumps(kept))
+    counted_now = RowCost(UNIT, 0, 99 * UNIT)
+    rest = run(cut, counted_now)
+    assert rest == whole[-len(rest) :]
+    assert run(tmp_path / "other", counted_now)[-len(rest) :] != rest
 
 
 def _without(options: dict, name: str) -> dict:

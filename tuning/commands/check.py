@@ -127,8 +127,8 @@ def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Enc
         places = lengths.number[of_file]
         if file.numbers is not None:
             places = np.searchsorted(np.asarray(file.numbers), places)
-        measured.known[measured.ends[number] + places] = lengths.tokens[of_file]
-    return make_token_batches(config.training, len(source), measured, budget, padded=padded).count_items()
+        measured.known[measured.ends[number] + places, 0] = lengths.tokens[of_file]
+    return make_token_batches(config.training, len(source), measured, budget, padded=padded).count_batches()
 
 
 def build_trained_skeleton(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan) -> nn.Module:

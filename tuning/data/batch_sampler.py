@@ -11,6 +11,8 @@ from torch.utils.data import Sampler
 from transformers import TrainerState, TrainingArguments
 
 from tuning.console import print0
+from tuning.data.balance import Balance, share_out
+from tuning.data.packing import fill_evenly, pack
 from tuning.errors import UserError
 
 # Rows are sorted by length within a window of this many optimizer steps, and of this many rows. A smaller window leaves
@@ -18,6 +20,8 @@ from tuning.errors import UserError
 STEPS_OF_WINDOW, LEAST_ROWS, MOST_ROWS = 16, 1024, 4096
 NOT_TRAINED = 1  # the length of a row that is bad or left out: one untrained token takes its place
 PACKED_ROWS = 2048  # rows that are packed together under a token budget
+SORTED_STEPS = 8  # steps whose batches are sorted by cost: more would agree better, and be measured earlier
+FINENESS = 64  # costs are sorted by this part of their mean, so that batches of about the same cost stay shuffled
 
 Lengths = Callable[[Sequence[int]], np.ndarray]
 
@@ -98,46 +102,69 @@ def place_in_turn(rank: int, world: int, number: int) -> int:
 class SharedBatches(Sampler[list[int]]):
     """The batches of process `rank` of `world`, as lists of row numbers.
 
-    An epoch is a sequence of items, which subclasses give: single rows, or whole batches. Every `block_size` items are
-    a block, in which each process has one batch. All processes have the same number of batches: in the last, smaller
-    block a process may get an empty one. (accelerate repeats the first rows of the epoch there.) `drop_last` leaves
-    that block out.
+    An epoch is a sequence of batches, which subclasses give. Every `world` of them are a block, in which each process
+    has one. All processes have the same number of batches: in the last block a process may get an empty one.
+    (accelerate repeats the first rows of the epoch there.) `drop_last` leaves out a block that is not full.
 
-    `padded`: whether batches are padded. You may set it until the first batch is read.
+    `accumulation` blocks are an optimizer step. With `balance`, the processes have batches of similar cost in a block,
+    and in a step. Which rows a step has does not depend on the split into processes and accumulated batches.
+
+    `padded`: whether rows are ordered as for padded batches. `pads`: whether they are padded. You may set both until
+    the first batch is read.
     """
 
-    def __init__(self, block_size: int, *, rank: int = 0, world: int = 1, drop_last: bool = False, padded: bool = True):
-        self.block_size, self.rank, self.world, self.drop_last = block_size, rank, world, drop_last
-        self.padded, self.epoch, self.skipped = padded, 0, 0
+    def __init__(
+        self,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        balance: Balance | None = None,
+        drop_last: bool = False,
+        padded: bool = True,
+    ):
+        self.rank, self.world, self.accumulation, self.drop_last = rank, world, accumulation, drop_last
+        self.balance, self.padded, self.pads, self.epoch, self.skipped = balance, padded, padded, 0, 0
 
     def begin(self, epoch: int, skipped: int = 0) -> None:
         """Choose the epoch to read. Its first `skipped` batches were trained before: they are given as empty lists."""
         self.epoch, self.skipped = epoch, skipped
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.count_items(), self.block_size)
+        whole, rest = divmod(self.count_batches(), self.world)
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
         yield from ([] for _ in range(self.skipped))
-        items = self.read_items(self.skipped * self.block_size)
-        for number in itertools.count(self.skipped):
-            block = list(itertools.islice(items, self.block_size))
-            if not block or (len(block) < self.block_size and self.drop_last):
+        batches = self.read_batches(self.skipped * self.world)
+        for number, block in enumerate(_cut(batches, self.world), start=self.skipped):
+            if len(block) < self.world and self.drop_last:
                 return
-            yield self.take_share(block, number)
+            place = self.find_place(number)
+            yield block[place] if place < len(block) else []
 
-    def count_items(self) -> int:
-        """The items of an epoch, of all processes together."""
+    def find_place(self, number: int) -> int:
+        """Which batch of a block this process takes. The block is the block `number` of its epoch."""
+        return self.rank if self.balance else place_in_turn(self.rank, self.world, number)
+
+    def share_out(self, step: list[list[int]], *, padded: bool) -> list[list[int]]:
+        """The batches of a step, in the order in which the processes take them in turn."""
+        assert self.balance is not None
+        costs = [self.balance.of_batch(batch, padded=padded) for batch in step]
+        return [step[place] for place in share_out(costs, self.world)]
+
+    def count_batches(self) -> int:
+        """The batches of an epoch, of all processes together."""
         raise NotImplementedError
 
-    def read_items(self, first: int) -> Iterator[Any]:
-        """The items of the chosen epoch, from number `first` on."""
+    def read_batches(self, first: int) -> Iterator[list[int]]:
+        """The batches of the chosen epoch, from number `first` on."""
         raise NotImplementedError
 
-    def take_share(self, block: list[Any], number: int) -> list[int]:
-        """This process's rows of a block, which is the block `number` of its epoch."""
-        raise NotImplementedError
+
+def _cut(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while part := list(itertools.islice(items, size)):
+        yield part
 
 
 class RowBatches(SharedBatches):
@@ -147,20 +174,36 @@ class RowBatches(SharedBatches):
     of the last, smaller block are dealt out evenly.
     """
 
-    def __init__(self, order: RowOrder, batch_size: int, *, world: int = 1, **share: Any):
-        super().__init__(batch_size * world, world=world, **share)
-        self.order = order
+    def __init__(self, order: RowOrder, batch_size: int, **share: Any):
+        super().__init__(**share)
+        self.order, self.of_block = order, batch_size * self.world
+        self.rows = len(order) // self.of_block * self.of_block if self.drop_last else len(order)
 
-    def count_items(self) -> int:
-        return len(self.order)
+    def count_batches(self) -> int:
+        return -(-self.rows // self.of_block) * self.world
 
-    def read_items(self, first: int) -> Iterator[int]:
+    def read_batches(self, first: int) -> Iterator[list[int]]:
         self.order.epoch = self.epoch
-        return self.order.starting_at(first, padded=self.padded)
+        step, start = self.of_block * self.accumulation, first // self.world * self.of_block
+        rows = self.order.starting_at(start - start % step, padded=self.padded)
+        steps = _cut(itertools.islice(rows, self.rows - start + start % step), step)
+        batches = itertools.chain.from_iterable(map(self._make_step, steps))
+        return itertools.islice(batches, first % (self.world * self.accumulation), None)
 
-    def take_share(self, block: list[int], number: int) -> list[int]:
-        place = place_in_turn(self.rank, self.world, number)
-        return block[len(block) * place // self.world : len(block) * (place + 1) // self.world]
+    def _make_step(self, rows: list[int]) -> list[list[int]]:
+        blocks = list(_cut(iter(rows), self.of_block))
+        batches = [
+            block[len(block) * place // self.world : len(block) * (place + 1) // self.world]
+            for block in blocks
+            for place in range(self.world)
+        ]
+        if not self.balance:
+            return batches
+        if not self.pads:  # padded batches have rows of similar length, which they would lose
+            dealt = fill_evenly(self.balance.of_rows(rows), np.ones(len(rows), dtype=np.int64), [*map(len, batches)])
+            assert dealt is not None  # each row weighs 1, and has a place
+            batches = [[rows[position] for position in batch.tolist()] for batch in dealt]
+        return self.share_out(batches, padded=self.pads)
 
 
 class TokenBatches(SharedBatches):
@@ -171,7 +214,8 @@ class TokenBatches(SharedBatches):
     of `world · accumulation` batches. A step has the same batches however that product is split.
 
     `endless`: epochs follow one another without a short step between them, and there is no length. Rows are measured
-    when their window is reached. `padded` decides how batches are filled: see `pack`.
+    when their window is reached. `padded` decides how batches are filled: see `pack`. With `balance`, padding-free
+    batches of a window have nearly equal costs, and a step has batches of similar cost.
     """
 
     def __init__(
@@ -181,19 +225,16 @@ class TokenBatches(SharedBatches):
         budget: int,
         *,
         seed: int,
-        accumulation: int = 1,
-        world: int = 1,
         endless: bool = False,
         **share: Any,
     ):
-        super().__init__(world, world=world, **share)
-        self.lengths, self.budget, self.seed = lengths, budget, seed
-        self.accumulation, self.endless = accumulation, endless
+        super().__init__(**share)
+        self.lengths, self.budget, self.seed, self.endless = lengths, budget, seed, endless
         self.windows = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).split(PACKED_ROWS)
         self._count: int | None = None
         self._warned = False
 
-    def count_items(self) -> int:
+    def count_batches(self) -> int:
         """The batches of an epoch, of all processes together. Measures all rows."""
         if self._count is None:
             self._count = sum(len(self._pack(number)) for number in range(len(self.windows)))
@@ -204,18 +245,34 @@ class TokenBatches(SharedBatches):
             raise TypeError("endless batches have no length")
         return super().__len__()
 
-    def read_items(self, first: int) -> Iterator[list[int]]:
+    def read_batches(self, first: int) -> Iterator[list[int]]:
         return itertools.islice(self._read_steps(), first, None)
+
+    def find_place(self, number: int) -> int:
+        return super().find_place(number % self.accumulation)
 
     def _read_steps(self) -> Iterator[list[int]]:
         epochs = itertools.count(self.epoch) if self.endless else [self.epoch]
-        batches = itertools.chain.from_iterable(map(self._shuffle, epochs))
-        while step := list(itertools.islice(batches, self.world * self.accumulation)):
-            yield from sorted(step, key=len)  # processes that wait for each other then have rows of similar length
+        batches: Iterator[list[int]] = itertools.chain.from_iterable(map(self._shuffle, epochs))
+        if self.balance:
+            batches = self._sort_by_cost(batches)
+        for step in _cut(batches, self.world * self.accumulation):
+            if self.balance:
+                yield from self.share_out(step, padded=self.padded)
+            else:
+                yield from sorted(step, key=len)  # processes that wait for each other then have similar rows
 
-    def take_share(self, block: list[list[int]], number: int) -> list[int]:
-        place = place_in_turn(self.rank, self.world, number % self.accumulation)
-        return block[place] if place < len(block) else []
+    def _sort_by_cost(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
+        """Bring batches of similar cost into the same step. Those that fill no step come last, as they are."""
+        assert self.balance is not None
+        generator, size = torch.Generator().manual_seed(self.seed + self.epoch), self.world * self.accumulation
+        for window in _cut(batches, SORTED_STEPS * size):
+            whole = len(window) // size * size
+            costs = np.array([self.balance.of_batch(batch, padded=self.padded) for batch in window[:whole]])
+            order = np.argsort(costs // max(1, int(costs.sum()) // (FINENESS * max(1, whole))), kind="stable")
+            steps = order.reshape(-1, size)[torch.randperm(whole // size, generator=generator).numpy()]
+            yield from (window[position] for position in steps.flatten().tolist())
+            yield from window[whole:]
 
     def _shuffle(self, epoch: int) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + epoch)
@@ -232,62 +289,62 @@ class TokenBatches(SharedBatches):
                 f"Some rows have more tokens than max_tokens_per_batch {self.budget}: each is a batch of its own. One"
                 f" has {lengths.max()} tokens."
             )
-        return [window[batch].tolist() for batch in pack(lengths, self.budget, padded=self.padded)]
-
-
-def pack(lengths: np.ndarray, budget: int, *, padded: bool) -> list[np.ndarray]:
-    """Positions in `lengths`, cut into as few batches of at most `budget` tokens as first-fit decreasing finds.
-
-    A padding-free batch has the sum of its rows' tokens, a padded one rows × longest. A row longer than the budget is a
-    batch of its own.
-    """
-    longest_first = np.argsort(-lengths, kind="stable")
-    if padded:
-        batches, start = [], 0
-        while start < len(longest_first):
-            size = max(1, budget // int(lengths[longest_first[start]]))
-            batches.append(longest_first[start : start + size])
-            start += size
-        return batches
-    room, contents = np.full(len(lengths), budget), list[list[int]]()
-    for position in longest_first.tolist():
-        length = min(int(lengths[position]), budget)
-        batch = int(np.argmax(room >= length))
-        room[batch] -= length
-        if batch == len(contents):
-            contents.append([])
-        contents[batch].append(position)
-    return [np.array(batch) for batch in contents]
+        batches: Sequence[np.ndarray] = pack(lengths, self.budget, padded=self.padded)
+        if self.balance and not self.padded:
+            weights = np.minimum(lengths, self.budget).astype(np.int64)
+            even = fill_evenly(self.balance.of_rows(window.tolist()), weights, [self.budget] * len(batches))
+            batches = batches if even is None else even
+        return [window[batch].tolist() for batch in batches]
 
 
 def make_row_batches(
-    training: TrainingArguments, rows: int, lengths: Lengths, group_by_length: bool | None
+    training: TrainingArguments,
+    rows: int,
+    lengths: Lengths,
+    group_by_length: bool | None,
+    balance: Balance | None = None,
 ) -> RowBatches:
-    """The training batches of `per_device_train_batch_size` rows each."""
+    """The training batches of `per_device_train_batch_size` rows each. In sequential order, nothing is balanced."""
     seed = None if training.train_sampling_strategy == "sequential" else data_seed(training)
     size, share = training.train_batch_size, _share_of_process(training)
     group = size * training.world_size * training.gradient_accumulation_steps
-    return RowBatches(RowOrder(rows, seed, lengths, group, group_by_length), size, **share)
+    balance = None if seed is None or training.world_size == 1 else balance
+    return RowBatches(RowOrder(rows, seed, lengths, group, group_by_length), size, balance=balance, **share)
 
 
 def make_token_batches(
-    training: TrainingArguments, rows: int, lengths: Lengths, budget: int, *, padded: bool
+    training: TrainingArguments,
+    rows: int,
+    lengths: Lengths,
+    budget: int,
+    *,
+    padded: bool,
+    balance: Balance | None = None,
 ) -> TokenBatches:
-    """The training batches of at most `budget` tokens each. Where `max_steps` ends the run, they are not counted."""
+    """The training batches of at most `budget` tokens each. Where `max_steps` ends the run, they are not counted.
+
+    One process balances as several would, unless a step has a single batch.
+    """
+    alone = training.world_size * training.gradient_accumulation_steps == 1
     return TokenBatches(
         rows,
         lengths,
         budget,
         seed=data_seed(training),
         padded=padded,
-        accumulation=training.gradient_accumulation_steps,
         endless=training.max_steps > 0,
+        balance=None if alone else balance,
         **_share_of_process(training),
     )
 
 
 def _share_of_process(training: TrainingArguments) -> dict[str, Any]:
-    return {"rank": training.process_index, "world": training.world_size, "drop_last": training.dataloader_drop_last}
+    return {
+        "rank": training.process_index,
+        "world": training.world_size,
+        "accumulation": training.gradient_accumulation_steps,
+        "drop_last": training.dataloader_drop_last,
+    }
 
 
 def data_seed(training: TrainingArguments) -> int:
@@ -304,7 +361,7 @@ def begin_epoch(
     """
     endless = isinstance(batches, TokenBatches) and batches.endless
     if not isinstance(batches, TokenBatches):
-        batches.padded = order_padded
+        batches.padded, batches.pads = order_padded, padded
     elif padded and not batches.padded:
         if not endless or state.global_step:
             raise UserError(

@@ -18,19 +18,26 @@ INFO = "info"  # the key of a batch under which its `BatchInfo` lies
 class BatchInfo:
     """Counts and messages about a batch, for the trainer. The model never gets them.
 
-    `tokens` counts real tokens, without padding. `rows_with_images` counts rows with a supervised token only. `cut`:
-    rows whose answers were cut. `skipped`: rows left out, by their place in the data. `error`: a bad row that must end
-    the run; such a batch has no tensors.
+    `row_tokens`: of each row, without padding. `pictures`: of each row with images, the shape of its pixels and how
+    many pictures they are. `rows_with_images` counts rows with a supervised token only. `cut`: rows whose answers were
+    cut. `skipped`: rows left out, by their place in the data. `error`: a bad row that must end the run; such a batch
+    has no tensors.
     """
 
     rows: list[str] = field(default_factory=list)
-    tokens: int = 0
+    row_tokens: list[int] = field(default_factory=list)
+    pictures: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
     supervised_tokens: int = 0
     rows_with_images: int = 0
     dropped_images: int = 0
     cut: list[str] = field(default_factory=list)
     skipped: dict[str, Skipped] = field(default_factory=dict)
     error: UserError | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all rows, without padding."""
+        return sum(self.row_tokens)
 
 
 class Positions(Protocol):
@@ -110,7 +117,8 @@ def describe_batch(samples: Sequence[Sample]) -> BatchInfo:
     supervised = [int((sample.sequence["labels"] != IGNORED).sum()) for sample in samples]
     return BatchInfo(
         rows=[sample.where for sample in samples],
-        tokens=sum(int(sample.sequence["attention_mask"].sum()) for sample in samples),
+        row_tokens=[int(sample.sequence["attention_mask"].sum()) for sample in samples],
+        pictures=[describe_pictures(sample.images) for sample in samples if sample.images],
         supervised_tokens=sum(supervised),
         rows_with_images=sum(
             bool(sample.images and number) for sample, number in zip(samples, supervised, strict=True)
@@ -119,6 +127,12 @@ def describe_batch(samples: Sequence[Sample]) -> BatchInfo:
         cut=[sample.where for sample in samples if sample.cut_tokens],
         skipped={sample.where: sample.skipped for sample in samples if sample.skipped},
     )
+
+
+def describe_pictures(images: Mapping[str, torch.Tensor]) -> tuple[tuple[int, ...], int]:
+    """The shape of a row's pixels, its largest tensor, and the number of pictures: some tensor has a line for each."""
+    pixels = max(images.values(), key=torch.Tensor.numel)
+    return tuple(pixels.shape), min(len(value) for value in images.values() if value.dim())
 
 
 def _columns(sequences: list[dict[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:

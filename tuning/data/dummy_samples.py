@@ -1,11 +1,14 @@
 """Made-up samples without a trained token: to try a model on, and for processes that lack an image."""
 
+import math
+from dataclasses import dataclass
 from functools import partial
 
 from PIL import Image
 
 from tuning.data.encode import Encoder, Sample
 from tuning.data.image_joins import small_pictures
+from tuning.data.processing import IMAGE_TOKENS
 from tuning.errors import try_optional
 
 
@@ -44,3 +47,20 @@ def trial_samples(encoder: Encoder) -> list[Sample]:
 
     made = [try_optional(partial(make, *question), catch_user_errors=True) for question in questions]
     return [attempt.value for attempt in made if attempt.value is not None]
+
+
+@dataclass(frozen=True)
+class PictureSize:
+    """What a picture of 640×480 becomes: tokens of its row, and numbers for the vision tower, in this `shape`."""
+
+    tokens: int
+    shape: tuple[int, ...]
+
+
+def measure_picture(encoder: Encoder) -> PictureSize | None:
+    """Process a blank picture. None where the processor makes no tokens, or no numbers, of it."""
+    blank = Image.new("RGB", (640, 480))
+    inputs = try_optional(lambda: encoder.process_question([blank]), catch_user_errors=True).value or {}
+    shapes = [value.shape for value in inputs.values() if value.is_floating_point()]
+    tokens = int(inputs[IMAGE_TOKENS].sum()) if inputs else 0
+    return PictureSize(tokens, tuple(max(shapes, key=math.prod))) if tokens and shapes else None

@@ -25,6 +25,7 @@ from tuning.errors import UserError, try_optional
 CHUNK = 64  # rows that a worker measures at a time
 FEW_CHUNKS = 4  # starting worker processes for so few would take longer than measuring
 COMPARED_SIZES = ((640, 480), (333, 1000), (50, 40))
+SKIPPED = NOT_TRAINED, 0
 BYTES_PER_TOKEN = 4  # of UTF-8; over all writing systems a better estimate than characters
 
 
@@ -84,10 +85,10 @@ class RowMeter:
         """Measure rows of one file. `file` is the file's number."""
         return self._measure_exactly(rows, file) if self.exact else [self._estimate(row, file) for row in rows]
 
-    def lengths(self, rows: Sequence[Row], file: int = 0) -> list[int]:
-        """The tokens of each row in a batch. A bad row, or one that is left out, has `NOT_TRAINED`."""
+    def sizes(self, rows: Sequence[Row], file: int = 0) -> list[tuple[int, int]]:
+        """The tokens and the image tokens of each row in a batch. A bad row, or one that is left out, has `SKIPPED`."""
         measured = self.measure(rows, file)
-        return [NOT_TRAINED if row.error is not None or row.left_out else row.tokens for row in measured]
+        return [SKIPPED if row.error or row.left_out else (row.tokens, row.image_tokens) for row in measured]
 
     def _measure_exactly(self, rows: Sequence[Row], file: int) -> list[Measured]:
         measured: dict[int, Measured] = {}
@@ -198,10 +199,12 @@ class RowMeter:
         cost = try_optional(lambda: sum(self.image_cost(size, rough=True) for size in sizes))
         texts = (part.get("text") or "" for message in conversation.messages for part in message["content"])
         tokens = sum(len(words.encode(errors="replace")) for words in texts) // BYTES_PER_TOKEN
-        tokens += cost.value or 0  # encoding the row names what the processor refuses
+        image_tokens = cost.value or 0  # encoding the row names what the processor refuses
+        tokens += image_tokens
         limit = encoder.max_seq_length
         left_out = tokens > limit and encoder.overlong_rows == "drop"
-        return Measured(file, row.number, tokens=min(limit, max(tokens, NOT_TRAINED + 1)), left_out=left_out)
+        tokens = min(limit, max(tokens, NOT_TRAINED + 1))
+        return Measured(file, row.number, tokens=tokens, image_tokens=image_tokens, left_out=left_out)
 
     def image_cost(self, size: tuple[int, int], *, rough: bool = False) -> int:
         """Tokens of an image of (width, height). `rough`: if there is no formula, those of an image of similar size."""
@@ -285,12 +288,16 @@ class RowLengths:
         self.source, self.encoder, self.exact = source, encoder, exact
         self.workers, self.start_worker = workers if exact else 0, start_worker
         self.ends = [0, *itertools.accumulate(file.size for file in source.files)]
-        self.known = np.zeros(self.ends[-1], dtype=np.int32)  # of the rows of all files; 0: not measured yet
+        self.known = np.zeros((self.ends[-1], 2), dtype=np.int32)  # of the rows of all files; 0: not measured yet
 
     def __call__(self, rows: Sequence[int]) -> np.ndarray:
+        return self.sizes(rows)[:, 0]
+
+    def sizes(self, rows: Sequence[int]) -> np.ndarray:
+        """`[rows, 2]`: the tokens of each row, and how many of them stand for images."""
         places = (self.source.locate(row) for row in rows)
         numbers = np.array([self.ends[file] + row for file, row in places], dtype=np.int64)
-        self._measure(np.unique(numbers[self.known[numbers] == 0]))
+        self._measure(np.unique(numbers[self.known[numbers, 0] == 0]))
         return self.known[numbers]
 
     def measure_all(
@@ -319,9 +326,9 @@ class RowLengths:
                 places.append(inside[first : first + CHUNK])
                 chunks.append((file, (places[-1] - start).tolist()))
         workers = 0 if len(chunks) <= FEW_CHUNKS else self.workers
-        measure = self._meter.lengths  # made before there are workers, each of which would make a meter of its own
-        lengths = read_chunks(self.source.files, chunks, measure, workers=workers, start_worker=self.start_worker)
+        measure = self._meter.sizes  # made before there are workers, each of which would make a meter of its own
+        sizes = read_chunks(self.source.files, chunks, measure, workers=workers, start_worker=self.start_worker)
         with tqdm(total=len(numbers), desc="measuring rows", unit="row", disable=not show) as progress:
-            for place, measured in zip(places, lengths, strict=True):
+            for place, measured in zip(places, sizes, strict=True):
                 self.known[place] = measured
                 progress.update(len(place))

@@ -20,6 +20,7 @@ from tuning.model import load
 from tuning.model.adapter_plan import describe_adapter, plan_adapter
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
+from tuning.model.flops import Flops, count_flops
 from tuning.model.lora import add_lora, load_adapter, read_adapter_config
 from tuning.model.lora_targets import LoraTargets, check_dora, check_modules_to_save, kept_whole, resolve_targets
 from tuning.model.loss import patch_supervised_loss
@@ -53,7 +54,8 @@ class ModelPlan:
     gradient, those after the last layer whose features are used; None where the skeleton could not be run.
     `wrap_classes`: class names of the layers that FSDP wraps. `tower_output`: the output of the vision tower, if its
     features are cached. `quantization`: how the weights of the language model are quantized, if they are.
-    `stored_names`: of the adapter's weights, where PEFT reads them back under other names only.
+    `stored_names`: of the adapter's weights, where PEFT reads them back under other names only. `flops`: the operations
+    of a step as it is trained.
     """
 
     parts: Parts
@@ -64,6 +66,7 @@ class ModelPlan:
     tower_output: TowerOutput | None = None
     quantization: Quantization | None = None
     stored_names: dict[str, str] = field(default_factory=dict)
+    flops: Flops | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class TrainableModel:
     `wrap_classes`: class names of the layers that FSDP wraps and `torch_compile` compiles. `dtypes`: those to save
     weights in, by name; FSDP may train in another one. `idle_is_known`: whether every parameter without a gradient was
     found and frozen. `stored_names`: those of an adapter's weights on the disk, by name, where they have others there.
+    `flops`: see `ModelPlan`.
     """
 
     model: Any
@@ -82,6 +86,7 @@ class TrainableModel:
     dtypes: dict[str, torch.dtype]
     idle_is_known: bool
     stored_names: dict[str, str] = field(default_factory=dict)
+    flops: Flops | None = None
 
 
 def plan_model(
@@ -120,6 +125,7 @@ def plan_model(
         tower_output=tower_output,
         quantization=quantization,
         stored_names=stored_names,
+        flops=count_flops(prepared, parts),
     )
 
 
@@ -168,8 +174,9 @@ def build_model(
         patch_cached_vision_features(model, plan.tower_output, config.model.cache_vision_features)
     print0(parameter_table(model, plan.parts))
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    known = plan.idle is not None
     return TrainableModel(
-        model, plan.parts, plan.attention, plan.wrap_classes, dtypes, plan.idle is not None, plan.stored_names
+        model, plan.parts, plan.attention, plan.wrap_classes, dtypes, known, plan.stored_names, plan.flops
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
@@ -54,6 +55,8 @@ def have_same_masks(separate: Sequence[DecoderCall], packed: DecoderCall, ends: 
         if len(call.masks) != len(packed.masks):
             return False
         for expected, found in zip(call.masks, packed.masks, strict=True):
+            if isinstance(found, BlockMask) and not isinstance(found, RowMasks):
+                found = create_mask(found.mask_mod, 1, 1, ends[-1], ends[-1], device=packed.hidden.device)
             if not torch.equal(see_mask(expected, length), see_mask(cut(found), length)):
                 return False
     return True

@@ -89,9 +89,8 @@ def packed_attention(
     only (padding), or with fewer queries than keys (a cache), goes to transformers' SDPA. Raises `NotImplementedError`
     for what this function would silently leave out: attention sinks, biases, and a mask together with `cu_seq_lens_q`.
     """
-    ends: Sequence[int] | None = row_ends(cu_seq_lens_q)
-    masks = None
-    has_masks = isinstance(attention_mask, RowMasks)
+    ends: Sequence[int] | None = None
+    masks, has_masks = None, isinstance(attention_mask, RowMasks)
     if isinstance(attention_mask, RowMasks):
         ends, masks = attention_mask.ends, attention_mask.rows
         masks = masks if any(mask is not None for mask in masks) else None
@@ -112,7 +111,8 @@ def packed_attention(
     if can_use_flash and cu_seq_lens_q is not None:
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     attend = partial(_attend_sample, dropout=dropout, scaling=scaling, window=sliding_window, softcap=softcap)
-    return _sample_by_sample(attend, query, key, value, ends or [0, query.shape[2]], masks), None
+    ends = ends or row_ends(cu_seq_lens_q) or [0, query.shape[2]]
+    return _sample_by_sample(attend, query, key, value, ends, masks), None
 
 
 @torch.compiler.disable
@@ -218,7 +218,7 @@ def packed_mask(
 
 def row_masks(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **others: Any) -> Any:
     """`RowMasks` for packed samples; transformers' SDPA mask for padding and caches."""
-    if ends := RUNNING.get():
+    if ends := row_ends(RUNNING.get()):
         return RowMasks(ends, **others)
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **others)
 

@@ -33,6 +33,7 @@ from tuning.model.packed_attention import PACKED, PACKED_FLASH, PACKED_MASKED
 from tuning.model.row_by_row import find_layers, layers_by_row, run_layers_by_row
 
 CHUNKED = "chunked_attention"  # a kind of layers whose mask changes at certain positions
+WITH_MASKS = (PACKED_MASKED, "flex_attention", None)  # attention that gets masks in packed rows
 TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05  # of the norm; packed wrongly, a row is off by more, but not always by much
 
 
@@ -101,13 +102,15 @@ def find_packing(
     attention: Attention,
     *,
     half: bool,
+    by_row: bool = True,
     agree: Callable[[str], str] = lambda fault: fault,
 ) -> Packing:
     """The fastest way in which this model gives packed rows what it gives them separately, found by trying.
 
     `forward` is the model as it is wrapped for training; it takes a batch on the CPU. `make_batches` may raise, where
-    the processor does not take a second row. `half`: the model computes in 16 bits. `agree` gives all processes the
-    same fault, if one has any, so that all of them try the same. The model's mode and random state stay as they were.
+    the processor does not take a second row. `half`: the model computes in 16 bits. `by_row`: layers may run row by
+    row; not under ZeRO-3, which gathers weights in every call of a module. `agree` gives all processes the same fault,
+    if one has any, so that all of them try the same. The model's mode and random state stay as they were.
     """
     limit = HALF_TOLERANCE if half else TOLERANCE
 
@@ -126,6 +129,8 @@ def find_packing(
             return Packing(reason=fault)
         faults = []
         for packing in list_packings(model, forward, batches, attention):
+            if packing.by_row and not by_row:
+                continue
             packing = replace(packing, first_position=find_first_position(separate[0]))
             trial, fault = attempt(partial(run_trial, model, forward, batches, separate, packing))
             fault = fault or agree(trial.find_fault(limit))
@@ -134,7 +139,7 @@ def find_packing(
             faults.append(fault)
     finally:
         model.train(was_training)
-    return Packing(reason=faults[0])
+    return Packing(reason=faults[0] if faults else "its layers would run row by row, which ZeRO-3 cannot share out")
 
 
 def describe_fault(error: Exception) -> str:
@@ -155,7 +160,7 @@ def list_packings(
     base = get_base(model)
     decoder, config = find_decoder(base), base.config.get_text_config()
     layers = [*find_layers(decoder)]
-    unknown = find_unknown_layers(config, layers)
+    unknown, has_chunks = find_unknown_layers(config, layers), CHUNKED in (getattr(config, "layer_types", None) or ())
     if attention.packed:
         own = attention.packed in (PACKED, PACKED_FLASH)
         with record_masks(model, attention.packed if own else PACKED) as masks:
@@ -169,9 +174,11 @@ def list_packings(
             [tuple(unknown), tuple(name for name in layers if name in {*unknown, *others}), tuple(layers)]
         )
         yield from (Packing(chosen, names) for names in ways)
-        if masks.is_needed and CHUNKED not in (getattr(config, "layer_types", None) or ()):
+        if masks.is_needed and not has_chunks:
             yield from (Packing(chosen, names, masked=True) for names in ways)
     yield Packing(None, tuple(layers))
+    if not has_chunks:
+        yield Packing(None, tuple(layers), masked=True)
 
 
 @dataclass(frozen=True)
@@ -228,5 +235,5 @@ def run_trial(
     """Run packed rows in a certain way. Every process makes the same calls, whatever their results."""
     with packing.applied(model):
         packed, changed = run_all(model, forward, [packing.adapt(batches.packed), packing.adapt(batches.changed)])
-    rows, has_masks = [slice(*ends) for ends in pairwise(batches.ends)], packing.attention in (PACKED_MASKED, None)
+    rows, has_masks = [slice(*ends) for ends in pairwise(batches.ends)], packing.attention in WITH_MASKS
     return Trial(rows, separate, packed, changed, batches.place, has_masks)

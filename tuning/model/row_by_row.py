@@ -15,23 +15,28 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # arguments that say where rows end
 
 
-RUNNING: ContextVar["list[int] | None"] = ContextVar("ends of packed rows", default=None)
-"""`PackedRows.ends` of the model whose forward runs."""
+RUNNING: ContextVar[torch.Tensor | None] = ContextVar("bounds of packed rows", default=None)
+"""`PackedRows.bounds` of the model whose forward runs."""
 
 
 class PackedRows:
     """Where the packed rows of the batch that a model runs begin, and where the last one ends; None if it is padded.
 
-    They are kept after the forward: gradient checkpointing runs layers again in the backward.
+    `bounds` is `cu_seq_lens_q`. It is kept after the forward: gradient checkpointing runs layers again in the backward.
     """
 
-    ends: list[int] | None = None
+    bounds: torch.Tensor | None = None
+
+    @property
+    def ends(self) -> list[int] | None:
+        """The bounds as numbers."""
+        return row_ends(self.bounds)
 
     @contextmanager
     def running(self, bounds: torch.Tensor | None) -> Iterator[None]:
-        """Run the model on packed rows with these bounds (`cu_seq_lens_q`), or on a padded batch without any."""
-        self.ends = row_ends(bounds)
-        token = RUNNING.set(self.ends)
+        """Run the model on packed rows with these bounds, or on a padded batch without any."""
+        self.bounds = bounds
+        token = RUNNING.set(bounds)
         try:
             yield
         finally:
@@ -96,12 +101,13 @@ def run_layers_by_row(decoder: nn.Module, names: Collection[str], rows: PackedRo
 def _by_row(stock_forward: Callable[..., Any], rows: PackedRows) -> Callable[..., Any]:
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if rows.ends is None:
+        ends = rows.ends
+        if ends is None:
             return stock_forward(*args, **kwargs)
         inputs = args, {name: value for name, value in kwargs.items() if name not in BOUNDS}
         outputs = []
-        for number in range(len(rows.ends) - 1):
-            own_args, own_kwargs = tree_map(row_cutter(number, rows.ends), inputs)
+        for number in range(len(ends) - 1):
+            own_args, own_kwargs = tree_map(row_cutter(number, ends), inputs)
             outputs.append(stock_forward(*own_args, **own_kwargs))
         return join_outputs(outputs)
 

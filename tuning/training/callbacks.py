@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from tuning.console import print0
 from tuning.errors import RunEnded, UserError
 from tuning.files import LOG_FILE, PROGRESS_FILE, REPORT_FILE, read_json, read_lines, to_lines, write_json, write_text
 from tuning.machine import peak_memory_bytes
+from tuning.model.flops import utilisation
 from tuning.pages.run_page import write_report
 from tuning.pages.run_record import ENDED, FINISHED, RUNNING
 from tuning.training.data_loading import DataLoading
@@ -54,24 +56,34 @@ class EarlyStopping(EarlyStoppingCallback):
 
 @dataclass
 class StepMeter(TrainerCallback):
-    """Measures steps between two log lines. The time for logging, evaluation and saving is left out."""
+    """Measures steps between two log lines. The time for logging, evaluation and saving is left out.
 
+    `peak`: operations per second that the device can do, where it is known.
+    """
+
+    peak: float | None = None
     steps: int = 0
     seconds: float = 0.0
     waited: float = 0.0
     tokens: int = 0
     supervised_tokens: int = 0
+    operations: float = 0.0
+    imbalances: list[float] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
 
     def begin_step(self) -> None:
         """A step begins with reading its batches."""
         self._started = time.perf_counter()
 
-    def data_arrived(self, tokens: int, supervised_tokens: int) -> None:
-        """The step's batches have been read."""
+    def data_arrived(self, tokens: int, supervised_tokens: int, operations: Sequence[float]) -> None:
+        """The step's batches have been read. `operations`: those that they cost each process (`Flops.count`)."""
         self.waited += time.perf_counter() - self._started
         self.tokens += tokens
         self.supervised_tokens += supervised_tokens
+        mean = sum(operations) / len(operations)
+        self.operations += mean
+        if len(operations) > 1 and mean:
+            self.imbalances.append(max(operations) / mean)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self._started
@@ -83,6 +95,9 @@ class StepMeter(TrainerCallback):
         `step_seconds`: mean wall seconds of an optimizer step. `tokens_per_second`: real tokens, without padding.
         `supervised_tokens`: how many were trained. `data_wait_share`: share of the time spent waiting for batches.
         `peak_memory_gb`: GB (10⁹ bytes), the most that PyTorch allocated on CUDA, else the most resident memory.
+        `mfu`: operations of real tokens and patches ÷ (seconds · peak), the mean of all processes; only where the peak
+        is known. `rank_imbalance`: the operations of the process with most ÷ the mean, the mean over steps; only with
+        several processes.
         """
         seconds = max(self.seconds, 1e-9)
         figures = {
@@ -92,8 +107,13 @@ class StepMeter(TrainerCallback):
             "data_wait_share": self.waited / seconds,
             "peak_memory_gb": peak_memory_bytes() / 1e9,
         }
+        if (mfu := utilisation(self.operations, seconds, self.peak)) is not None and self.operations:
+            figures["mfu"] = mfu
+        if self.imbalances:
+            figures["rank_imbalance"] = sum(self.imbalances) / len(self.imbalances)
         self.steps = self.tokens = self.supervised_tokens = 0
-        self.seconds = self.waited = 0.0
+        self.seconds = self.waited = self.operations = 0.0
+        self.imbalances = []
         return figures
 
 

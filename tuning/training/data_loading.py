@@ -1,7 +1,7 @@
 """The batches of a run: which rows they have, whether they are padded, and the loaders that read them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
+from tuning.data.balance import Balance, RowCost
 from tuning.data.batch_sampler import (
     RowBatches,
     RowOrder,
@@ -23,7 +25,7 @@ from tuning.data.batch_sampler import (
 )
 from tuning.data.collator import Collator
 from tuning.data.dataset import EncodedRows, EncodingCollator, StreamedRows
-from tuning.data.dummy_samples import dummy_image_sample, trial_samples
+from tuning.data.dummy_samples import dummy_image_sample, measure_picture, trial_samples
 from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import TrainingData, dummy_batch
 from tuning.data.row_lengths import RowLengths
@@ -37,6 +39,7 @@ from tuning.model.row_positions import RowPositions, find_row_positions
 from tuning.training.batch_check import find_batch_fault, options_of_several_rows, rows_differ
 from tuning.training.optimizer import HALF
 from tuning.training.resume import Progress
+from tuning.training.row_cost import find_row_cost
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,22 @@ class Batching:
     """How the rows of a batch are joined.
 
     `padded`: rows are padded to the longest one of their batch; otherwise they are joined end to end. `order_padded`:
-    rows are ordered as for padded batches. A resumed run keeps the order that it began with. `reason`: why batches are
-    padded. `fault`: why they have one row each, as a row would get other results in a batch.
+    rows are ordered as for padded batches. A resumed run keeps the order that it began with. `packing`: how the model
+    takes rows end to end, or why it does not. `fault`: why they have one row each, as a row would get other results in
+    a batch.
     """
 
     padded: bool
     order_padded: bool
-    reason: str = ""
+    packing: Packing
     fault: str = ""
 
     def __str__(self) -> str:
-        return f"padded to their longest row: {self.reason}" if self.padded else "padding-free"
+        if self.padded:
+            return f"padded to their longest row: {self.packing.reason}"
+        count = len(self.packing.by_row)
+        by_row = "1 layer runs" if count == 1 else f"{count} layers run"
+        return f"padding-free, and {by_row} row by row" if count else "padding-free"
 
 
 class DataLoading(TrainerCallback):
@@ -65,10 +73,10 @@ class DataLoading(TrainerCallback):
     ):
         self.config, self.data, self.model, self.processes = config, data, model, processes
         self.padded_before = progress.padded
+        self.row_cost = self._find_row_cost(progress)
         self.workers = Workers(config.training.dataloader_multiprocessing_context)
         self.batching: Batching | None = None
         self.positions: RowPositions | None = None
-        self.packing = Packing()
         self._train_batches: SharedBatches | None = None
         self._train_loader: DataLoader | None = None
         self._validation_loader: DataLoader | None = None
@@ -102,15 +110,35 @@ class DataLoading(TrainerCallback):
 
     def _make_batches(self, rows: EncodedRows) -> SharedBatches:
         training, budget = self.config.training, self.config.data.max_tokens_per_batch
+        self._take_cost_of_first_process()
         if not budget:
             lengths = RowLengths(rows.source, rows.encoder)
-            return make_row_batches(training, len(rows), lengths, self.config.group_by_length)
+            balance = Balance(self.row_cost, lengths.sizes) if self.row_cost else None
+            return make_row_batches(training, len(rows), lengths, self.config.group_by_length, balance)
         workers = {"workers": training.dataloader_num_workers, "start_worker": self.workers.start}
         lengths = RowLengths(rows.source, rows.encoder, exact=True, **workers)
         if training.max_steps < 1:  # the trainer asks for the number of steps of an epoch
             rank, world, show = training.process_index, training.world_size, not training.disable_tqdm
             lengths.measure_all(self._sum_over_processes, rank=rank, world=world, show=show)
-        return make_token_batches(training, len(rows), lengths, budget, padded=self._expects_padding())
+        balance = Balance(self.row_cost, lengths.sizes) if self.row_cost else None
+        return make_token_batches(training, len(rows), lengths, budget, padded=self._expects_padding(), balance=balance)
+
+    def _find_row_cost(self, progress: Progress) -> RowCost | None:
+        """What balances the batches of several processes. A resumed run keeps what it began with."""
+        if progress.resume_from is not None:
+            return RowCost(*progress.row_cost) if progress.row_cost else None
+        training, flops = self.config.training, self.model.flops
+        batches = training.world_size * training.gradient_accumulation_steps
+        measures = self.config.data.max_tokens_per_batch or not self.config.data.allow_remote_images
+        if batches == 1 or flops is None or not measures or isinstance(self.data.train, StreamedRows):
+            return None
+        return find_row_cost(flops, measure_picture(self.data.encoder))
+
+    def _take_cost_of_first_process(self) -> None:
+        """Machines with other versions of a library could count otherwise, and rows would be left out."""
+        cost = astuple(self.row_cost) if self.row_cost else (0, 0, 0)
+        first = self.processes.all_gather_ints(cost)[0].tolist()
+        self.row_cost = RowCost(*first) if any(first) else None
 
     def _expects_padding(self) -> bool:
         """Whether batches will be padded, as far as the model's structure tells: it has not run yet."""
@@ -144,10 +172,10 @@ class DataLoading(TrainerCallback):
         )
 
     def _make_collator(self, rows: EncodedRows | StreamedRows) -> Callable[[Sequence], dict[str, Any]]:
-        is_packed = self.batching is not None and not self.batching.padded
         collator = self.data.collator
-        if is_packed:
-            collator = replace(collator, padding_free=True, positions=self.positions, adapt=self.packing.adapt)
+        if self.batching is not None and not self.batching.padded:
+            adapt = self.batching.packing.adapt
+            collator = replace(collator, padding_free=True, positions=self.positions, adapt=adapt)
         if isinstance(rows, StreamedRows):
             return EncodingCollator(self.data.encoder, collator, self.config.data.on_bad_row == "skip")
         return collator
@@ -171,21 +199,19 @@ class DataLoading(TrainerCallback):
         `model`: without wrappers. `forward`: the model as it trains, with its wrappers and autocast. Raises `UserError`
         where `padding_free` is true and the model needs padding.
         """
-        wanted, reason = self.config.data.padding_free, "padding_free is false"
+        wanted, packing = self.config.data.padding_free, Packing(reason="padding_free is false")
         if wanted is not False:
             packing = self._find_packing(model, forward)
-            reason = packing.reason
-        padded = reason != ""
+        padded = packing.reason != ""
         if padded and wanted is True:
             raise UserError(
-                where="padding_free", problem=f"cannot be true for this model: {reason}.", fix="Leave it out."
+                where="padding_free", problem=f"cannot be true for this model: {packing.reason}.", fix="Leave it out."
             )
         if not padded:
             packing.apply(model)
-            self.packing = packing
         order_padded = padded if self.padded_before is None else self.padded_before
         fault = self._find_batch_fault(model, forward) if padded else ""
-        self.batching = Batching(padded, order_padded, reason, fault)
+        self.batching = Batching(padded, order_padded, packing, fault)
         for loader in (self._train_loader, self._validation_loader):
             if loader is not None:
                 loader.collate_fn = self._make_collator(loader.dataset)
@@ -205,7 +231,8 @@ class DataLoading(TrainerCallback):
             return fault or ("it fails without padding on another process" if failed else "")
 
         attention, half = self.model.attention, self._computes_in_half
-        return find_packing(model, forward, make_batches, attention, half=half, agree=agree)
+        by_row = not is_deepspeed_zero3_enabled()
+        return find_packing(model, forward, make_batches, attention, half=half, by_row=by_row, agree=agree)
 
     @property
     def _computes_in_half(self) -> bool:

@@ -40,7 +40,8 @@ ROWS_OF_A_STEP = "per_device_train_batch_size × processes × gradient_accumulat
 BATCHES_OF_A_STEP = "processes × gradient_accumulation_steps"
 SCHEDULE = ("num_train_epochs", "max_steps")
 PADDED = "padded batches"  # known only once the model has run; the order of rows may depend on it
-NOT_COMPARED = ("schedule", "date_string", PADDED)
+COST = "cost of a row"  # by which batches are balanced; a version that counts otherwise must not change the order
+NOT_COMPARED = ("schedule", "date_string", PADDED, COST)
 START_OVER = "Give another output_dir, or set overwrite_output_dir true to start over."
 
 
@@ -100,7 +101,8 @@ class Progress:
 
     `resume_from`: its last complete checkpoint, after step `global_step`. `finished_steps`: the steps of a finished
     run, whose model consists of `files`. `trained_to_end`: only the final model must be saved. `padded`: whether its
-    batches were padded. `notes`: sentences to print. `fingerprint`: this run's, with the date of the earlier one.
+    batches were padded. `row_cost`: what balanced them, see `RowCost`. `notes`: sentences to print. `fingerprint`: this
+    run's, with the date of the earlier one.
     """
 
     resume_from: Path | None = None
@@ -109,6 +111,7 @@ class Progress:
     trained_to_end: bool = False
     date_string: str | None = None
     padded: bool | None = None
+    row_cost: tuple[int, int, int] | None = None
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -191,6 +194,7 @@ def _progress_at(
         trained_to_end=at_end,
         date_string=before["date_string"],
         padded=before.get(PADDED),
+        row_cost=tuple(cost) if (cost := before.get(COST)) else None,
         notes=notes,
     )
 

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,11 @@ from tuning.training.optimizer import (
     set_learning_rates,
     steps_in_backward,
 )
-from tuning.training.resume import PADDED, Progress
+from tuning.training.resume import COST, PADDED, Progress
 from tuning.training.row_log import SkippedRows
 from tuning.training.self_check import SelfCheck
 from tuning.training.step_guard import StepGuard, StepState
+from tuning.training.utilisation import count_operations, find_peak
 
 SUPERVISED = "supervised_tokens"  # the name of a number that a checkpoint keeps
 
@@ -78,7 +79,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.dtypes, self.stored_names = model.dtypes, model.stored_names
         self.learning_rates = part_learning_rates(config.run)
         self.processes, self.interruption = Processes(self.accelerator), Interruption(config.run.save_before_walltime)
-        self.step, self.meter = StepState(progress.global_step + 1), StepMeter()
+        self.step, self.meter = StepState(progress.global_step + 1), StepMeter(find_peak(self.args.device))
         self.loading = DataLoading(config, data, model, progress, self.processes)
         self.guard = StepGuard(config, self.step, self.processes, self.interruption)
         self.rows = SkippedRows(
@@ -112,7 +113,9 @@ class SupervisedTrainer(ResumableTrainer):
     def fingerprint(self) -> dict[str, Any]:  # type: ignore[override]
         """What a later run must have in common with this one to resume it."""
         batching = self.loading.batching
-        return self.progress.fingerprint | ({PADDED: batching.order_padded} if batching else {})
+        cost = self.loading.row_cost
+        known = {PADDED: batching.order_padded, COST: cost and list(astuple(cost))} if batching else {}
+        return self.progress.fingerprint | known
 
     def _set_precision(self) -> None:
         """Print how 16-bit weights are updated, and set the precision that FSDP shards and computes in."""
@@ -176,17 +179,20 @@ class SupervisedTrainer(ResumableTrainer):
             infos = [self._take_info(batch) for batch in batches]
         except UserError as found:
             error = found
-        tokens, supervised = sum(info.tokens for info in infos), sum(info.supervised_tokens for info in infos)
+        supervised = sum(info.supervised_tokens for info in infos)
         images = sum(info.rows_with_images for info in infos)
-        mine = supervised, self.rows.unsynced, self.rows.rows_seen, images
-        summed = self.processes.raise_on_all_ranks(error, *mine).sum(dim=0)
-        all_supervised, left_out, seen, all_images = summed.tolist()  # the only wait for the device here
+        operations = count_operations(self.trainable.flops, infos)
+        mine = supervised, self.rows.unsynced, self.rows.rows_seen, images, operations
+        shared = self.processes.raise_on_all_ranks(error, *mine)
+        by_process = shared.tolist()  # the only wait for the device here
+        all_supervised, left_out, seen, all_images, _ = map(sum, zip(*by_process, strict=True))
         self.rows.sync(left_out, self.train_dataset, seen)
-        self.meter.data_arrived(tokens, supervised)
+        tokens = sum(info.tokens for info in infos)
+        self.meter.data_arrived(tokens, supervised, [numbers[-1] for numbers in by_process])
         self.supervised_tokens = (self.supervised_tokens or 0) + all_supervised
         number = self.state.global_step + 1
         self.step.begin(number, infos, is_supervised=all_supervised > 0, has_images=all_images > 0)
-        return batches, summed[0]
+        return batches, shared[:, 0].sum()
 
     @property
     def supervised_tokens(self) -> int | None:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuning.data import batch_sampler
-from tuning.data.batch_sampler import RowBatches, RowOrder, TokenBatches, pack
+from tuning.data.batch_sampler import RowBatches, RowOrder, TokenBatches
+from tuning.data.packing import pack
 
 any_data = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 LENGTHS = np.random.default_rng(0).lognormal(6, 1, 5000).astype(int) + 2
@@ -215,7 +216,7 @@ def test_endless_batches_go_on_without_a_short_step():
         len(batches)
     shares = []
     for batches.rank in range(2):
-        shares += itertools.islice(batches, 3 * batches.count_items())
+        shares += itertools.islice(batches, 3 * batches.count_batches())
     assert all(shares)
     assert np.bincount(list(itertools.chain.from_iterable(shares))).tolist() == [6] * 500
 
