@@ -52,7 +52,7 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
     results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
     for name, changes in OWN_VARIANTS.items() if large else ():
         print0(f"{layout} {size} {method}: {name} …")
-        variant = {**spec, "contender": "ours", "output": str(folder / "variant")}
+        variant = {**spec, "contender": "ours", "output": str(folder / name)}
         results[name] = run_child("contender.py", {**variant, "options": {**spec["options"], **changes}}, folder)
         check_equal(results["ours"], results[name], name)
     for peer in arguments.peers:

@@ -49,13 +49,13 @@ TEMPLATES = {
 LAYOUTS = (*TEMPLATES, *BUILDERS)
 LARGE_PICTURES = [(700, 350), (1100, 384), (400, 500), (700, 700)]  # with Granite's tiles 2.2 to 3.7 thousand tokens
 # By layout, pictures of documents, and None for rows without one. They are chosen so that the logits of the stock
-# forward, which holds four or five copies for the whole padded batch, take at most 4 GB each.
+# forward, which holds four or five copies for the whole padded batch, take at most 3 GB each.
 MIXED_PICTURES = {
-    "qwen2_5_vl": [(700, 350), (1100, 384), (1100, 850), None, None],
-    "qwen3_vl": [(700, 350), (1100, 384), (1400, 850), None, None],
-    "qwen3_5": [(700, 350), (1100, 384), (1000, 700), None, None],
+    "qwen2_5_vl": [(700, 350), (1100, 384), (1000, 700), None, None],
+    "qwen3_vl": [(700, 350), (1100, 384), (1000, 1000), None, None],
+    "qwen3_5": [(700, 350), (1000, 700), None, None],
     "gemma3": [(700, 350), (1100, 384), (1000, 700), (1400, 1000), None, None],
-    "internvl": [(700, 350), (1100, 384), (700, 700), None, None],
+    "internvl": [(700, 350), (1100, 384), None, None],
     "smolvlm2": [(700, 350), (1100, 384), (1000, 700), (1400, 1000), None, None],
 }
 SMALL_PICTURES = [(40, 40), (90, 30), (30, 80), (60, 60)]
