@@ -3,9 +3,9 @@
     python benchmarks/step.py [--layout granite_vision] [--size 20m] [--method full lora] [--peers trl stock]
 
 All use the same model, rows and supervised tokens. Their losses in the first step must be equal (relative 1e-5), or
-nothing is reported. With the larger models, ours also runs with `gradient_checkpointing`. The contenders run one after
-the other, each in its own process. Seconds are the median of the steps after the first. Memory is the most that the
-process held resident. Prints a JSON line for each contender.
+nothing is reported. With the larger models, ours must be padding-free, and also runs with padded batches and with
+`gradient_checkpointing`. The contenders run one after the other, each in its own process. Seconds are the median of the
+steps after the first. Memory is the most that the process held resident. Prints a JSON line for each contender.
 
 The stock forward of Granite Vision leaves out `logits_scaling`. Its loss is compared with that of one extra step of
 ours, on the same weights with `logits_scaling` 1.
@@ -47,7 +47,7 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
     count = len(rows.read_text().splitlines())
     spec = make_spec(model, rows, method, steps=steps, output=folder / "ours", batch_size=count)
     spec["threads"] = None if large else 1  # with models this small, more threads only wait for each other
-    spec["options"] = {**spec["options"], **({"padding_free": True} if large else {})}  # it fails where it cannot be
+    spec["options"] = {**spec["options"], **({"padding_free": True} if is_large(layout) else {})}
     print0(f"{layout} {size} {method}: ours …")
     results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
     for name, changes in OWN_VARIANTS.items() if large else ():
