@@ -277,7 +277,12 @@ def internvl(scale: Scale):
         image_seq_length=tokens,
         chat_template=mark_answers(style),
     )
-    text = {"model_type": "qwen3", **scale.text(151936, tokenizer), "head_dim": scale.head}
+    text = {
+        "model_type": "qwen3",
+        **scale.text(151936, tokenizer),
+        "head_dim": scale.head,
+        "max_position_embeddings": 40960,
+    }
     config = transformers.InternVLConfig(
         text_config={**text, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         vision_config={**scale.tower, "image_size": [side, side], "patch_size": [patch, patch], "attention_bias": True},
@@ -303,7 +308,12 @@ def smolvlm2(scale: Scale):
         image_seq_len=(side // patch // factor) ** 2,
         chat_template=mark_answers(style),
     )
-    text = {"model_type": "llama", **scale.text(49280, tokenizer), "rms_norm_eps": 1e-5}
+    text = {
+        "model_type": "llama",
+        **scale.text(49280, tokenizer),
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+    }
     config = transformers.SmolVLMConfig(
         text_config={**text, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
         vision_config={**scale.tower, "image_size": side, "patch_size": patch},
