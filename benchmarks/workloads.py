@@ -240,6 +240,7 @@ def save_model(
     replaces Granite's.
     """
     import torch
+    from architectures.pieces import fill
     from transformers import AutoModelForImageTextToText
 
     config, processor = make_config_and_processor(layout, size, vocab_size)
@@ -248,6 +249,8 @@ def save_model(
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+    if layout in BUILDERS:  # larger weights: with those of transformers, pictures and masks hardly change the loss
+        fill(model)
     model.save_pretrained(folder)
     marked = processor.chat_template
     processor.chat_template = MARKS.sub("", marked)
