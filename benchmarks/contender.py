@@ -252,6 +252,8 @@ def main(argv: Sequence[str]) -> None:
     measure = CONTENDERS[spec["contender"]]
     import torch
 
+    import tuning  # makes torchvision importable for the peers too  # noqa: F401
+
     if spec.get("threads"):
         torch.set_num_threads(spec["threads"])
     figures = measure(spec)

@@ -1,12 +1,11 @@
 """Measure how many rows per second one process decodes, encodes and collates: ours, and TRL's collator for images.
 
-    python benchmarks/encode.py [--layout granite_vision llava15] [--rows 32] [--peers trl]
+    python benchmarks/encode.py [--layout granite_vision gemma3] [--rows 32] [--peers trl]
 
 The rows are JPEG files of photo size with questions of a hundred words, processed with the published image settings
-(Granite Vision's tiles of 384 pixels, LLaVA-1.5's 336). Ours is the time that training waits for its batches, from its
-log, without DataLoader workers and with a very small model. TRL is a DataLoader over the same rows with the collator
-that `SFTTrainer` makes for them. Both must give the same tokens and supervised tokens. The time is the median batch
-after the first one.
+of each family. Ours is the time that training waits for its batches, from its log, without DataLoader workers and with
+a very small model. TRL is a DataLoader over the same rows with the collator that `SFTTrainer` makes for them. Both must
+give the same tokens and supervised tokens. The time is the median batch after the first one.
 """
 
 import argparse
@@ -15,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from families import BUILDERS
 from peers import TRL_VERSION, install_trl
 from record import describe_environment, median, print0, print_line, run_child
 from step import BATCH, check_counts, make_spec
@@ -24,7 +24,8 @@ PHOTOS = [(640, 480), (800, 600), (1024, 768), (700, 350)]
 
 
 def measure_layout(arguments: argparse.Namespace, layout: str, folder: Path, environment: dict) -> None:
-    model = save_model(folder / "model", layout, "tiny" if arguments.tiny else "pictures")
+    tiny = "tests" if layout in BUILDERS else "tiny"
+    model = save_model(folder / "model", layout, tiny if arguments.tiny else "pictures")
     sizes = itertools.islice(itertools.cycle(SMALL_PICTURES if arguments.tiny else PHOTOS), arguments.rows)
     rows = write_rows(folder / "rows" / "rows.jsonl", sizes, words=[100], answer_words=[20])
     spec = make_spec(model, rows, "full", steps=arguments.rows // BATCH, output=folder / "out")
@@ -56,9 +57,8 @@ def measure_layout(arguments: argparse.Namespace, layout: str, folder: Path, env
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--layout", nargs="+", choices=["granite_vision", "llava15"], default=["granite_vision", "llava15"]
-    )
+    layouts = ["granite_vision", "llava15", *BUILDERS]
+    parser.add_argument("--layout", nargs="+", choices=layouts, default=layouts)
     parser.add_argument("--rows", type=int, default=32, help="a multiple of 4, the batch size")
     parser.add_argument("--peers", nargs="*", choices=["trl"], default=["trl"])
     parser.add_argument("--tiny", action="store_true", help="use small images and a tiny model, to test this script")

@@ -3,9 +3,9 @@
     python benchmarks/step.py [--layout granite_vision] [--size 20m] [--method full lora] [--peers trl stock]
 
 All use the same model, rows and supervised tokens. Their losses in the first step must be equal (relative 1e-5), or
-nothing is reported. With the larger models, ours also runs with `gradient_checkpointing`. The contenders run one after
-the other, each in its own process. Seconds are the median of the steps after the first. Memory is the most that the
-process held resident. Prints a JSON line for each contender.
+nothing is reported. With the larger models, ours must be padding-free, and also runs with padded batches and with
+`gradient_checkpointing`. The contenders run one after the other, each in its own process. Seconds are the median of the
+steps after the first. Memory is the most that the process held resident. Prints a JSON line for each contender.
 
 The stock forward of Granite Vision leaves out `logits_scaling`. Its loss is compared with that of one extra step of
 ours, on the same weights with `logits_scaling` 1.
@@ -22,7 +22,7 @@ from typing import Any
 
 from peers import TRL_VERSION, install_trl
 from record import describe_environment, median, print0, print_line, run_child
-from workloads import LARGE_PICTURES, LAYOUTS, SHAPES, SMALL_PICTURES, save_model, write_rows
+from workloads import LAYOUTS, is_large, save_model, write_benchmark_rows
 
 LORA = {
     "peft_method": "lora",
@@ -32,30 +32,29 @@ LORA = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 SAME_LOSS, BATCH = 1e-5, 4
-CHECKPOINTING = "ours, gradient_checkpointing"
+OWN_VARIANTS = {
+    "ours, padded": {"padding_free": False},
+    "ours, gradient_checkpointing": {"gradient_checkpointing": True},
+}
 
 
 def measure_layout(arguments: argparse.Namespace, layout: str, method: str, folder: Path, environment: dict) -> None:
-    size = arguments.size or ("20m" if (layout, "20m") in SHAPES else "tests")
+    size = arguments.size or ("20m" if is_large(layout) else "tests")
     large = size == "20m"
     steps = arguments.steps or (3 if large else 12)
     model = save_model(folder / "model", layout, size)
-    rows = write_rows(
-        folder / "rows" / "rows.jsonl",
-        LARGE_PICTURES if large else SMALL_PICTURES,
-        words=[12],
-        answer_words=[7, 9, 6, 10],
-    )
-    spec = make_spec(model, rows, method, steps=steps, output=folder / "ours")
+    rows = write_benchmark_rows(folder / "rows" / "rows.jsonl", layout, size)
+    count = len(rows.read_text().splitlines())
+    spec = make_spec(model, rows, method, steps=steps, output=folder / "ours", batch_size=count)
     spec["threads"] = None if large else 1  # with models this small, more threads only wait for each other
+    spec["options"] = {**spec["options"], **({"padding_free": True} if is_large(layout) else {})}
     print0(f"{layout} {size} {method}: ours …")
     results = {"ours": run_child("contender.py", {**spec, "contender": "ours"}, folder)}
-    if large:
-        print0(f"{layout} {size} {method}: ours, with gradient_checkpointing …")
-        less = {**spec["training"], "gradient_checkpointing": True}
-        less_memory = {**spec, "contender": "ours", "training": less, "output": str(folder / "checkpointing")}
-        results[CHECKPOINTING] = run_child("contender.py", less_memory, folder)
-        check_equal(results["ours"], results[CHECKPOINTING], CHECKPOINTING)
+    for name, changes in OWN_VARIANTS.items() if large else ():
+        print0(f"{layout} {size} {method}: {name} …")
+        variant = {**spec, "contender": "ours", "output": str(folder / name)}
+        results[name] = run_child("contender.py", {**variant, "options": {**spec["options"], **changes}}, folder)
+        check_equal(results["ours"], results[name], name)
     for peer in arguments.peers:
         peer_spec = {**spec, "contender": peer, "output": str(folder / peer), "options": {}}
         if method == "lora":
@@ -79,7 +78,7 @@ def measure_layout(arguments: argparse.Namespace, layout: str, method: str, fold
             contender=contender,
             **({"version": TRL_VERSION} if contender == "trl" else {}),
             **figures_of(result),
-            rows=BATCH,
+            rows=count,
         )
 
 

@@ -7,6 +7,7 @@ python benchmarks/tables.py --check    fails where a table differs from the resu
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,6 +101,7 @@ COLUMNS = {
         "threads": "threads",
     },
 }
+AGAINST = {"trl": "TRL", "stock": "stock", "ours, padded": "padded"}  # contender → its name in the table of ratios
 ORIGIN = ("commit", "cores", "load", "torch", "transformers")
 
 
@@ -111,6 +113,8 @@ def read_newest(benchmark: str) -> list[dict[str, Any]]:
 
 
 def make_table(benchmark: str) -> str:
+    if benchmark == "step_ratios":
+        return make_ratios(read_newest("step"))
     lines, columns = read_newest(benchmark), COLUMNS[benchmark]
     if not lines:
         return "Not measured yet."
@@ -119,6 +123,33 @@ def make_table(benchmark: str) -> str:
     rows += [[_show(line.get(field)) for field in shown.values()] for line in lines]
     origins = dict.fromkeys(", ".join(f"{name} {line.get(name, '?')}" for name in ORIGIN) for line in lines)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\nMeasured at: " + "; ".join(origins) + "."
+
+
+def make_ratios(lines: Sequence[dict[str, Any]]) -> str:
+    """By layout and method, ours against the others: how many times as fast, and what share of the memory."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for line in lines:
+        if line["size"] == "20m":
+            found.setdefault((line["method"], line["layout"]), {})[line["contender"]] = line
+    rows = []
+    for method in dict.fromkeys(method for method, _ in found):
+        ratios = {layout: _ratios(found[of, layout]) for of, layout in found if of == method}
+        rows += [[layout, method, *map(_show, values)] for layout, values in ratios.items()]
+        columns = [[value for value in column if value is not None] for column in zip(*ratios.values(), strict=True)]
+        means = [round(statistics.geometric_mean(column), 2) if column else None for column in columns]
+        rows.append([f"**geometric mean of {len(ratios)}**", method, *map(_show, means)])
+    heads = [head for name in AGAINST.values() for head in (f"× speed of {name}", f"memory ÷ {name}'s")]
+    table = [["layout", "method", *heads], ["---"] * (2 + len(heads)), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in table)
+
+
+def _ratios(contenders: dict[str, dict[str, Any]]) -> list[float | None]:
+    ours, ratios = contenders["ours"], list[float | None]()
+    for name in AGAINST:
+        other = contenders.get(name)
+        ratios.append(round(other["seconds_per_step"] / ours["seconds_per_step"], 2) if other else None)
+        ratios.append(round(ours["peak_memory_gb"] / other["peak_memory_gb"], 2) if other else None)
+    return ratios
 
 
 def _show(value: Any) -> str:

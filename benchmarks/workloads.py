@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import record  # noqa: F401 - puts tests/, with the tiny models, on the path
+from families import BUILDERS, SCALES, WORDS, make_tokenizer
 
 MARKS = re.compile(r"\{% (?:end)?generation %\}")
 GRANITE_TEMPLATE = """\
@@ -46,13 +46,20 @@ TEMPLATES = {
     },
     "mllama": PLAIN_TEMPLATE.replace("IMAGE", "'<|image|>'"),
 }
-LAYOUTS = tuple(TEMPLATES)
-WORDS = [
-    *("the", "a", "red", "green", "small", "large", "square", "circle", "stands", "below", "above", "beside", "on"),
-    *("of", "chart", "shows", "sales", "in", "year"),
-]
+LAYOUTS = (*TEMPLATES, *BUILDERS)
 LARGE_PICTURES = [(700, 350), (1100, 384), (400, 500), (700, 700)]  # with Granite's tiles 2.2 to 3.7 thousand tokens
+# By layout, pictures of documents, and None for rows without one. They are chosen so that the logits of the stock
+# forward, which holds four or five copies for the whole padded batch, take at most 3 GB each.
+MIXED_PICTURES = {
+    "qwen2_5_vl": [(700, 350), (1100, 384), (1000, 700), None, None],
+    "qwen3_vl": [(700, 350), (1100, 384), (1000, 1000), None, None],
+    "qwen3_5": [(700, 350), (1000, 700), None, None],
+    "gemma3": [(700, 350), (1100, 384), (1000, 700), (1400, 1000), None, None],
+    "internvl": [(700, 350), (1100, 384), None, None],
+    "smolvlm2": [(700, 350), (1100, 384), (1000, 700), (1400, 1000), None, None],
+}
 SMALL_PICTURES = [(40, 40), (90, 30), (30, 80), (60, 60)]
+SMALL_MIXED = [(40, 40), (90, 30), None, None]
 # Granite Vision 3.2: every grid of at most ten tiles of 384 pixels.
 GRANITE_PINPOINTS = [[384 * high, 384 * wide] for high in range(1, 11) for wide in range(1, 11) if high * wide <= 10]
 
@@ -121,12 +128,19 @@ SHAPES = {
 }
 
 
+def is_large(layout: str) -> bool:
+    """Whether the layout has a size with the published vocabulary and image settings."""
+    return layout in BUILDERS or (layout, "20m") in SHAPES
+
+
 def make_config_and_processor(layout: str, size: str, vocab_size: int | None = None):
     """The configuration and the processor of `layout` in `size`; "tests" is the size of the test suite's models.
 
     `vocab_size` replaces that of the size; the tokenizer uses only its first few hundred ids.
     """
-    if size == "tests":
+    if layout in BUILDERS:
+        config, processor = BUILDERS[layout](SCALES[size])
+    elif size == "tests":
         from tiny_models import _BUILDERS
 
         config, processor = _BUILDERS[layout]()
@@ -134,25 +148,10 @@ def make_config_and_processor(layout: str, size: str, vocab_size: int | None = N
         config, processor = _granite_vision(SHAPES[layout, size])
     else:
         config, processor = _llava15(SHAPES[layout, size])
-    processor.chat_template = TEMPLATES[layout]
+    processor.chat_template = TEMPLATES.get(layout, processor.chat_template)
     if vocab_size:
         config.get_text_config().vocab_size = vocab_size
     return config, processor
-
-
-def _tokenizer(special_tokens: list[str], end: str):
-    from tuning.demo.tokenizer import train_tokenizer
-
-    # Each of WORDS is one token, at the start of a text and after a space.
-    texts = [*WORDS, " ".join(["", *WORDS]), "A chat between a curious user and an artificial intelligence assistant."]
-    return train_tokenizer(
-        texts,
-        special_tokens=special_tokens,
-        bos_token=special_tokens[0],
-        eos_token=end,
-        pad_token=end,
-        extra_special_tokens={"image_token": "<image>"},
-    )
 
 
 def _ids(tokenizer) -> dict:
@@ -162,8 +161,10 @@ def _ids(tokenizer) -> dict:
 def _granite_vision(shape: Shape):
     import transformers
 
-    tokenizer = _tokenizer(
-        ["<|end_of_text|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>"], end="<|end_of_text|>"
+    tokenizer = make_tokenizer(
+        ["<|end_of_text|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>"],
+        end="<|end_of_text|>",
+        image_token="<image>",
     )
     side = shape.vision["image_size"]
     size = {"height": side, "width": side}
@@ -204,7 +205,7 @@ def _granite_vision(shape: Shape):
 def _llava15(shape: Shape):
     import transformers
 
-    tokenizer = _tokenizer(["<s>", "</s>", "<image>"], end="</s>")
+    tokenizer = make_tokenizer(["<s>", "</s>", "<image>"], end="</s>", image_token="<image>")
     side = shape.vision["image_size"]
     processor = transformers.LlavaProcessor(
         transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
@@ -239,6 +240,7 @@ def save_model(
     replaces Granite's.
     """
     import torch
+    from architectures.pieces import fill
     from transformers import AutoModelForImageTextToText
 
     config, processor = make_config_and_processor(layout, size, vocab_size)
@@ -247,6 +249,8 @@ def save_model(
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+    if layout in BUILDERS:  # larger weights: with those of transformers, pictures and masks hardly change the loss
+        fill(model)
     model.save_pretrained(folder)
     marked = processor.chat_template
     processor.chat_template = MARKS.sub("", marked)
@@ -255,32 +259,54 @@ def save_model(
     return folder
 
 
+def write_benchmark_rows(path: Path, layout: str, size: str) -> Path:
+    """Write the rows of a batch for `step.py`: four pictures, or pictures and two rows without one."""
+    large = size == "20m"
+    if layout not in MIXED_PICTURES:
+        return write_rows(path, LARGE_PICTURES if large else SMALL_PICTURES, words=[12], answer_words=[7, 9, 6, 10])
+    pictures = MIXED_PICTURES[layout] if large else SMALL_MIXED
+    texts = (100, 500 if layout != "gemma3" else 250) if large else (12, 40)
+    words = [*[12] * (len(pictures) - 2), *texts]
+    return write_rows(path, pictures, words=words, answer_words=[7, 9, 6, 10])
+
+
 def write_rows(
-    path: Path, sizes: Iterable[tuple[int, int]], *, words: Sequence[int] = (12,), answer_words: Sequence[int] = (5,)
+    path: Path,
+    sizes: Iterable[tuple[int, int] | None],
+    *,
+    words: Sequence[int] = (12,),
+    answer_words: Sequence[int] = (5,),
 ) -> Path:
     """Write a .jsonl with a question and an answer per row about an image of noise.
 
-    `sizes` has (width, height) for each row. The questions have `words` words and the answers `answer_words`, by row,
-    repeated as needed. The images are JPEG files in the same folder.
+    `sizes` has (width, height) for each row, and None for a row without an image. The questions have `words` words and
+    the answers `answer_words`, by row, repeated as needed. The images are JPEG files in the same folder.
     """
-    from PIL import Image
-
     random, lines = np.random.default_rng(0), []
     path.parent.mkdir(parents=True, exist_ok=True)
-    for number, (width, height) in enumerate(sizes):
-        noise = random.integers(0, 255, (max(1, height // 16), max(1, width // 16), 3), dtype=np.uint8)
-        file = path.parent / f"{path.stem}_{number}.jpg"
-        Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file)
+    for number, size in enumerate(sizes):
+        images = [_draw(path.parent / f"{path.stem}_{number}.jpg", size, random)] if size else []
         question, answer = (
             " ".join(random.choice(WORDS, lengths[number % len(lengths)])) for lengths in (words, answer_words)
         )
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
         messages = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+            {"role": "user", "content": content},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
-        lines.append(json.dumps({"messages": messages, "images": [file.name]}))
+        lines.append(json.dumps({"messages": messages, "images": images}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def _draw(file: Path, size: tuple[int, int], random: np.random.Generator) -> str:
+    """Save an image of noise, and return the name of its file."""
+    from PIL import Image
+
+    width, height = size
+    noise = random.integers(0, 255, (max(1, height // 16), max(1, width // 16), 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file)
+    return file.name
 
 
 def read_rows(path: Path):

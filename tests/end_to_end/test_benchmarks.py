@@ -6,6 +6,7 @@ import sys
 
 import contender
 import datasets
+import families
 import pytest
 import record
 import tables
@@ -48,6 +49,26 @@ def test_one_line_a_run_with_commit_and_versions(run, name):
     assert all(line[key] is not None for key in tables.KEYS[name])
     figures = {"step": "seconds_per_step", "encode": "rows_per_second", "memory": "beyond_weights_gb", "gpu": "mfu"}
     assert line[figures[name]] > 0
+
+
+@pytest.mark.parametrize("layout", families.BUILDERS)
+def test_every_family_trains_padding_free_with_the_loss_of_the_stock_forward(run, layout):
+    arguments = ["--layout", layout, "--size", "tests", "--method", "full", "--steps", "1", "--peers", "stock"]
+    ours, stock = run("step", arguments)
+    assert (ours["contender"], stock["contender"]) == ("ours", "stock")
+    assert ours["supervised_tokens"] == stock["supervised_tokens"] == 36
+
+
+def test_ratios_are_of_the_contenders_of_one_layout_and_method():
+    line = {"size": "20m", "method": "full", "contender": "ours", "seconds_per_step": 2.0, "peak_memory_gb": 1.0}
+    trl = {"contender": "trl", "seconds_per_step": 8.0, "peak_memory_gb": 4.0}
+    padded = {"contender": "ours, padded", "seconds_per_step": 3.0}
+    first = [{**line, **change, "layout": "gemma3"} for change in ({}, trl, padded)]
+    second = [{**line, **change, "layout": "llava15"} for change in ({}, {**trl, "seconds_per_step": 4.0})]
+    rows = tables.make_ratios([*first, *second]).splitlines()
+    assert rows[2] == "| gemma3 | full | 4 | 0.25 |  |  | 1.5 | 1 |"
+    assert rows[3] == "| llava15 | full | 2 | 0.25 |  |  |  |  |"
+    assert rows[4] == "| **geometric mean of 2** | full | 2.83 | 0.25 |  |  | 1.5 | 1 |"
 
 
 def test_image_processors_are_timed_on_tensors_and_on_arrays(capsys):
