@@ -39,7 +39,8 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO = "auto"
+DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,9 @@ class RunArguments:
     save_before_walltime: float | None = option(
         None, "Minutes that the queue allows; the run saves and ends with exit code 143 before they are over.", above=0
     )
+    max_memory_gb: float | None = option(
+        None, "GB (10⁹ bytes) of each device that auto may fill (default: what is free there).", above=0
+    )
     verify_save: bool | None = option(
         None,
         "Read the saved model back and compare weights and logits (default: logits if a second model fits).",
@@ -219,7 +223,9 @@ class RunArguments:
 class RunConfig:
     """One run, checked and complete. `notes`: sentences to print, about options that were set or ignored.
 
-    `group_by_length`: whether a batch has rows of similar length; None: only if batches are padded.
+    `group_by_length`: whether a batch has rows of similar length; None: only if batches are padded. `auto`: the options
+    that the run decides itself, once it knows its rows and its model; see `fit_to_memory`. `recomputed_layers`: how many
+    layers `gradient_checkpointing auto` recomputes; None where it is not auto.
     """
 
     model: ModelArguments
@@ -231,6 +237,8 @@ class RunConfig:
     training: TrainingArguments
     notes: tuple[str, ...] = ()
     group_by_length: bool | None = None
+    auto: frozenset[str] = frozenset()
+    recomputed_layers: int | None = None
 
     @property
     def save_model_dir(self) -> str:
@@ -244,7 +252,7 @@ class RunConfig:
         left_out = {"hub_token", "local_rank"}
         left_out |= {"train_sampling_strategy"} if self.group_by_length is None else set()
         left_out |= {"per_device_train_batch_size"} if self.data.max_tokens_per_batch else set()
-        training = self.training.to_dict()
+        training = self.training.to_dict() | dict.fromkeys(self.auto, AUTO)
         return flat | {name: training[name] for name in TRAINING_FIELDS if name in training and name not in left_out}
 
 

@@ -15,8 +15,16 @@ from typing import Any
 from transformers import TrainingArguments
 
 from tuning.config import legacy_names
-from tuning.config.options import OWN_OPTIONS, SECTIONS, TRAINING_DEFAULTS, TRAINING_FIELDS, TRAINING_LIMITS, RunConfig
-from tuning.config.rules import complete, find_path_problems, find_problems, groups_by_length
+from tuning.config.options import (
+    AUTO,
+    OWN_OPTIONS,
+    SECTIONS,
+    TRAINING_DEFAULTS,
+    TRAINING_FIELDS,
+    TRAINING_LIMITS,
+    RunConfig,
+)
+from tuning.config.rules import BY_MEMORY, complete, find_path_problems, find_problems, groups_by_length
 from tuning.config.values import coerce, find_value_problems, to_json_value
 from tuning.errors import UserError, describe_failure, first_line, try_optional
 from tuning.files import read_user_text
@@ -25,6 +33,7 @@ TYPES = typing.get_type_hints(TrainingArguments) | {"resume_from_checkpoint": bo
 for _kind in SECTIONS.values():
     TYPES |= typing.get_type_hints(_kind)
 TYPES |= {name: dict[str, Any] | None for name in TRAINING_FIELDS if name.endswith("_kwargs")}  # no text but JSON's
+TYPES |= {name: TYPES[name] | typing.Literal[AUTO] for name in BY_MEMORY}
 KNOWN = set(OWN_OPTIONS) | set(TRAINING_FIELDS)
 LIMITS = {name: entry.metadata for name, entry in OWN_OPTIONS.items()} | TRAINING_LIMITS
 
@@ -151,14 +160,22 @@ def make_config(options: CheckedOptions) -> RunConfig:
     """The second half of `build_config`: `TrainingArguments` may start this process's device. Raises `UserError`."""
     values = options.values
     sections = {section: _make(kind, values) for section, kind in SECTIONS.items()}
+    auto = frozenset(name for name in BY_MEMORY if values.get(name) == AUTO)
     arguments = TRAINING_DEFAULTS | {name: values[name] for name in TRAINING_FIELDS if name in values}
+    arguments |= {name: least for name, least in BY_MEMORY.items() if name in auto}
     training = try_optional(lambda: TrainingArguments(**arguments))  # opens files and packages that the user chose
     if training.error:
         is_plain = isinstance(training.error, (ValueError, NotImplementedError))
         problem = str(training.error) if is_plain else f"{describe_failure(training.error)}."
         raise UserError(where="config", problem=problem) from training.error
     assert training.value is not None
-    return RunConfig(**sections, training=training.value, notes=options.notes, group_by_length=groups_by_length(values))
+    return RunConfig(
+        **sections,
+        training=training.value,
+        notes=options.notes,
+        group_by_length=groups_by_length(values),
+        auto=auto,
+    )
 
 
 def resolve(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> RunConfig:

@@ -71,6 +71,8 @@ def describe_type(kind: Any) -> str:
     return " or ".join(
         describe_choices(tuple(member.value for member in candidate))
         if _is_enum(candidate)
+        else describe_choices(typing.get_args(candidate))
+        if typing.get_origin(candidate) is typing.Literal
         else TYPE_NAMES.get(typing.get_origin(candidate) or candidate, str(candidate))
         for candidate in named
     )
@@ -152,7 +154,7 @@ def _find_value_problem(value: Any, limits: Mapping[str, Any]) -> str:
     lowest, highest, above, below = (limits.get(name) for name in ("minimum", "maximum", "above", "below"))
     if isinstance(value, float) and not math.isfinite(value):
         return f"must be finite, got {value}"
-    if lowest is highest is above is below is None:
+    if lowest is highest is above is below is None or isinstance(value, str):  # auto
         return ""
     is_inside = (
         (lowest is None or value >= lowest)
