@@ -4,6 +4,7 @@ python docs/generate_options.py            write the page
 python docs/generate_options.py --check    exit with 1 if the page is not current
 """
 
+import tuning  # noqa: F401 - before transformers imports torchvision  # isort: skip
 import dataclasses
 import sys
 from pathlib import Path

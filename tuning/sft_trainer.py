@@ -34,6 +34,7 @@ from tuning.model import load
 from tuning.model.build import build_model, plan_model
 from tuning.training import resume
 from tuning.training.final_model import save_final_model
+from tuning.training.memory_fit import fit_to_memory
 from tuning.training.optimizer import check_optimizer
 from tuning.training.run_summary import describe_run, write_run_info
 from tuning.training.trackers import make_trackers
@@ -59,9 +60,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     processor = load.load_processor(config.model, model_config)
 
     rows = open_rows(config)
-    fingerprint = resume.run_fingerprint(
-        config, rows=rows.train.fingerprint(), architecture=load.describe(model_config)
-    )
+    fingerprint = resume.run_fingerprint(config, rows.train.fingerprint(), load.describe(model_config))
     progress = resume.find_progress(config, fingerprint)  # fresh, resumed or finished
     if progress.finished_steps is not None:
         return report_finished(config, progress)
@@ -70,6 +69,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     data = open_data(config, rows, processor, model_config, tokens=tokens, date_string=date, steps_done=done)
 
     plan = plan_model(config, model_config, partial(dummy_batch, data.encoder))
+    config = fit_to_memory(config, model_config, plan, data, progress)
     trackers, hub = make_trackers(config), open_hub(config)
     model = build_model(config, model_config, plan, progress.resume_from)
     with resume.prepare_output(config, progress):

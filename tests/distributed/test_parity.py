@@ -41,6 +41,7 @@ CASES |= {
     "streamed": ("llava16_mistral", {"streaming": True, "max_steps": 6}),
     "streamed by workers": ("llava15", {"streaming": True, "max_steps": 6, "dataloader_num_workers": 2}),
     "checkpointed": ("granite_vision", {"gradient_checkpointing": True}),
+    "recomputed as memory asks": ("llava15", {"gradient_checkpointing": "auto", "max_memory_gb": 0.003}),
     "named layers": ("granite_vision", {"environ": {"FSDP_TRANSFORMER_CLS_TO_WRAP": "GraniteDecoderLayer"}}),
     "bf16": ("llava15", {"bf16": True}),  # a loss that is itself in bfloat16 would be off by up to 4e-3
     "parts at their own pace": ("llava15", {"vision_tower_learning_rate": 0.5, "projector_learning_rate": 0.01}),

@@ -18,6 +18,7 @@ from tuning.checking.memory import MemoryEstimate, estimate_memory
 from tuning.config.parse import build_config
 from tuning.model import build, dry_run, load
 from tuning.model.quantize import quantise_skeleton
+from tuning.model.recompute import Recomputed
 from tuning.training.data_loading import DataLoading
 from tuning.training.optimizer import patch_master_weights
 from tuning.training.trainer import SupervisedTrainer
@@ -140,6 +141,20 @@ def test_the_estimate_is_what_training_takes(case, run_options, measure, estimat
     assert estimated.activations > 0.75 * measured
 
 
+@pytest.mark.parametrize("lora", [{}, LORA])
+def test_some_layers_are_recomputed_and_the_estimate_knows_it(lora, run_options, measure, estimate, trainers):
+    options = run_options("granite_vision", padding_free=False, **lora)
+    none, batch = measure(options | {"output_dir": options["output_dir"] + "-none"})
+    limit = 0.9 * estimate(options, batch).peak / 1e9
+    some, batch = measure(options | {"gradient_checkpointing": "auto", "max_memory_gb": limit})
+    recomputed = Recomputed(trainers[-1].trainable.parts, trainers[-1].config.recomputed_layers)
+    estimated = estimate(options | {"gradient_checkpointing": True}, batch, recomputed=recomputed)
+    assert 0 < recomputed.number < 6
+    assert_close(estimated, some)
+    assert some < none
+    assert estimated.peak < 1e9 * limit
+
+
 @pytest.mark.parametrize("precision", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "keep_master_weights": False}])
 def test_a_wide_model_takes_what_its_weights_take(precision, models, tmp_path, run_options, measure, estimate):
     config = AutoConfig.from_pretrained(models["llava15"])
@@ -193,6 +208,13 @@ def test_processes_share_all_but_activations_and_gathered_weights(make_options, 
     assert alone.weights // 4 + 2 * max(sizes) < shared.weights < alone.weights // 4 + alone.weights
     gathered = shared.weights - alone.weights // 4
     assert abs((shared.peak - gathered) - (alone.peak - (alone.weights + alone.optimizer) * 3 // 4)) < alone.gradients
+
+
+def test_copies_on_several_processes_exchange_a_second_copy_of_the_gradients(make_options, estimate):
+    alone, copied = (estimate(make_options("llava15"), make_batch(), replicated=copies) for copies in (False, True))
+    assert copied.gradients == 2 * alone.gradients
+    assert copied.peak == alone.peak + alone.gradients
+    assert (copied.weights, copied.optimizer) == (alone.weights, alone.optimizer)
 
 
 def test_mixed_precision_keeps_shared_weights_in_float32(make_options, estimate):

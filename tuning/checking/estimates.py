@@ -10,6 +10,7 @@ from tuning.checking.memory import MemoryEstimate
 from tuning.config.options import RunConfig
 from tuning.data.batch_sampler import RowOrder
 from tuning.data.sources import Mixture
+from tuning.distributed.fsdp import is_fsdp_asked_for
 
 GIGABYTE = 1e9
 
@@ -75,6 +76,15 @@ def count_processes(config: RunConfig) -> int:
     return int(config.run.accelerate_launch_args.get("num_processes", 1))
 
 
+def count_shards(config: RunConfig) -> int:
+    """Over how many devices FSDP shards the model. 1 where each process has all of it.
+
+    Processes that are yet to be launched are taken to shard it: that is what `vlm-tuning train` launches on GPUs.
+    """
+    shards = config.training.world_size == 1 or is_fsdp_asked_for() or bool(config.training.fsdp)
+    return count_processes(config) if shards else 1
+
+
 def rows_of_a_step(config: RunConfig) -> int:
     training = config.training
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * count_processes(config)
@@ -112,9 +122,14 @@ def estimate_run(
         f"the tensors of one step on {heaviest}, run without weights:"
         f" weights {memory.weights / GIGABYTE:.3g}, gradients {memory.gradients / GIGABYTE:.3g}, optimizer"
         f" {memory.optimizer / GIGABYTE:.3g}, activations {activations} GB"
-        + (f"; FSDP over {processes} processes" if processes > 1 else "")
+        + (f"; {_describe_processes(config)}" if processes > 1 else "")
     )
     return {**estimates, "peak_memory_gb_per_device": (memory.peak / GIGABYTE, how)}
+
+
+def _describe_processes(config: RunConfig) -> str:
+    shards, processes = count_shards(config), count_processes(config)
+    return f"FSDP over {shards} processes" if shards > 1 else f"each of {processes} processes has all of the model"
 
 
 def _steps_of_epoch(config: RunConfig, rows: float, tokens: float, batches: int | None) -> tuple[int, str]:

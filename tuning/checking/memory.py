@@ -22,6 +22,7 @@ from tuning.distributed.fsdp import cast_trainable_to_fp32
 from tuning.errors import describe_failure, try_optional
 from tuning.model.dry_run import META, DryRun
 from tuning.model.quantize import scales_of
+from tuning.model.recompute import Recomputed, recompute_only
 
 _aten = torch.ops.aten
 # The operations of these models that autocast computes in half precision, and those that it computes in float32.
@@ -54,6 +55,8 @@ def estimate_memory(
     training: TrainingArguments,
     *,
     processes: int = 1,
+    replicated: bool = False,
+    recomputed: Recomputed | None = None,
     patch_optimizer: Callable[[Optimizer], Optimizer] | None = None,
 ) -> MemoryEstimate:
     """The peak of a run's steps on batches like `batch`, without loading weights.
@@ -61,8 +64,9 @@ def estimate_memory(
     `model` is a skeleton on the meta device in the weights' dtype, prepared as for training. Do not use it afterwards:
     its precision, mode and gradients change. `batch` holds what the collator made for the model, on the CPU. Leave out
     its `attention_mask` for FlashAttention-2, which never builds a mask of tokens × tokens. With `processes` above 1,
-    FSDP shards the model over that many devices. `patch_optimizer` gives the optimizer float32 master weights; FSDP
-    then shards the trained 16-bit weights in float32.
+    FSDP shards the model over that many devices. `replicated`: DDP keeps a second copy of the gradients, which it
+    exchanges. `recomputed`: the layers that gradient checkpointing recomputes, where these are not all.
+    `patch_optimizer` gives the optimizer float32 master weights. FSDP then shards trained 16-bit weights in float32.
 
     The step really runs, forward, backward and optimizer, on tensors without values, while a meter counts the live
     tensors. Where gradients are accumulated, a second batch runs too. The peak is the largest sum of weights,
@@ -75,21 +79,22 @@ def estimate_memory(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     meter = _Meter(model, processes)
     device = _DeviceEmulation(half, meter.ignore if processes > 1 else None)
-    simulated = try_optional(lambda: _simulate_step(model, batch, training, meter, device))
+    simulated = try_optional(lambda: _simulate_step(model, batch, training, meter, device, recomputed))
     if simulated.error:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
     if processes > 1 and patch_optimizer:
         _cast_with_gradients_to_fp32(trained)
     weights = bytes_of(tensors_of(model))
-    gradients = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
+    gradients = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None) * (1 + replicated)
     optimizer, temporary = _optimizer_bytes(trained, training, patch_optimizer)
     weights, gradients, optimizer = weights // processes + gathered, gradients // processes, optimizer // processes
     total = weights + gradients + optimizer
     if simulated.error:
         unknown = describe_failure(simulated.error)
         return MemoryEstimate(weights, gradients, optimizer, activations=None, peak=total, unknown=unknown)
-    peak = max(weights + optimizer + meter.peak, total + temporary // processes)
+    buckets = gradients // 2 if replicated else 0
+    peak = max(weights + optimizer + buckets + meter.peak, total + temporary // processes)
     return MemoryEstimate(weights, gradients, optimizer, activations=peak - total, peak=peak)
 
 
@@ -99,6 +104,7 @@ def _simulate_step(
     training: TrainingArguments,
     meter: "_Meter",
     device: "_DeviceEmulation",
+    recomputed: Recomputed | None,
 ) -> None:
     """Run forward and backward as the trainer does, under `meter`.
 
@@ -107,6 +113,8 @@ def _simulate_step(
     model.train()
     if getattr(training, CHECKPOINTING):
         _enable_checkpointing(model, getattr(training, CHECKPOINTING_KWARGS) or {}, device)
+        if recomputed:
+            recompute_only(model, recomputed)
     tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}  # not the lengths
     tensors = {name: value.to(META) if value.is_floating_point() else value for name, value in tensors.items()}
     steps = training.gradient_accumulation_steps

@@ -1,23 +1,23 @@
 """`vlm-tuning check`: read every row as training would, estimate the run, and report problems. Trains nothing."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from transformers import PreTrainedConfig
 
 from tuning.checking.estimates import Lengths, count_processes, estimate_run, rows_of_a_step
 from tuning.checking.findings import Findings, measure_all, row_finder
-from tuning.checking.memory import MemoryEstimate, estimate_memory
+from tuning.checking.memory import MemoryEstimate
+from tuning.checking.memory_plan import count_rows, find_limit, plan_memory
 from tuning.checking.report import Report, SampleRow, show_row
+from tuning.checking.step_memory import LongestRows, StepMemory
 from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.data.batch_sampler import NOT_TRAINED, make_token_batches
-from tuning.data.collator import Collator, probe_collator
+from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import check_batch_is_filled, dummy_batch, make_encoder, open_rows
 from tuning.data.row_lengths import RowLengths, RowMeter
@@ -26,13 +26,10 @@ from tuning.data.sources import Row
 from tuning.errors import UserError, writing
 from tuning.files import write_json, write_text
 from tuning.model import load
-from tuning.model.attention import Attention, set_decoder_attention
-from tuning.model.build import ModelPlan, plan_model, prepare_model
-from tuning.model.packed_attention import PACKED
-from tuning.model.parts import freeze_parameters, parameter_table
-from tuning.model.quantize import quantise_skeleton
+from tuning.model.build import ModelPlan, plan_model
+from tuning.model.parts import parameter_table
 from tuning.pages.check_page import render_page
-from tuning.training.data_loading import must_pad
+from tuning.training.data_loading import choose_collator
 from tuning.training.optimizer import check_optimizer, patch_master_weights
 
 OPTIONS = RunConfig  # those of train
@@ -46,15 +43,7 @@ def check(config: RunConfig) -> Report:
         print0(note)
     check_optimizer(config.training)
     model_config = load.load_config(config.model)
-    processor = load.load_processor(config.model, model_config)
-    encoder = make_encoder(
-        config.data,
-        processor,
-        model_config,
-        config.data.run_date,
-        template_kwargs=config.model.chat_template_kwargs,
-        tokens=load.read_tokens(config.model, processor, model_config),
-    )
+    encoder = open_encoder(config, model_config)
 
     rows = open_rows(config)
     source = rows.train
@@ -69,15 +58,16 @@ def check(config: RunConfig) -> Report:
     gaps = find_prompt_gaps(findings, encoder, map(find_row, lengths.spread(ROWS_READ)))
     shown = map(find_row, lengths.spread(config.check.sample_rows))
     samples = findings.map_good(lambda row: show_row(row, encoder), shown)
-    heaviest_batch = findings.map_good(encoder.encode, map(find_row, heaviest_rows(config, lengths)))
 
     plan = plan_model(config, model_config, partial(dummy_batch, encoder))
-    collator = probe_collator(encoder.processor)
-    collator = replace(collator, padding_free=not must_pad(config.data.padding_free, encoder, collator))
+    collator = choose_collator(config, encoder, probe_collator(encoder.processor))
+    longest = LongestRows(lengths.tokens, lambda row: encode_good(findings, encoder, find_row(row)))
+    patch_optimizer = patch_master_weights if config.model.keep_master_weights else None
+    step_memory = StepMemory(config, model_config, plan, collator, longest, patch_optimizer)
+    settings = describe_settings(config, encoder, plan, step_memory.build_skeleton())
+    config, memory, decided = estimate_step(step_memory, len(lengths.tokens))
+    settings |= decided
     batches = count_batches(config, source, lengths, encoder, padded=not collator.padding_free)
-    model = build_trained_skeleton(config, model_config, plan)
-    settings = describe_settings(config, encoder, plan, model)
-    memory = estimate_batch_memory(config, model, plan.attention, collator, heaviest_batch) if heaviest_batch else None
 
     report = Report(
         model=config.model.model_name_or_path,
@@ -99,20 +89,41 @@ def check(config: RunConfig) -> Report:
     return report
 
 
+def open_encoder(config: RunConfig, model_config: PreTrainedConfig) -> Encoder:
+    """What encodes rows for the model of `config`, with its processor."""
+    processor = load.load_processor(config.model, model_config)
+    return make_encoder(
+        config.data,
+        processor,
+        model_config,
+        config.data.run_date,
+        template_kwargs=config.model.chat_template_kwargs,
+        tokens=load.read_tokens(config.model, processor, model_config),
+    )
+
+
+def encode_good(findings: Findings, encoder: Encoder, row: Row) -> Sample | None:
+    """The sample of a row. A bad one becomes a problem and has none."""
+    return next(iter(findings.map_good(encoder.encode, [row])), None)
+
+
+def estimate_step(memory: StepMemory, rows: int) -> tuple[RunConfig, MemoryEstimate | None, dict[str, str]]:
+    """The config with numbers where it says auto, the memory of a step, and what was decided, by name.
+
+    `rows`: those of an epoch.
+    """
+    config = memory.config
+    if not config.auto:
+        return config, memory.estimate(count_rows(config, memory.rows.longest)), {}
+    limit = find_limit(config)
+    plan = plan_memory(memory, limit, most_rows=max(1, rows // count_processes(config)))
+    return plan.apply(config), plan.estimate, {"memory": plan.describe(config, limit)}
+
+
 def find_prompt_gaps(findings: Findings, encoder: Encoder, rows: Iterable[Row]) -> list[str]:
     """The differences between the prompts that some rows train and those of a server, each once."""
     found = findings.map_good(partial(find_prompt_gap, encoder), rows)
     return list(dict.fromkeys(filter(None, found)))
-
-
-def heaviest_rows(config: RunConfig, lengths: Lengths) -> list[int]:
-    """The rows of the batch that needs the most memory, as positions in `lengths`."""
-    order, size = np.argsort(-lengths.tokens, kind="stable"), config.training.per_device_train_batch_size
-    if not len(order):
-        return []
-    if config.data.max_tokens_per_batch:
-        size = max(1, config.data.max_tokens_per_batch // int(lengths.tokens[order[0]]))
-    return [int(order[i % len(order)]) for i in range(size)]
 
 
 def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Encoder, *, padded: bool) -> int | None:
@@ -131,18 +142,6 @@ def count_batches(config: RunConfig, source: Any, lengths: Lengths, encoder: Enc
     return make_token_batches(config.training, len(source), measured, budget, padded=padded).count_batches()
 
 
-def build_trained_skeleton(config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan) -> nn.Module:
-    """The model without weights, prepared as for training."""
-    is_eager = plan.attention.loaded == "eager"
-    model_config._attn_implementation = "eager" if is_eager else None  # SDPA in each part that supports it
-    skeleton = load.build_skeleton(model_config).to(load.choose_dtype(config.model, model_config))
-    if plan.quantization:
-        quantise_skeleton(skeleton, plan.quantization)
-    model = prepare_model(skeleton, config, plan.parts, plan.lora_targets)
-    freeze_parameters(model, plan.idle or set())
-    return model
-
-
 def describe_settings(config: RunConfig, encoder: Encoder, plan: ModelPlan, model: Any) -> dict[str, str]:
     """What trains and how, as texts by name."""
     return {
@@ -152,24 +151,6 @@ def describe_settings(config: RunConfig, encoder: Encoder, plan: ModelPlan, mode
         "end of an answer": " or ".join(map(repr, encoder.chat.ends)),
         "overlong rows": f"max_seq_length {encoder.max_seq_length}, overlong_rows {config.data.overlong_rows}",
     }
-
-
-def estimate_batch_memory(
-    config: RunConfig, model: Any, attention: Attention, collator: Collator, samples: list[Sample]
-) -> MemoryEstimate:
-    """The peak memory of a step on a batch of these samples. `model` is a skeleton, and is used up."""
-    batch = collator.join(samples)
-    if collator.padding_free:
-        set_decoder_attention(model, PACKED)
-    elif "flash" in attention.loaded:
-        del batch["attention_mask"]
-    return estimate_memory(
-        model,
-        batch,
-        config.training,
-        processes=count_processes(config),
-        patch_optimizer=patch_master_weights if config.model.keep_master_weights else None,
-    )
 
 
 def count_totals(findings: Findings, lengths: Lengths, validation: Findings | None) -> dict[str, int]:

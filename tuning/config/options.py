@@ -39,7 +39,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-AUTO = "auto"
+AUTO, BATCH_SIZE = "auto", "per_device_train_batch_size"
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 
@@ -224,8 +224,8 @@ class RunConfig:
     """One run, checked and complete. `notes`: sentences to print, about options that were set or ignored.
 
     `group_by_length`: whether a batch has rows of similar length; None: only if batches are padded. `auto`: the options
-    that the run decides itself, once it knows its rows and its model; see `fit_to_memory`. `recomputed_layers`: how many
-    layers `gradient_checkpointing auto` recomputes; None where it is not auto.
+    that the run decides by its memory; see `checking/memory_plan.py`. `recomputed_layers`: what gradient_checkpointing
+    auto was decided to be; None until then, and where it is not auto.
     """
 
     model: ModelArguments

@@ -12,7 +12,7 @@ import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tuning.config import legacy_names
-from tuning.config.options import AUTO, OWN_OPTIONS, TRAINING_DEFAULTS, LoraArguments
+from tuning.config.options import AUTO, BATCH_SIZE, OWN_OPTIONS, TRAINING_DEFAULTS, LoraArguments
 from tuning.config.values import shorten
 from tuning.exit_codes import was_launched
 from tuning.files import is_local_path
@@ -27,7 +27,6 @@ DATA_SUFFIXES = (
 
 
 VALIDATION = ("validation_data_path", "validation_split")  # each gives rows to evaluate on
-BATCH_SIZE = "per_device_train_batch_size"
 BY_MEMORY = {legacy_names.CHECKPOINTING: False, BATCH_SIZE: 1}  # options that may be auto, and what they are until then
 
 
@@ -69,7 +68,9 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...
     if values.get(legacy_names.CHECKPOINTING) and values.get(legacy_names.CHECKPOINTING_KWARGS) is None:
         values[legacy_names.CHECKPOINTING_KWARGS] = {"use_reentrant": False}
     if values.get("max_memory_gb") and not _decided_by_memory(values):
-        notes.append("max_memory_gb has no effect: neither gradient_checkpointing nor per_device_train_batch_size is auto.")
+        notes.append(
+            "max_memory_gb has no effect: neither gradient_checkpointing nor per_device_train_batch_size is auto."
+        )
     if values.get("streaming"):
         values["ignore_data_skip"] = True  # a resumed run opens the stream where the checkpoint was
     has_no_epochs = values.get("max_tokens_per_batch") and values.get("max_steps", -1) > 0
@@ -265,7 +266,7 @@ def _memory_problems(values: Mapping[str, Any]) -> Iterator[str]:
             what = "would download every image before training, to learn its size"
             yield f"{name}: auto {what}; it does not go with allow_remote_images"
         if values.get("deepspeed"):
-            yield f"{name}: auto needs an estimate of memory, and there is none for deepspeed; use FSDP, or another value"
+            yield f"{name}: auto needs an estimate of memory, and deepspeed has none; use FSDP, or another value"
     checkpointing = legacy_names.CHECKPOINTING
     if values.get(checkpointing) == AUTO and "every_n_layers" in (values.get(legacy_names.CHECKPOINTING_KWARGS) or {}):
         yield f"{checkpointing}: auto decides which layers are recomputed; remove every_n_layers"

@@ -6,23 +6,31 @@ from contextlib import contextmanager
 
 from transformers import TrainingArguments
 
-from tuning.config.legacy_names import CHECKPOINTING
 from tuning.data.collator import BatchInfo
 from tuning.errors import UserError
 
 
 def out_of_memory(
-    training: TrainingArguments, batches: Sequence[BatchInfo], step: int, lora: bool, max_tokens: int | None = None
+    training: TrainingArguments,
+    batches: Sequence[BatchInfo],
+    step: int,
+    *,
+    lora: bool,
+    recomputes_all: bool,
+    max_tokens: int | None = None,
 ) -> UserError:
-    """The error to raise when memory ran out in step `step`, with what may help. `max_tokens`: max_tokens_per_batch."""
+    """The error to raise when memory ran out in step `step`, with what may help.
+
+    `recomputes_all`: gradient checkpointing recomputes every layer. `max_tokens`: max_tokens_per_batch.
+    """
     tokens = ", ".join(f"{batch.tokens:,}" for batch in batches)
     return UserError(
         problem=f"the {training.device.type.upper()} has no memory left in step {step}, on batches of {tokens} tokens.",
-        fix=f"Try one of these, in this order: {', '.join(_remedies(training, lora, max_tokens))}.",
+        fix=f"Try one of these, in this order: {', '.join(_remedies(training, lora, recomputes_all, max_tokens))}.",
     )
 
 
-def _remedies(training: TrainingArguments, lora: bool, max_tokens: int | None) -> list[str]:
+def _remedies(training: TrainingArguments, lora: bool, recomputes_all: bool, max_tokens: int | None) -> list[str]:
     """The three settings most likely to help, first those that change nothing about what is trained."""
     size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
     remedies = []
@@ -32,7 +40,7 @@ def _remedies(training: TrainingArguments, lora: bool, max_tokens: int | None) -
         fewer = size // 2
         steps = -(-size * steps // fewer)
         remedies.append(f"per_device_train_batch_size {fewer} with gradient_accumulation_steps {steps}")
-    if not getattr(training, CHECKPOINTING):
+    if not recomputes_all:
         remedies.append("gradient_checkpointing true")
     if not lora:
         remedies.append("peft_method lora")

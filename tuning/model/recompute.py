@@ -1,9 +1,18 @@
 """Gradient checkpointing of some layers: which ones the backward can recompute, and how to recompute only the first."""
 
+from typing import NamedTuple
+
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuning.model.parts import VISION_TOWER, Parts
+
+
+class Recomputed(NamedTuple):
+    """The first `number` of the layers that the backward can recompute. `parts`: those of their model."""
+
+    parts: Parts
+    number: int
 
 
 def recomputable_layers(model: nn.Module, parts: Parts) -> list[GradientCheckpointingLayer]:
@@ -19,10 +28,10 @@ def recomputable_layers(model: nn.Module, parts: Parts) -> list[GradientCheckpoi
     ]
 
 
-def recompute_first(model: nn.Module, parts: Parts, number: int) -> None:
-    """Recompute the first `number` layers of a model that recomputes all of them.
+def recompute_only(model: nn.Module, recomputed: Recomputed) -> None:
+    """Recompute no more than the first layers of a model that recomputes all of them.
 
     The backward reaches the first layers last. What the other layers kept is free by then.
     """
-    for layer in recomputable_layers(model, parts)[number:]:
+    for layer in recomputable_layers(model, recomputed.parts)[recomputed.number :]:
         layer.gradient_checkpointing = False

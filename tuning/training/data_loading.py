@@ -283,6 +283,15 @@ def must_pad(padding_free: bool | str, encoder: Encoder, collator: Collator) -> 
     return padding_free is False or bool(collator.find_masks_of_images([dummy_image_sample(encoder)]))
 
 
+def choose_collator(config: RunConfig, encoder: Encoder, collator: Collator, padded: bool | None = None) -> Collator:
+    """A collator that joins rows as those of training probably will be, whose model has not run yet.
+
+    `padded`: whether a run that is resumed had padded batches.
+    """
+    padded = must_pad(config.data.padding_free, encoder, collator) if padded is None else padded
+    return replace(collator, padding_free=not padded)
+
+
 def find_positions(model: nn.Module, samples: Sequence[Sample]) -> RowPositions | None:
     """How `model` computes positions in several dimensions; None where it does not. See `find_row_positions`."""
     with_images = next((sample for sample in samples if sample.images), None)

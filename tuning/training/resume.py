@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tuning.config.options import RunConfig, default_options
+from tuning.config.options import BATCH_SIZE, RunConfig, default_options
 from tuning.console import print0
 from tuning.data.batch_sampler import data_seed
 from tuning.distributed.processes import Processes
@@ -45,7 +45,7 @@ NOT_COMPARED = ("schedule", "date_string", PADDED, COST)
 START_OVER = "Give another output_dir, or set overwrite_output_dir true to start over."
 
 
-def run_fingerprint(config: RunConfig, *, rows: list, architecture: str) -> dict[str, Any]:
+def run_fingerprint(config: RunConfig, rows: list, architecture: str) -> dict[str, Any]:
     """What must stay the same for a run to be resumed, and its schedule. `rows`: from `Source.fingerprint`."""
     options = config.to_dict()
     lora = SAME_LORA if config.lora.peft_method else ("peft_method",)
@@ -69,6 +69,8 @@ def _rows_of_a_step(config: RunConfig) -> dict[str, Any]:
     if by_padding or budget:
         same["padding_free"] = config.data.padding_free
     batches = training.world_size * training.gradient_accumulation_steps
+    if budget is None and BATCH_SIZE in config.auto:  # the checkpoint tells, see `Progress`
+        return same
     if budget is None:
         return same | {ROWS_OF_A_STEP: training.train_batch_size * batches}
     same["train_sampling_strategy"] = "group_by_length"
@@ -101,8 +103,9 @@ class Progress:
 
     `resume_from`: its last complete checkpoint, after step `global_step`. `finished_steps`: the steps of a finished
     run, whose model consists of `files`. `trained_to_end`: only the final model must be saved. `padded`: whether its
-    batches were padded. `row_cost`: what balanced them, see `RowCost`. `notes`: sentences to print. `fingerprint`: this
-    run's, with the date of the earlier one.
+    batches were padded. `row_cost`: what balanced them, see `RowCost`. `rows_of_step`: rows of an optimizer step, with
+    which a batch size that is auto stays what it was. `notes`: sentences to print. `fingerprint`: this run's, with the
+    date of the earlier one.
     """
 
     resume_from: Path | None = None
@@ -112,6 +115,7 @@ class Progress:
     date_string: str | None = None
     padded: bool | None = None
     row_cost: tuple[int, int, int] | None = None
+    rows_of_step: int | None = None
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -195,6 +199,7 @@ def _progress_at(
         date_string=before["date_string"],
         padded=before.get(PADDED),
         row_cost=tuple(cost) if (cost := before.get(COST)) else None,
+        rows_of_step=before.get(ROWS_OF_A_STEP),
         notes=notes,
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from tuning.config.legacy_names import CHECKPOINTING
 from tuning.config.options import RunConfig
 from tuning.data.collator import BatchInfo
 from tuning.distributed.failures import out_of_memory
@@ -96,8 +97,14 @@ class StepGuard(TrainerCallback):
             if not is_out_of_memory(error):
                 raise
             config, step = self.config, self.step
-            is_lora, budget = config.lora.peft_method is not None, config.data.max_tokens_per_batch
-            raise out_of_memory(config.training, step.batches, step.number, is_lora, budget) from error
+            raise out_of_memory(
+                config.training,
+                step.batches,
+                step.number,
+                lora=config.lora.peft_method is not None,
+                recomputes_all=getattr(config.training, CHECKPOINTING) and config.recomputed_layers is None,
+                max_tokens=config.data.max_tokens_per_batch,
+            ) from error
 
     def raise_if_stopped(self, state: TrainerState) -> None:
         """Raises `RunEnded`, which says how to resume, where the run was stopped before its end."""

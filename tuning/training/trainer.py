@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from tuning.config.options import RunConfig
+from tuning.checking.estimates import rows_of_a_step
+from tuning.config.options import BATCH_SIZE, RunConfig
 from tuning.console import print0
 from tuning.data.collator import BatchInfo, take_info
 from tuning.data.from_config import TrainingData
@@ -28,6 +29,7 @@ from tuning.distributed.interruption import Interruption
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError
 from tuning.model.build import TrainableModel, compile_layers
+from tuning.model.recompute import Recomputed, recompute_only
 from tuning.training.callbacks import EarlyStopping, JsonLinesLog, RunReport, StepMeter
 from tuning.training.checkpointing import ResumableTrainer
 from tuning.training.data_loading import DataLoading
@@ -39,7 +41,7 @@ from tuning.training.optimizer import (
     set_learning_rates,
     steps_in_backward,
 )
-from tuning.training.resume import COST, PADDED, Progress
+from tuning.training.resume import COST, PADDED, ROWS_OF_A_STEP, Progress
 from tuning.training.row_log import SkippedRows
 from tuning.training.self_check import SelfCheck
 from tuning.training.step_guard import StepGuard, StepState
@@ -114,7 +116,9 @@ class SupervisedTrainer(ResumableTrainer):
         """What a later run must have in common with this one to resume it."""
         batching = self.loading.batching
         cost = self.loading.row_cost
-        known = {PADDED: batching.order_padded, COST: cost and list(astuple(cost))} if batching else {}
+        known: dict[str, Any] = {PADDED: batching.order_padded, COST: cost and list(astuple(cost))} if batching else {}
+        if BATCH_SIZE in self.config.auto:
+            known[ROWS_OF_A_STEP] = rows_of_a_step(self.config)
         return self.progress.fingerprint | known
 
     def _set_precision(self) -> None:
@@ -142,6 +146,8 @@ class SupervisedTrainer(ResumableTrainer):
                 return self.model_wrapped(**self._prepare_inputs(batch))
 
         model = self.accelerator.unwrap_model(self.model)
+        if self.config.recomputed_layers:
+            recompute_only(model, Recomputed(self.trainable.parts, self.config.recomputed_layers))
         self.loading.check_logits(model, forward)
         self.loading.choose_tower_attention(model, forward)
         if self.loading.decide_batching(model, forward).fault:  # then answers are written one by one, too

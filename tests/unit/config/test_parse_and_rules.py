@@ -165,8 +165,8 @@ def test_every_required_option_is_missed_at_once():
     ("name", "value", "message"),
     [
         ("learning_rate", "fast", "expected a number, got 'fast'"),
-        ("per_device_train_batch_size", 1.5, "expected a whole number, got 1.5"),
-        ("per_device_train_batch_size", True, "expected a whole number, got True"),
+        ("per_device_train_batch_size", 1.5, "expected a whole number or auto, got 1.5"),
+        ("per_device_train_batch_size", True, "expected a whole number or auto, got True"),
         ("use_flash_attn", 3, "expected true or false, got 3"),
         ("dataset_text_field", 3, "expected text, got 3"),
         ("dataset_text_field", None, "a value is needed"),

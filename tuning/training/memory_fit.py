@@ -1,0 +1,99 @@
+"""Before the weights are read: decide what is auto by the memory of all processes, and keep it when a run resumes."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
+from transformers import PreTrainedConfig
+
+from tuning.checking.estimates import count_processes
+from tuning.checking.memory_plan import MemoryPlan, find_limit, plan_memory
+from tuning.checking.step_memory import LongestRows, StepMemory
+from tuning.config.options import BATCH_SIZE, RunConfig
+from tuning.console import print0
+from tuning.data.encode import Sample
+from tuning.data.from_config import TrainingData
+from tuning.data.row_lengths import RowLengths
+from tuning.errors import RunEnded, UserError
+from tuning.exit_codes import EXIT_USER_ERROR
+from tuning.model.build import ModelPlan
+from tuning.training.data_loading import choose_collator
+from tuning.training.optimizer import patch_master_weights
+from tuning.training.resume import Progress
+
+
+def fit_to_memory(
+    config: RunConfig, model_config: PreTrainedConfig, plan: ModelPlan, data: TrainingData, progress: Progress
+) -> RunConfig:
+    """The config with numbers where it says auto, the same on all processes, and a line that says which.
+
+    A resumed run keeps the rows of its steps. It decides again how many layers are recomputed, which changes no result.
+    Raises `UserError` where the processes cannot share these rows, or one of the longest rows is bad.
+    """
+    if not config.auto:
+        return config
+    rows = share_rows(config, progress.rows_of_step) if BATCH_SIZE in config.auto and progress.rows_of_step else None
+    if rows and config.auto == {BATCH_SIZE}:
+        print0(f"{BATCH_SIZE} auto: {rows}, as before.")
+        return MemoryPlan(rows, 0, 0, None).apply(config)
+    lengths = measure_rows(config, data)
+    limit = min(gather_object([find_limit(config)]))
+    collator = choose_collator(config, data.encoder, data.collator, progress.padded)
+    patch_optimizer = patch_master_weights if config.model.keep_master_weights else None
+    memory = StepMemory(
+        config, model_config, plan, collator, LongestRows(lengths, lambda row: encode(data, row)), patch_optimizer
+    )
+    most = max(1, len(lengths) // count_processes(config))
+    decided = decide_once(lambda: plan_memory(memory, limit, most_rows=most, rows=rows))
+    print0(decided.describe(config, limit))
+    return decided.apply(config)
+
+
+def share_rows(config: RunConfig, rows_of_step: int) -> int:
+    """The rows of a batch that give a step as many rows as before."""
+    steps, processes = config.training.gradient_accumulation_steps, count_processes(config)
+    rows, rest = divmod(rows_of_step, steps * processes)
+    if rest:
+        raise UserError(
+            where=BATCH_SIZE,
+            problem=f"a step of this run has {rows_of_step} rows. {processes} processes × {steps} accumulated batches"
+            " cannot share them equally.",
+            fix="Change gradient_accumulation_steps or the number of processes back, or give another output_dir.",
+        )
+    return rows
+
+
+def measure_rows(config: RunConfig, data: TrainingData) -> np.ndarray:
+    """`[rows]`: the tokens of every row. Each process measures its share."""
+    training, rows = config.training, data.train
+    lengths = RowLengths(rows.source, data.encoder, exact=True, workers=training.dataloader_num_workers)
+
+    def add_up(numbers: np.ndarray) -> np.ndarray:
+        return reduce(torch.from_numpy(numbers).to(PartialState().device), "sum").cpu().numpy()
+
+    rank, world = training.process_index, training.world_size
+    lengths.measure_all(add_up, rank=rank, world=world, show=not training.disable_tqdm)
+    return lengths(range(len(rows)))
+
+
+def encode(data: TrainingData, row: int) -> Sample | None:
+    sample = data.train[row]
+    if isinstance(sample, UserError):
+        raise sample
+    return None if sample.skipped else sample
+
+
+def decide_once(decide: Any) -> MemoryPlan:
+    """What the first process decides. The others wait for it, and end without a message where it meets a bad row."""
+    decided, error = [None], None
+    if PartialState().is_main_process:
+        try:
+            decided = [decide()]
+        except UserError as found:
+            error = found
+    broadcast_object_list(decided)
+    if error or decided[0] is None:
+        raise error or RunEnded("", EXIT_USER_ERROR)
+    return decided[0]
