@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+DEVICE_FAULTS = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "NCCL error", "HIP error")
+DEVICE_ERRORS = {"AcceleratorError", "DistError"}  # PyTorch's classes by name: this file does not import it
 
 
 class UserError(Exception):
@@ -87,6 +89,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
+def is_device_fault(error: BaseException) -> bool:
+    """Whether a GPU or the messages between processes failed. No later call of this process can be trusted then.
+
+    PyTorch raises `AcceleratorError` for what a CUDA call returns, and a plain `RuntimeError` for cuBLAS and cuDNN.
+    """
+    is_one = any(kind.__name__ in DEVICE_ERRORS for kind in type(error).__mro__)
+    return is_one or any(words in str(error) for words in DEVICE_FAULTS)
+
+
 @dataclass(frozen=True)
 class Attempt(Generic[T]):
     """How an optional step ended: with a `value`, or with the `error` that stopped it."""
@@ -99,7 +110,7 @@ def try_optional(action: Callable[[], T], *, catch_user_errors: bool = False) ->
     """Run an optional step whose failure the caller reports instead of ending the run.
 
     Such a step runs the code of a model, a processor or a tracker that we have never seen, and any exception may come
-    out of it. `UserError`, `RunEnded` and running out of memory still end the run.
+    out of it. `UserError`, `RunEnded`, running out of memory and a fault of the device still end the run.
     `catch_user_errors`: the caller reports a `UserError` as well. Set the log level DEBUG to see the traceback.
     """
     try:
@@ -107,7 +118,8 @@ def try_optional(action: Callable[[], T], *, catch_user_errors: bool = False) ->
     except RunEnded:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or (isinstance(error, UserError) and not catch_user_errors):
+        is_users = isinstance(error, UserError) and not catch_user_errors
+        if is_users or is_out_of_memory(error) or is_device_fault(error):
             raise
         logging.getLogger(__name__).debug("An optional step failed.", exc_info=error)
         return Attempt(error=error)

@@ -30,6 +30,11 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def has_c_compiler() -> bool:
+    """Whether Triton finds a compiler for the code that starts its kernels: it looks for these."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
 def free_memory() -> int:
     """Bytes of main memory that are free: of the machine, or of its container where that leaves less.
 

@@ -32,6 +32,7 @@ from tuning.hub import open_hub, upload_finished
 from tuning.metrics import check_metrics
 from tuning.model import load
 from tuning.model.build import build_model, plan_model
+from tuning.model.precision import decide_dtype
 from tuning.training import resume
 from tuning.training.final_model import save_final_model
 from tuning.training.memory_fit import fit_to_memory
@@ -57,8 +58,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     config = resolve(config)
     configure(config)
     model_config = load.load_config(config.model)
+    config = decide_dtype(config, model_config)
     processor = load.load_processor(config.model, model_config)
-
     rows = open_rows(config)
     fingerprint = resume.run_fingerprint(config, rows.train.fingerprint(), load.describe(model_config))
     progress = resume.find_progress(config, fingerprint)  # fresh, resumed or finished
@@ -73,8 +74,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     trackers, hub = make_trackers(config), open_hub(config)
     model = build_model(config, model_config, plan, progress.resume_from)
     with resume.prepare_output(config, progress):
-        trainer = SupervisedTrainer(config, model, data, progress, trackers)
-        trainer.hub = hub
+        trainer = SupervisedTrainer(config, model, data, progress, trackers, hub)
         summary = describe_run(config, model, data, hub, resumed=progress.resume_from is not None)
         write_run_info(summary, config.training)
         with trainer.report:

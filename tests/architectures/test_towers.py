@@ -8,10 +8,10 @@ from architectures.test_loss import as_double, load_in_double
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from tuning.model import tower_attention
+from tuning.model import tower_attention, vision_tower
 from tuning.model.patch_embedding import patch_patch_embeddings
 from tuning.model.tower_attention import TOWER, find_tower_configs, set_attention
-from tuning.model.vision_tower import find_tower
+from tuning.model.vision_tower import find_tower, keeps_pictures_apart, patch_frozen_tower
 
 
 def tower_results(model, batch):
@@ -28,6 +28,28 @@ def tower_results(model, batch):
     sum((output * torch.rand_like(output)).sum() for output in outputs).backward()
     gradients = {name: weight.grad for name, weight in tower.named_parameters() if weight.grad is not None}
     return [output.detach() for output in outputs], gradients
+
+
+@each_architecture
+def test_few_pictures_at_a_time_give_what_all_at_once_do(name, tmp_path, monkeypatch):
+    case = Case.make(name, tmp_path)
+    model = load_in_double(case).requires_grad_(False)
+    tower = find_tower(model)
+    if tower is None or not keeps_pictures_apart(tower):
+        pytest.skip("its tower has no pictures to keep apart")
+    samples = 3 * [sample for sample in case.samples if sample.images]
+    batch = {name: value for name, value in as_double(case.collator.join(samples)).items() if name != "labels"}
+    outputs, calls, stock = [], [], tower.forward
+    tower.register_forward_hook(lambda tower, args, output: outputs.append(tower_attention.tree_leaves(output)))
+    model(**batch)
+    tower.forward = lambda *args, **kwargs: calls.append(1) or stock(*args, **kwargs)
+    patch_frozen_tower(model, sharded=False)
+    monkeypatch.setattr(vision_tower, "CHUNK_PIXELS", 1)
+    model(**batch)
+    expected, found = outputs
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    if name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"):
+        assert len(calls) > 1
 
 
 def add_adapters(model):

@@ -9,7 +9,8 @@ from transformers import GraniteForCausalLM
 
 from tuning.model.head import find_head
 from tuning.model.loss import patch_supervised_loss
-from tuning.model.mllama import patch_mllama_cross_attention
+from tuning.model.mllama import patch_mllama_cross_attention, patch_mllama_tower
+from tuning.model.vision_tower import find_tower
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -61,6 +62,31 @@ def test_one_batch_of_six_equals_six_of_one(layout):
         total += loss.item()
     assert abs(total - together.item()) < 1e-6
     assert_same_gradients(gradients(model), expected)
+
+
+def test_pictures_that_only_pad_are_not_computed_and_change_nothing():
+    samples = make_batch("mllama")
+    inputs = as_inputs("mllama", samples)
+    pictures = inputs["aspect_ratio_ids"]
+    assert 0 < (pictures > 0).sum() < pictures.numel()
+    results = []
+    for patch in (False, True):
+        model = build_model("mllama", dtype=torch.float64)
+        patch_mllama_cross_attention(model)
+        patch_supervised_loss(model)
+        seen = []
+        find_tower(model).patch_embedding.register_forward_hook(
+            lambda module, given, out, seen=seen: seen.append(len(out))
+        )
+        if patch:
+            patch_mllama_tower(model)
+        loss = model(**inputs).loss
+        loss.backward()
+        results.append((loss, gradients(model), seen[0] // inputs["pixel_values"].shape[2]))
+    (stock, expected, computed), (ours, found, needed) = results
+    assert (computed, needed) == (pictures.numel(), int((pictures > 0).sum()))
+    torch.testing.assert_close(ours, stock, rtol=1e-12, atol=0)
+    assert_same_gradients(found, expected)
 
 
 def test_no_logit_is_computed_where_nothing_is_trained():

@@ -16,7 +16,7 @@ from tiny_models import LAYOUTS, build_model
 import tuning
 from tuning import sft_trainer
 from tuning.errors import UserError
-from tuning.model import build, vision_tower
+from tuning.model import build, feature_cache, vision_tower
 from tuning.training.data_loading import DataLoading
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
@@ -298,7 +298,7 @@ def test_broken_files_are_replaced(train, tower_runs, tmp_path):
     assert_equal_runs(train("llava15", **options), expected, rtol=1e-5, atol=1e-6)
     assert sum(run["images"] for run in tower_runs) + tower_runs.in_trial == 3
     assert kept(folder).keys() == whole.keys()
-    store = vision_tower.FeatureCache(folder)
+    store = feature_cache.FeatureCache(folder)
     assert all(store.load(name.replace("/", "").partition(".")[0]) for name in files)
 
 
@@ -306,7 +306,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    store = vision_tower.FeatureCache.open(str(tmp_path))
+    store = feature_cache.FeatureCache.open(str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -326,7 +326,7 @@ def test_a_full_disk_is_reported_once_and_the_run_continues(train, tmp_path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     expected = train("llava15", **LORA)
-    monkeypatch.setattr(vision_tower.Path, "write_bytes", full)
+    monkeypatch.setattr(feature_cache.Path, "write_bytes", full)
     found = train("llava15", **LORA, cache_vision_features=str(tmp_path / "features"))
     assert_equal_runs(found, expected, rtol=1e-5, atol=1e-6)
     assert len(attempts) == 1
@@ -339,7 +339,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(train, rows):
     with pytest.raises(UserError, match=r"cache_vision_features: .* is a file, not a folder"):
         train("llava15", **LORA, cache_vision_features=below_a_file)
     with pytest.raises(UserError, match=r"cache_vision_features .*: cannot be written: "):
-        vision_tower.FeatureCache.open(below_a_file)
+        feature_cache.FeatureCache.open(below_a_file)
 
 
 def with_dropout(model_folder: Path, folder: Path) -> str:

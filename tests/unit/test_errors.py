@@ -4,6 +4,7 @@ import pickle
 import sys
 
 import pytest
+import torch
 
 from tuning.errors import RunEnded, UserError, describe_failure, first_line, try_optional, writing
 from tuning.exit_codes import exit_code_of
@@ -140,6 +141,10 @@ def test_an_optional_step_gives_its_value_or_its_error_with_a_trace(caplog):
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
         RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        torch.AcceleratorError("CUDA error: device-side assert triggered", 710),
+        torch.distributed.DistBackendError("NCCL watchdog timeout"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"),
     ],
 )
 def test_an_optional_step_does_not_hide_what_ends_a_run(error):

@@ -28,6 +28,7 @@ from tuning.files import write_json, write_text
 from tuning.model import load
 from tuning.model.build import ModelPlan, plan_model
 from tuning.model.parts import parameter_table
+from tuning.model.precision import decide_dtype
 from tuning.pages.check_page import render_page
 from tuning.training.data_loading import choose_collator
 from tuning.training.optimizer import check_optimizer, patch_master_weights
@@ -43,6 +44,7 @@ def check(config: RunConfig) -> Report:
         print0(note)
     check_optimizer(config.training)
     model_config = load.load_config(config.model)
+    config = decide_dtype(config, model_config)
     encoder = open_encoder(config, model_config)
 
     rows = open_rows(config)

@@ -206,8 +206,17 @@ def _tuning_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield "cache_vision_features: features of a vision tower that trains change; set freeze_vision_tower true"
     if values.get("quantization") and method != "lora":
         yield f"quantization: {values['quantization']} weights cannot be trained; add peft_method lora, or remove it"
-    if values.get("fp16") and values.get("dtype") == "float16":
-        yield "fp16: needs weights in float32 to scale gradients; use dtype float32, or bf16 with dtype bfloat16"
+    dtype, fp16 = values.get("dtype"), values.get("fp16")
+    if fp16 and dtype in ("float16", "bfloat16") and trains_stored_weights(values):
+        yield f"fp16: needs trained weights in float32 to scale gradients; remove dtype {dtype}, or use bf16"
+    if dtype == "float16" and not fp16:
+        yield "dtype: in float16, small gradients become zero without loss scaling; use bfloat16, or add fp16 true"
+
+
+def trains_stored_weights(values: Mapping[str, Any]) -> bool:
+    """Whether weights of the checkpoint train. LoRA's own are new, and PEFT keeps them in float32."""
+    more = values.get("modules_to_save") or values.get("bias", "none") != "none"
+    return values.get("peft_method") != "lora" or bool(more)
 
 
 def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:

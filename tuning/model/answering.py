@@ -13,7 +13,7 @@ from tuning.model import load
 from tuning.model.attention import choose_attention
 from tuning.model.lora import Adapter, BaseModel, add_adapter, find_adapter, load_base, read_adapter_config
 from tuning.model.lora_targets import kept_whole
-from tuning.model.mllama import patch_mllama_cross_attention
+from tuning.model.mllama import patch_mllama_cross_attention, patch_mllama_tower
 from tuning.model.parts import find_parts
 from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.quantize import Quantization, plan_quantization
@@ -56,6 +56,7 @@ def load_answering(source: ModelSource, *, device: torch.device | str) -> Loaded
         base.source, base.config, dtype=dtype, attention=attention.loaded, quantization=quantization
     )
     patch_mllama_cross_attention(model)
+    patch_mllama_tower(model)
     patch_picture_dtype(model)
     if adapter:
         model = add_adapter(model, adapter)

@@ -20,11 +20,12 @@ from tuning.model import load
 from tuning.model.adapter_plan import describe_adapter, plan_adapter
 from tuning.model.attention import Attention, choose_attention
 from tuning.model.dry_run import find_idle_parameters
+from tuning.model.feature_cache import TowerOutput, patch_cached_vision_features, probe_tower
 from tuning.model.flops import Flops, count_flops
 from tuning.model.lora import add_lora, load_adapter, read_adapter_config
 from tuning.model.lora_targets import LoraTargets, check_dora, check_modules_to_save, kept_whole, resolve_targets
 from tuning.model.loss import patch_supervised_loss
-from tuning.model.mllama import patch_mllama_cross_attention
+from tuning.model.mllama import patch_mllama_cross_attention, patch_mllama_tower
 from tuning.model.parts import (
     LANGUAGE_MODEL,
     PROJECTOR,
@@ -38,13 +39,7 @@ from tuning.model.parts import (
 from tuning.model.patch_embedding import patch_patch_embeddings
 from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.quantize import Quantization, plan_quantization
-from tuning.model.vision_tower import (
-    TowerOutput,
-    patch_cached_vision_features,
-    patch_frozen_statistics,
-    patch_frozen_tower,
-    probe_tower,
-)
+from tuning.model.vision_tower import patch_frozen_statistics, patch_frozen_tower
 
 
 @dataclass(frozen=True)
@@ -195,6 +190,7 @@ def pick_attention(config: RunConfig, model_config: PreTrainedConfig) -> Attenti
 def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_targets: LoraTargets) -> Any:
     """Patch the supervised loss into a model, or into a skeleton, add LoRA, and freeze what the config freezes."""
     patch_mllama_cross_attention(model)
+    patch_mllama_tower(model)
     patch_supervised_loss(model)
     patch_picture_dtype(model)
     patch_patch_embeddings(model)

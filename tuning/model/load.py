@@ -30,6 +30,7 @@ from tuning.console import print0
 from tuning.distributed.fsdp import receives_weights
 from tuning.errors import UserError, describe_failure, first_line, try_optional
 from tuning.files import read_user_text
+from tuning.machine import has_c_compiler
 from tuning.model.quantize import Quantization, keep_bnb_weights_trainable
 
 
@@ -223,6 +224,16 @@ def without_zero3() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = zero3
 
 
+def avoid_kernels_without_compiler() -> None:
+    """Keep PyTorch's operators as they are where there is no C compiler, as in slim images.
+
+    torch 2.13 replaces some on CUDA, such as products of outer form, by Triton kernels. The first call would fail.
+    """
+    native = getattr(torch.backends, "python_native", None)  # earlier versions replace nothing
+    if native is not None and not has_c_compiler():
+        native.triton.enabled = False
+
+
 def load_model(
     model: ModelSource,
     config: PreTrainedConfig,
@@ -238,13 +249,12 @@ def load_model(
     cannot be sent: every process loads them onto its device.
     """
     name = model.model_name_or_path
+    avoid_kernels_without_compiler()
     if receives_weights() and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not quantization:
         settings = {"dtype": dtype, "attn_implementation": name_attention(attention)}
         with silent_transformers():  # they would list every weight as missing
             return model_class(config).from_pretrained(None, config=config, state_dict={}, **settings)
-    quantised: dict[str, Any] = {}
-    if quantization:
-        quantised = {"quantization_config": quantization.settings(), "device_map": {"": quantization.device}}
+    quantised = quantization.loading_options() if quantization else {}
     try:
         loaded, report = AutoModelForImageTextToText.from_pretrained(
             name,

@@ -1,11 +1,44 @@
-"""Mllama's cross-attention: the result of a row must not depend on the rows next to it in the batch."""
+"""Mllama: the result of a row must not depend on the rows next to it, and pictures that only pad are not computed."""
 
 import inspect
+import types
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from tuning.model.vision_tower import find_tower
+
+RATIOS = "aspect_ratio_ids"
 MASK, OPEN_ROWS = "cross_attention_mask", "full_text_row_masked_out_mask"  # names of arguments in transformers
+
+
+def patch_mllama_tower(model: PreTrainedModel) -> None:
+    """Replace the `forward` of a tower that gets the aspect ratio of each picture: pictures that only pad have zeros.
+
+    A row of a batch has as many pictures as the row with most, and transformers runs the tower on all of them. No token
+    sees the features of a picture that only pads, see `patch_mllama_cross_attention`. A picture's own padded tiles must
+    run: its other tiles attend to them. This can go once transformers leaves padding out (5.24 does not).
+    """
+    tower = find_tower(model)
+    if tower is not None and RATIOS in inspect.signature(tower.forward).parameters:
+        tower.forward = types.MethodType(_without_padding(tower.forward), tower)
+
+
+def _without_padding(stock_forward: Callable) -> Callable:
+    def forward(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask, **kwargs):
+        tensors = pixel_values, aspect_ratio_ids, aspect_ratio_mask  # [B, images, …]; the ratio 0 stands for padding
+        real = aspect_ratio_ids > 0
+        number = int(real.sum())
+        if number in (0, real.numel()):
+            return stock_forward(*tensors, **kwargs)
+        output = stock_forward(*(tensor[real][:, None] for tensor in tensors), **kwargs)
+        features = output.last_hidden_state[:, 0]
+        output.last_hidden_state = features.new_zeros(*real.shape, *features.shape[1:]).index_put((real,), features)
+        return output
+
+    return forward
 
 
 def patch_mllama_cross_attention(model: nn.Module) -> None:

@@ -48,6 +48,10 @@ class Quantization:
             bnb_4bit_quant_storage=self.compute,
         )
 
+    def loading_options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`: quantised weights are loaded onto their device."""
+        return {"quantization_config": self.settings(), "device_map": {"": self.device}}
+
 
 def plan_quantization(
     model: PreTrainedModel,

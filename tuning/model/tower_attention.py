@@ -5,7 +5,6 @@ gets all lengths in one call. So does this one, which is registered through tran
 https://huggingface.co/docs/transformers/attention_interface
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
@@ -24,7 +23,7 @@ from tuning.model.batch_trial import GPU_TOLERANCE, distance
 from tuning.model.decoder_calls import run_quietly
 from tuning.model.packed_attention import _VARLEN_OPTIONS, _autocast, _can_use_flash
 from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
-from tuning.model.vision_tower import find_tower
+from tuning.model.vision_tower import find_tower, keeps_pictures_apart
 
 TOWER = "tower_flash"  # a name with "flash", for which transformers hands over lengths
 
@@ -121,19 +120,12 @@ AttentionMaskInterface.register(TOWER, sdpa_mask)
 def find_tower_configs(model: PreTrainedModel | PeftModel) -> list[PreTrainedConfig]:
     """The configurations that only the vision tower reads, if some layer of it can take lengths; else none."""
     tower = find_tower(model)
-    if tower is None or not any(_takes_lengths(kind) for kind in {type(module) for module in tower.modules()}):
+    if tower is None or not keeps_pictures_apart(tower):
         return []
     inside = set(tower.modules())
     read_outside = {id(getattr(module, "config", None)) for module in model.modules() if module not in inside}
     configs = {id(module.config): module.config for module in inside if hasattr(module, "config")}
     return [config for number, config in configs.items() if number not in read_outside]
-
-
-def _takes_lengths(kind: type[nn.Module]) -> bool:
-    try:
-        return "cu_seq_lens_q" in inspect.getsource(kind)
-    except (OSError, TypeError):  # a class without source
-        return False
 
 
 def set_attention(configs: Iterable[PreTrainedConfig], name: str | None) -> None:

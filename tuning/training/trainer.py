@@ -28,6 +28,7 @@ from tuning.distributed.fsdp import (
 from tuning.distributed.interruption import Interruption
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError
+from tuning.hub import RunRepo
 from tuning.model.build import TrainableModel, compile_layers
 from tuning.model.recompute import Recomputed, recompute_only
 from tuning.training.callbacks import EarlyStopping, JsonLinesLog, RunReport, StepMeter
@@ -64,6 +65,7 @@ class SupervisedTrainer(ResumableTrainer):
         data: TrainingData,
         progress: Progress,
         callbacks: Sequence[TrainerCallback] = (),
+        hub: RunRepo | None = None,
     ):
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # the name transformers uses
         super().__init__(
@@ -75,6 +77,7 @@ class SupervisedTrainer(ResumableTrainer):
             processing_class=data.encoder.processor,
             callbacks=list(callbacks),
         )
+        self.hub = hub
         self.model_accepts_loss_kwargs = True  # our forward divides by num_items_in_batch
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # `compile_layers` compiles layer by layer
         self.config, self.trainable, self.data, self.progress = config, model, data, progress
