@@ -68,8 +68,8 @@ def plan_memory(memory: StepMemory, limit: float, *, most_rows: int, rows: int |
     """The largest batch, and the fewest recomputed layers, with which a step fits into `limit` bytes.
 
     With both options auto this is the largest batch without recomputing; if not even one row fits so, one row with as
-    few recomputed layers as possible. `rows`: those of a batch, where they are known. They are at most `most_rows`,
-    unless the options say otherwise.
+    few recomputed layers as possible. `most_rows`: the most that a batch can have. `rows`: those of a batch, where a
+    checkpoint tells.
     """
     config, layers = memory.config, memory.count_layers()
     finds_layers = CHECKPOINTING in config.auto
