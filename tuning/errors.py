@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 DEVICE_FAULTS = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "NCCL error", "HIP error")
+REFUSED = ("no kernel image is available", "invalid device function", "_STATUS_NOT_SUPPORTED")
 DEVICE_ERRORS = {"AcceleratorError", "DistError"}  # PyTorch's classes by name: this file does not import it
 
 
@@ -92,8 +93,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_device_fault(error: BaseException) -> bool:
     """Whether a GPU or the messages between processes failed. No later call of this process can be trusted then.
 
-    PyTorch raises `AcceleratorError` for what a CUDA call returns, and a plain `RuntimeError` for cuBLAS and cuDNN.
+    PyTorch raises `AcceleratorError` for what a CUDA call returns, and a plain `RuntimeError` for cuBLAS and cuDNN. A
+    kernel that was not built for this GPU, or a call that a library refuses, leaves the device as it was.
     """
+    if any(words in str(error) for words in REFUSED):
+        return False
     is_one = any(kind.__name__ in DEVICE_ERRORS for kind in type(error).__mro__)
     return is_one or any(words in str(error) for words in DEVICE_FAULTS)
 

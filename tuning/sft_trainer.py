@@ -58,7 +58,6 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     config = resolve(config)
     configure(config)
     model_config = load.load_config(config.model)
-    config = decide_dtype(config, model_config)
     processor = load.load_processor(config.model, model_config)
     rows = open_rows(config)
     fingerprint = resume.run_fingerprint(config, rows.train.fingerprint(), load.describe(model_config))
@@ -69,6 +68,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | os.PathLike) -> Training
     tokens = load.read_tokens(config.model, processor, model_config)
     data = open_data(config, rows, processor, model_config, tokens=tokens, date_string=date, steps_done=done)
 
+    config = decide_dtype(config, model_config)
     plan = plan_model(config, model_config, partial(dummy_batch, data.encoder))
     config = fit_to_memory(config, model_config, plan, data, progress)
     trackers, hub = make_trackers(config), open_hub(config)

@@ -144,12 +144,23 @@ def test_an_optional_step_gives_its_value_or_its_error_with_a_trace(caplog):
         torch.AcceleratorError("CUDA error: device-side assert triggered", 710),
         torch.distributed.DistBackendError("NCCL watchdog timeout"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
     ],
 )
 def test_an_optional_step_does_not_hide_what_ends_a_run(error):
     with pytest.raises(type(error)):
         try_optional(failing_with(error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device", 209),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"),
+    ],
+)
+def test_an_optional_step_may_ask_a_gpu_for_what_it_cannot_do(error):
+    assert try_optional(failing_with(error)).error is error
 
 
 def test_an_optional_step_may_report_user_errors_too():

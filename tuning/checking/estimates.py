@@ -11,6 +11,7 @@ from tuning.config.options import RunConfig
 from tuning.data.batch_sampler import RowOrder
 from tuning.data.sources import Mixture
 from tuning.distributed.fsdp import is_fsdp_asked_for
+from tuning.exit_codes import was_launched
 
 GIGABYTE = 1e9
 
@@ -71,7 +72,7 @@ def padding_share(tokens: np.ndarray, batch_size: int, order: np.ndarray) -> flo
 
 def count_processes(config: RunConfig) -> int:
     """How many processes the run will have: as many as run now, or as many as its config launches."""
-    if config.training.world_size > 1:
+    if config.training.world_size > 1 or was_launched():
         return config.training.world_size
     return int(config.run.accelerate_launch_args.get("num_processes", 1))
 

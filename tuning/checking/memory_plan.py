@@ -14,6 +14,7 @@ from tuning.config.options import BATCH_SIZE, RunConfig
 from tuning.machine import free_memory
 
 GIGABYTE = 1e9
+MOST_ROWS = 1024  # of a batch that is auto: more would take minutes to try
 SHARE = 0.9  # of the free memory; the rest is for what the allocator wastes, and for the data
 
 
@@ -54,6 +55,11 @@ class MemoryPlan:
         return " ".join(says)
 
 
+def left_to_memory(config: RunConfig) -> frozenset[str]:
+    """The options that are auto and that the memory decides."""
+    return config.auto & {BATCH_SIZE, CHECKPOINTING}
+
+
 def find_limit(config: RunConfig) -> float:
     """Bytes that a step may take on this process's device."""
     if config.run.max_memory_gb:
@@ -80,8 +86,8 @@ def plan_memory(memory: StepMemory, limit: float, *, most_rows: int, rows: int |
         return estimate is None or (estimate.activations is not None and estimate.peak <= limit)
 
     if rows is None and BATCH_SIZE in config.auto:
-        rows = find_most(lambda number: fits(number, fewest), most_rows)
-    rows = rows or count_rows(config, memory.rows.longest)
+        rows = find_most(lambda number: fits(number, fewest), min(most_rows, MOST_ROWS))
+    rows = rows or count_rows(config, memory.longest)
     recomputed = fewest
     if finds_layers and not fits(rows, fewest):
         recomputed = find_fewest(lambda number: fits(rows, number), layers)

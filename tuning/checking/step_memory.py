@@ -1,7 +1,7 @@
 """The memory that steps of a run need, by the rows of a batch and by how many layers are recomputed."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -54,7 +54,8 @@ def _without_values(sample: Sample) -> Sample:
 class StepMemory:
     """Estimates the memory of a run's steps. Each estimate runs a skeleton of the model.
 
-    `collator`: joins batches as the run will. `patch_optimizer`: see `estimate_memory`.
+    `collator`: joins batches as the run will. `heaviest`: the rows by their tokens, and by their image tokens: where a
+    tower trains, pictures may need more than text. `patch_optimizer`: see `estimate_memory`.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class StepMemory:
         model_config: PreTrainedConfig,
         plan: ModelPlan,
         collator: Collator,
-        rows: LongestRows,
+        heaviest: Sequence[LongestRows],
         patch_optimizer: Callable[[Optimizer], Optimizer] | None,
     ):
         self.config, self.model_config, self.plan = config, model_config, plan
-        self.collator, self.rows, self.patch_optimizer = collator, rows, patch_optimizer
+        self.collator, self.heaviest, self.patch_optimizer = collator, heaviest, patch_optimizer
+        self.longest = heaviest[0].longest
         self.estimate = cache(self._estimate)
 
     def count_layers(self) -> int:
@@ -88,13 +90,17 @@ class StepMemory:
         return model
 
     def _estimate(self, rows: int, recomputed: int | None = None) -> MemoryEstimate | None:
-        """The peak of a step on the `rows` longest rows; None where there is no row.
+        """The peak of a step on the `rows` heaviest rows; None where there is no row.
 
         `recomputed`: how many layers are recomputed; None for what the options say.
         """
-        samples, training = self.rows.take(rows), self.config.training
-        if not samples:
-            return None
+        taken = (order.take(rows) for order in self.heaviest)
+        batches = {tuple(sorted(sample.where for sample in batch)): batch for batch in taken}
+        estimates = [self._estimate_batch(samples, recomputed) for samples in batches.values() if samples]
+        return max(estimates, key=lambda estimate: estimate.peak, default=None)
+
+    def _estimate_batch(self, samples: Sequence[Sample], recomputed: int | None) -> MemoryEstimate:
+        training = self.config.training
         batch, model = self.collator.join(samples), self.build_skeleton()
         if self.collator.padding_free:
             set_decoder_attention(model, PACKED)

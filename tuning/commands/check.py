@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from tuning.checking.estimates import Lengths, count_processes, estimate_run, rows_of_a_step
 from tuning.checking.findings import Findings, measure_all, row_finder
 from tuning.checking.memory import MemoryEstimate
-from tuning.checking.memory_plan import count_rows, find_limit, plan_memory
+from tuning.checking.memory_plan import count_rows, find_limit, left_to_memory, plan_memory
 from tuning.checking.report import Report, SampleRow, show_row
 from tuning.checking.step_memory import LongestRows, StepMemory
 from tuning.config.options import RunConfig
@@ -63,9 +63,10 @@ def check(config: RunConfig) -> Report:
 
     plan = plan_model(config, model_config, partial(dummy_batch, encoder))
     collator = choose_collator(config, encoder, probe_collator(encoder.processor))
-    longest = LongestRows(lengths.tokens, lambda row: encode_good(findings, encoder, find_row(row)))
+    by_weight = (lengths.tokens, lengths.image_tokens)
+    heaviest = [LongestRows(tokens, lambda row: encode_good(findings, encoder, find_row(row))) for tokens in by_weight]
     patch_optimizer = patch_master_weights if config.model.keep_master_weights else None
-    step_memory = StepMemory(config, model_config, plan, collator, longest, patch_optimizer)
+    step_memory = StepMemory(config, model_config, plan, collator, heaviest, patch_optimizer)
     settings = describe_settings(config, encoder, plan, step_memory.build_skeleton())
     config, memory, decided = estimate_step(step_memory, len(lengths.tokens))
     settings |= decided
@@ -115,8 +116,8 @@ def estimate_step(memory: StepMemory, rows: int) -> tuple[RunConfig, MemoryEstim
     `rows`: those of an epoch.
     """
     config = memory.config
-    if not config.auto:
-        return config, memory.estimate(count_rows(config, memory.rows.longest)), {}
+    if not left_to_memory(config):
+        return config, memory.estimate(count_rows(config, memory.longest)), {}
     limit = find_limit(config)
     plan = plan_memory(memory, limit, most_rows=max(1, rows // count_processes(config)))
     return plan.apply(config), plan.estimate, {"memory": plan.describe(config, limit)}

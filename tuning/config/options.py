@@ -224,8 +224,8 @@ class RunConfig:
     """One run, checked and complete. `notes`: sentences to print, about options that were set or ignored.
 
     `group_by_length`: whether a batch has rows of similar length; None: only if batches are padded. `auto`: the options
-    that the run decides by its memory; see `checking/memory_plan.py`. `recomputed_layers`: what gradient_checkpointing
-    auto was decided to be; None until then, and where it is not auto.
+    that the run decides itself, by its memory (`checking/memory_plan.py`) or its checkpoint (`model/precision.py`).
+    `recomputed_layers`: what gradient_checkpointing auto was decided to be; None until then, and where it is not auto.
     """
 
     model: ModelArguments
@@ -252,8 +252,10 @@ class RunConfig:
         left_out = {"hub_token", "local_rank"}
         left_out |= {"train_sampling_strategy"} if self.group_by_length is None else set()
         left_out |= {"per_device_train_batch_size"} if self.data.max_tokens_per_batch else set()
-        training = self.training.to_dict() | dict.fromkeys(self.auto, AUTO)
-        return flat | {name: training[name] for name in TRAINING_FIELDS if name in training and name not in left_out}
+        training = self.training.to_dict()
+        flat |= {name: training[name] for name in TRAINING_FIELDS if name in training and name not in left_out}
+        older = {"gradient_checkpointing"} if "activation_checkpointing" in self.auto else set()  # has the same value
+        return flat | dict.fromkeys(self.auto | older, AUTO)
 
 
 SECTIONS = {

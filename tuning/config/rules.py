@@ -209,7 +209,8 @@ def _tuning_problems(values: Mapping[str, Any]) -> Iterator[str]:
     dtype, fp16 = values.get("dtype"), values.get("fp16")
     if fp16 and dtype in ("float16", "bfloat16") and trains_stored_weights(values):
         yield f"fp16: needs trained weights in float32 to scale gradients; remove dtype {dtype}, or use bf16"
-    if dtype == "float16" and not fp16:
+    scaled = fp16 or (values.get("bf16") and not trains_stored_weights(values))
+    if dtype == "float16" and not scaled:
         yield "dtype: in float16, small gradients become zero without loss scaling; use bfloat16, or add fp16 true"
 
 

@@ -15,6 +15,8 @@ from tuning.model.load import choose_dtype
 def decide_dtype(config: RunConfig, model_config: PreTrainedConfig) -> RunConfig:
     """The config with another `dtype` than auto where the weights cannot train as they are stored, and a line why.
 
+    A run is resumed by the `dtype` that was asked for, so this comes after its fingerprint.
+
     With `fp16`, a gradient scaler multiplies the loss, and it takes gradients in float32 only. Without it, gradients
     in float16 underflow: a checkpoint in float16 becomes bfloat16, which has the range of float32. Raises `UserError`
     where the device has no bfloat16. `rules.py` refuses such a `dtype` that is not auto.
@@ -40,4 +42,4 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def _with_dtype(config: RunConfig, dtype: str, reason: str) -> RunConfig:
     print0(f"The weights are loaded in {dtype}: {reason}.")
-    return replace(config, model=replace(config.model, dtype=dtype))
+    return replace(config, model=replace(config.model, dtype=dtype), auto=config.auto | {"dtype"})

@@ -67,6 +67,7 @@ def _can_use_kernel(query: torch.Tensor, key: torch.Tensor, dropout: float) -> b
     return fits and _can_use_flash(query, dropout, None, None) and torch.cuda.get_device_capability() >= (8, 0)
 
 
+@torch.compiler.disable
 def _in_one_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -81,7 +82,7 @@ def _in_one_kernel(
     elif scaling is not None:
         query = query * (scaling * query.shape[-1] ** 0.5)
     bounds = bounds.to(query.device, torch.int32)
-    longest = max(_lengths(bounds)) if longest is None else longest
+    longest = max(_lengths(bounds)) if longest is None else int(longest)
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)[None]
 

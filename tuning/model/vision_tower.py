@@ -43,6 +43,7 @@ def patch_frozen_tower(model: PreTrainedModel | PeftModel, *, sharded: bool) -> 
     all_at_once = sharded or bool(describe_randomness(tower))
 
     def forward(self, *args, **kwargs):
+        nonlocal all_at_once
         if needs_gradient(self, (args, kwargs)):
             return stock_forward(*args, **kwargs)
         with torch.no_grad():
@@ -50,7 +51,10 @@ def patch_frozen_tower(model: PreTrainedModel | PeftModel, *, sharded: bool) -> 
             if chunks is None:
                 return stock_forward(*args, **kwargs)
             joined = _run_in_chunks(lambda chunk: call_with(stock_forward, chunk, args, kwargs), chunks)
-            return stock_forward(*args, **kwargs) if joined is None else joined
+            if joined is None:  # nor will later calls be
+                all_at_once = True
+                return stock_forward(*args, **kwargs)
+            return joined
 
     tower.forward = types.MethodType(forward, tower)
 

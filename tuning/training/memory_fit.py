@@ -1,5 +1,6 @@
 """Before the weights are read: decide what is auto by the memory of all processes, and keep it when a run resumes."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -9,19 +10,21 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 from transformers import PreTrainedConfig
 
 from tuning.checking.estimates import count_processes
-from tuning.checking.memory_plan import MemoryPlan, find_limit, plan_memory
+from tuning.checking.memory_plan import MemoryPlan, find_limit, left_to_memory, plan_memory
 from tuning.checking.step_memory import LongestRows, StepMemory
+from tuning.config.legacy_names import CHECKPOINTING
 from tuning.config.options import BATCH_SIZE, RunConfig
 from tuning.console import print0
 from tuning.data.encode import Sample
 from tuning.data.from_config import TrainingData
 from tuning.data.row_lengths import RowLengths
+from tuning.distributed.fsdp import is_fsdp_asked_for
 from tuning.errors import RunEnded, UserError
 from tuning.exit_codes import EXIT_USER_ERROR
 from tuning.model.build import ModelPlan
 from tuning.training.data_loading import choose_collator
 from tuning.training.optimizer import patch_master_weights
-from tuning.training.resume import Progress
+from tuning.training.resume import Progress, require_same_steps
 
 
 def fit_to_memory(
@@ -32,23 +35,44 @@ def fit_to_memory(
     A resumed run keeps the rows of its steps. It decides again how many layers are recomputed, which changes no result.
     Raises `UserError` where the processes cannot share these rows, or one of the longest rows is bad.
     """
-    if not config.auto:
+    decides = left_to_memory(config)
+    if not decides:
         return config
-    rows = share_rows(config, progress.rows_of_step) if BATCH_SIZE in config.auto and progress.rows_of_step else None
-    if rows and config.auto == {BATCH_SIZE}:
+    require_estimate(config)
+    require_same_steps(config, gather_object([progress.global_step]))
+    rows = share_rows(config, progress.rows_of_step) if BATCH_SIZE in decides and progress.rows_of_step else None
+    if rows and decides == {BATCH_SIZE}:
         print0(f"{BATCH_SIZE} auto: {rows}, as before.")
         return MemoryPlan(rows, 0, 0, None).apply(config)
-    lengths = measure_rows(config, data)
+    sizes = measure_rows(config, data)
     limit = min(gather_object([find_limit(config)]))
     collator = choose_collator(config, data.encoder, data.collator, progress.padded)
     patch_optimizer = patch_master_weights if config.model.keep_master_weights else None
-    memory = StepMemory(
-        config, model_config, plan, collator, LongestRows(lengths, lambda row: encode(data, row)), patch_optimizer
-    )
-    most = max(1, len(lengths) // count_processes(config))
+    heaviest = [LongestRows(lengths, lambda row: encode(data, row)) for lengths in sizes.T]
+    memory = StepMemory(config, model_config, plan, collator, heaviest, patch_optimizer)
+    most = max(1, len(sizes) // count_processes(config))
     decided = decide_once(lambda: plan_memory(memory, limit, most_rows=most, rows=rows))
     print0(decided.describe(config, limit))
     return decided.apply(config)
+
+
+def require_estimate(config: RunConfig) -> None:
+    """Raises `UserError` where the launcher asks for what the estimate of memory does not know."""
+    training, settings = config.training, config.training.fsdp_config
+    if training.deepspeed_plugin is not None:
+        raise UserError(
+            where=", ".join(sorted(left_to_memory(config))),
+            problem="auto needs an estimate of memory, and there is none for DeepSpeed.",
+            fix="Use FSDP, or another value.",
+        )
+    recomputes = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() in ("true", "1")
+    recomputes |= isinstance(settings, dict) and bool(settings.get("activation_checkpointing"))
+    if CHECKPOINTING in config.auto and is_fsdp_asked_for() and recomputes:
+        raise UserError(
+            where="fsdp_activation_checkpointing",
+            problem="FSDP would recompute layers, too.",
+            fix="Set it to false: gradient_checkpointing auto decides how many layers are recomputed.",
+        )
 
 
 def share_rows(config: RunConfig, rows_of_step: int) -> int:
@@ -66,7 +90,7 @@ def share_rows(config: RunConfig, rows_of_step: int) -> int:
 
 
 def measure_rows(config: RunConfig, data: TrainingData) -> np.ndarray:
-    """`[rows]`: the tokens of every row. Each process measures its share."""
+    """`[rows, 2]`: the tokens of every row, and how many of them stand for images. Each process measures its share."""
     training, rows = config.training, data.train
     lengths = RowLengths(rows.source, data.encoder, exact=True, workers=training.dataloader_num_workers)
 
@@ -75,7 +99,7 @@ def measure_rows(config: RunConfig, data: TrainingData) -> np.ndarray:
 
     rank, world = training.process_index, training.world_size
     lengths.measure_all(add_up, rank=rank, world=world, show=not training.disable_tqdm)
-    return lengths(range(len(rows)))
+    return lengths.sizes(range(len(rows)))
 
 
 def encode(data: TrainingData, row: int) -> Sample | None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,7 +131,12 @@ def find_progress(config: RunConfig, fingerprint: dict[str, Any]) -> Progress:
 
 def check_same_progress(processes: Processes, config: RunConfig, progress: Progress) -> None:
     """Raises `UserError` where machines do not share output_dir, and so see different checkpoints."""
-    if len(set(processes.all_gather_ints([progress.global_step])[:, 0].tolist())) > 1:
+    require_same_steps(config, processes.all_gather_ints([progress.global_step])[:, 0].tolist())
+
+
+def require_same_steps(config: RunConfig, steps: Sequence[int]) -> None:
+    """Raises `UserError` unless all processes go on after the same step."""
+    if len(set(steps)) > 1:
         raise UserError(
             where=f"output_dir {config.training.output_dir}",
             problem="the machines find different checkpoints here.",

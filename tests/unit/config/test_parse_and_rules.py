@@ -474,6 +474,7 @@ def test_final_model_goes_to_output_dir_unless_told(required):
         {},
         {"peft_method": "lora", "r": 4, "target_modules": ["q_proj"], "gradient_checkpointing": True},
         {"warmup_ratio": 0.1, "lr_scheduler_type": "cosine", "optim": "adafactor", "torch_dtype": "float32"},
+        {"gradient_checkpointing": "auto", "per_device_train_batch_size": "auto", "max_memory_gb": 20},
         {"dataloader_num_workers": 0, "lr_scheduler_kwargs": {"num_cycles": 2}, "max_steps": 3, "seed": 7},
     ],
 )
