@@ -1,7 +1,7 @@
 """The memory that steps of a run need, by the rows of a batch and by how many layers are recomputed."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -47,8 +47,11 @@ class LongestRows:
 
 
 def _without_values(sample: Sample) -> Sample:
-    images = {name: value.to(META) if value.is_floating_point() else value for name, value in sample.images.items()}
-    return replace(sample, images=images)
+    return replace(sample, images=_on_meta(sample.images))
+
+
+def _on_meta(images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(META) if value.is_floating_point() else value for name, value in images.items()}
 
 
 class StepMemory:
@@ -68,7 +71,10 @@ class StepMemory:
         patch_optimizer: Callable[[Optimizer], Optimizer] | None,
     ):
         self.config, self.model_config, self.plan = config, model_config, plan
-        self.collator, self.heaviest, self.patch_optimizer = collator, heaviest, patch_optimizer
+        layout, dummy = collator.image_layout, collator.dummy_image_sample
+        layout, dummy = replace(layout, blank=_on_meta(layout.blank)), dummy and _without_values(dummy)
+        self.collator = replace(collator, image_layout=layout, dummy_image_sample=dummy)
+        self.heaviest, self.patch_optimizer = heaviest, patch_optimizer
         self.longest = heaviest[0].longest
         self.estimate = cache(self._estimate)
 

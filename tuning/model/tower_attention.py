@@ -23,6 +23,7 @@ from tuning.model.batch_trial import GPU_TOLERANCE, distance
 from tuning.model.decoder_calls import run_quietly
 from tuning.model.packed_attention import _VARLEN_OPTIONS, _autocast, _can_use_flash
 from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
+from tuning.model.row_by_row import BOUNDS
 from tuning.model.vision_tower import find_tower, keeps_pictures_apart
 
 TOWER = "tower_flash"  # a name with "flash", for which transformers hands over lengths
@@ -133,6 +134,20 @@ def set_attention(configs: Iterable[PreTrainedConfig], name: str | None) -> None
     """Run the modules that read these configurations with the attention called `name` from now on."""
     for config in configs:
         config._attn_implementation = name
+
+
+def drop_row_lengths(model: PreTrainedModel | PeftModel) -> None:
+    """Keep the lengths of the rows of a padding-free batch from the tower: some models hand on whatever they get.
+
+    Layers that take the lengths of pictures as `cu_seq_lens_q` fail where they get another one (Kimi K2.5).
+    """
+
+    def drop(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {name: value for name, value in kwargs.items() if name not in BOUNDS}
+
+    tower = find_tower(model)
+    if tower is not None:
+        tower.register_forward_pre_hook(drop, with_kwargs=True)
 
 
 def find_tower_difference(

@@ -36,7 +36,13 @@ from tuning.model.build import TrainableModel
 from tuning.model.loss import check_logits
 from tuning.model.padding_free import Packing, TrialBatches, find_packing
 from tuning.model.row_positions import RowPositions, find_row_positions
-from tuning.model.tower_attention import TOWER, find_tower_configs, find_tower_difference, set_attention
+from tuning.model.tower_attention import (
+    TOWER,
+    drop_row_lengths,
+    find_tower_configs,
+    find_tower_difference,
+    set_attention,
+)
 from tuning.training.batch_check import find_batch_fault, options_of_several_rows, rows_differ
 from tuning.training.optimizer import HALF
 from tuning.training.resume import Progress
@@ -213,6 +219,7 @@ class DataLoading(TrainerCallback):
         fails = bool(self.processes.all_gather_ints([reason != ""]).any())
         if not fails:
             set_attention(configs, TOWER)
+            drop_row_lengths(model)
             print0("The vision tower keeps pictures apart by their lengths, in as few calls as it can.")
         else:
             print0(f"The vision tower keeps transformers' attention: {reason or 'ours fails on another process'}.")
