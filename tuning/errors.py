@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 DEVICE_FAULTS = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "NCCL error", "HIP error")
-REFUSED = ("no kernel image is available", "invalid device function", "_STATUS_NOT_SUPPORTED")
+REFUSED = ("no kernel image", "invalid device function", "_STATUS_NOT_SUPPORTED")
 DEVICE_ERRORS = {"AcceleratorError", "DistError"}  # PyTorch's classes by name: this file does not import it
 
 
