@@ -48,7 +48,7 @@ class MemoryPlan:
         source = "max_memory_gb" if config.run.max_memory_gb else f"{SHARE:.0%} of what is free"
         if estimate.activations is None:
             return " ".join([*says, f"The memory of a step is unknown ({estimate.unknown})."])
-        needs = f"By the estimate, the longest rows need {estimate.peak / GIGABYTE:.3g} GB"
+        needs = f"By the estimate, the heaviest rows need {estimate.peak / GIGABYTE:.3g} GB"
         says.append(f"{needs}, and a step may take {limit / GIGABYTE:.3g} GB ({source}).")
         if estimate.peak > limit:
             says.append("It may not fit: if memory runs out, use a lower max_seq_length, LoRA, or more processes.")
