@@ -26,12 +26,24 @@ class Processes:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.number, self.rank = accelerator.num_processes, accelerator.process_index
+        self._group = make_cpu_group(accelerator) if self.number > 1 else None
         self._places = self.all_gather_ints([zlib.crc32(socket.gethostname().encode()), os.getpid()]).tolist()
 
     def all_gather_ints(self, numbers: Sequence[int]) -> torch.Tensor:
-        """The integers of every process, `[processes, numbers]`, on this process's device."""
-        mine = torch.tensor([list(numbers)], dtype=torch.int64, device=self.accelerator.device)
-        return self.accelerator.gather(mine) if self.number > 1 else mine
+        """The integers of every process, `[processes, numbers]`, on the CPU."""
+        return self._all_gather(torch.tensor([list(numbers)], dtype=torch.int64))
+
+    def sum_floats(self, *numbers: float) -> list[float]:
+        """Each number, summed over the processes in float64."""
+        return self._all_gather(torch.tensor([numbers], dtype=torch.float64)).sum(dim=0).tolist()
+
+    def _all_gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """Rows `[1, N]` of every process as `[processes, N]`. No process waits for its device."""
+        if self.number == 1:
+            return mine
+        gathered = mine.new_empty(self.number, *mine.shape[1:])
+        dist.all_gather_into_tensor(gathered, mine, group=self._group)
+        return gathered
 
     def raise_on_all_ranks(self, error: Exception | None, *numbers: int) -> torch.Tensor:
         """Raise this process's `error`; on the others a `RunEnded` without a message.
@@ -85,6 +97,17 @@ class Processes:
         except psutil.NoSuchProcess:
             return GONE
         return GONE if status == psutil.STATUS_ZOMBIE else status
+
+
+def make_cpu_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """A group in which processes exchange numbers of the host; None, the default group, where that one is the CPU's.
+
+    Over the device's group, each exchange would wait until the device has done all its work.
+    """
+    if accelerator.device.type == "cpu":
+        return None
+    default = dist.group.WORLD._get_backend(accelerator.device)
+    return dist.new_group(backend="gloo", timeout=default.options._timeout)
 
 
 GONE = "gone"

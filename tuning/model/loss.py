@@ -68,7 +68,7 @@ def patch_supervised_loss(model: PreTrainedModel) -> None:
             body.last_hidden_state, labels, head.stock.head, head.logits, num_items_in_batch, chunk_size=chunk_size
         )
         if router_outputs:
-            share = 1 if num_items_in_batch is None else (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
+            share = 1 if num_items_in_batch is None else (labels[:, 1:] != IGNORED).sum() / max(1, num_items_in_batch)
             loss = loss + share * router_loss(head.stock, body, inputs.get("attention_mask"))
         return CausalLMOutput(loss=loss)
 
@@ -136,7 +136,7 @@ def supervised_loss(
     labels: torch.Tensor,
     head: nn.Module,
     make_logits: Callable[[torch.Tensor], torch.Tensor],
-    num_items: torch.Tensor | int | None = None,
+    num_items: int | None = None,
     *,
     chunk_size: int = 1024,
 ) -> torch.Tensor:
@@ -155,9 +155,9 @@ def supervised_loss(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, reduction="sum")
 
-    targets = labels[:, 1:]
-    supervised = targets != IGNORED
-    targets, hidden = targets[supervised], hidden[:, :-1][supervised]
+    rows, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    places = rows * labels.shape[1] + positions
+    targets, hidden = labels.flatten()[places + 1], hidden.flatten(0, 1).index_select(0, places)
     if not FSDP_ALLOWS_CHUNKS and _is_fsdp(head):
         chunk_size = max(1, len(targets))
     chunks = list(zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True))
@@ -167,9 +167,7 @@ def supervised_loss(
         total = sum_losses(hidden, targets)
     else:
         total = torch.stack([checkpoint(sum_losses, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-    if num_items is None:
-        num_items = targets.numel()
-    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
+    return total / max(1, len(targets) if num_items is None else num_items)
 
 
 def _largest_chunk_count(count: int, head: nn.Module, device: torch.device) -> int:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
 from tuning.config.legacy_names import CHECKPOINTING
@@ -48,29 +49,29 @@ class StepGuard(TrainerCallback):
         self.config, self.step, self.processes, self.interruption = config, step, processes, interruption
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        is_bad = ~torch.isfinite(torch.stack(self.step.losses))
+        losses, grad_norm = read_from_device(self.step.losses, self.step.grad_norm)
+        is_bad = [not math.isfinite(loss) for loss in losses]
         reason = self.interruption.check()
-        found = self.processes.all_gather_ints([int(is_bad.any()), reason != ""])
+        found = self.processes.all_gather_ints([any(is_bad), reason != ""])
         if found[:, 0].any():
-            self._end_at_bad_loss(is_bad.tolist())
+            self._end_at_bad_loss(losses, is_bad)
         if found[:, 1].any():
             self.step.stop_reason = reason or "a signal to another process"
         is_deepspeed = args.deepspeed_plugin is not None
         # The gradient scaler of fp16 skips a step with such gradients. DeepSpeed has taken its step already.
-        if not args.fp16 and not is_deepspeed and not math.isfinite(self.step.grad_norm):
-            raise self._not_finite(f"the gradients became {float(self.step.grad_norm)}", self.step.batches)
+        if not args.fp16 and not is_deepspeed and not math.isfinite(grad_norm):
+            raise self._not_finite(f"the gradients became {grad_norm}", self.step.batches)
         # Parameters that no batch of this step reached (the vision tower's, where all rows are text) get a gradient of
         # zero, as on a process whose rows have images. Without a gradient the optimizer would skip them on one process.
         for parameter in () if is_deepspeed else model.parameters():  # DeepSpeed keeps gradients elsewhere
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _end_at_bad_loss(self, is_bad: list[bool]) -> None:
+    def _end_at_bad_loss(self, losses: list[float], is_bad: list[bool]) -> None:
         error = None
         if any(is_bad):
             number = is_bad.index(True)
-            loss = self.step.losses[number].item()
-            error = self._not_finite(f"the loss became {loss}", self.step.batches[number : number + 1])
+            error = self._not_finite(f"the loss became {losses[number]}", self.step.batches[number : number + 1])
         self.processes.raise_on_all_ranks(error)
 
     def _not_finite(self, what: str, batches: Sequence[BatchInfo]) -> UserError:
@@ -118,3 +119,12 @@ class StepGuard(TrainerCallback):
             f"{', without resume_from_checkpoint,' if is_named else ''} to continue.",
             EXIT_STOPPED,
         )
+
+
+def read_from_device(losses: Sequence[torch.Tensor], grad_norm: float | torch.Tensor) -> tuple[list[float], float]:
+    """The losses of a step and its gradient norm as numbers, for which the host waits once."""
+    if not isinstance(grad_norm, torch.Tensor):
+        return torch.stack(list(losses)).tolist(), grad_norm
+    norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    *numbers, last = torch.stack([value.double() for value in (*losses, norm)]).tolist()
+    return numbers, last

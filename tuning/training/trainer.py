@@ -1,6 +1,7 @@
 """A thin `transformers.Trainer`: it counts supervised tokens, shares out rows, and hands its steps to callbacks."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
@@ -30,6 +31,7 @@ from tuning.distributed.processes import Processes
 from tuning.errors import UserError
 from tuning.hub import RunRepo
 from tuning.model.build import TrainableModel, compile_layers
+from tuning.model.known_inputs import send
 from tuning.model.recompute import Recomputed, recompute_only
 from tuning.training.callbacks import EarlyStopping, JsonLinesLog, RunReport, StepMeter
 from tuning.training.checkpointing import ResumableTrainer
@@ -194,7 +196,7 @@ class SupervisedTrainer(ResumableTrainer):
         operations = count_operations(self.trainable.flops, infos)
         mine = supervised, self.rows.unsynced, self.rows.rows_seen, images, operations
         shared = self.processes.raise_on_all_ranks(error, *mine)
-        by_process = shared.tolist()  # the only wait for the device here
+        by_process = shared.tolist()
         all_supervised, left_out, seen, all_images, _ = map(sum, zip(*by_process, strict=True))
         self.rows.sync(left_out, self.train_dataset, seen)
         tokens = sum(info.tokens for info in infos)
@@ -202,7 +204,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.supervised_tokens = (self.supervised_tokens or 0) + all_supervised
         number = self.state.global_step + 1
         self.step.begin(number, infos, is_supervised=all_supervised > 0, has_images=all_images > 0)
-        return batches, shared[:, 0].sum()
+        return batches, all_supervised
 
     @property
     def supervised_tokens(self) -> int | None:
@@ -233,6 +235,12 @@ class SupervisedTrainer(ResumableTrainer):
         self.rows.take(info, evaluating=evaluating)
         return info
 
+    def _prepare_input(self, data: Any) -> Any:
+        """A tensor on the device. The host keeps small ones, so that the model's code need not wait to read them."""
+        if not isinstance(data, torch.Tensor) or self.args.device.type != "cuda" or self.is_deepspeed_enabled:
+            return super()._prepare_input(data)
+        return send(data, self.args.device, known=not self.args.torch_compile)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """One forward and backward. `StepGuard` looks at the losses of a step once, before the optimizer's step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -252,8 +260,7 @@ class SupervisedTrainer(ResumableTrainer):
         if "loss" in logs:
             figures = self.meter.report()
             if self.args.world_size > 1:
-                mine = torch.tensor([figures["tokens_per_second"], figures["supervised_tokens"]])
-                speed, tokens = self.accelerator.reduce(mine.to(self.args.device), "sum").tolist()
+                speed, tokens = self.processes.sum_floats(figures["tokens_per_second"], figures["supervised_tokens"])
                 figures["tokens_per_second"], figures["supervised_tokens"] = speed, int(tokens)
             logs |= figures
         super().log(logs, start_time)
@@ -266,7 +273,7 @@ class SupervisedTrainer(ResumableTrainer):
         if len(self.accelerator._models) == 0 and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
-        total, rows, bad_loss = torch.zeros(2, dtype=torch.float64), 0, None
+        loss_sum, supervised, rows, bad_loss = 0.0, 0, 0, None
         for batch in dataloader:
             info, error = BatchInfo(), None
             try:
@@ -277,20 +284,18 @@ class SupervisedTrainer(ResumableTrainer):
             self.rows.sync(int(left_out), dataloader.dataset, rows, evaluating=True)
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
-                loss = model(**inputs, num_items_in_batch=1).loss
-            if not torch.isfinite(loss):
-                problem = f"the validation loss became {loss.item()}."
+                loss = model(**inputs, num_items_in_batch=1).loss.item()
+            if not math.isfinite(loss):
+                problem = f"the validation loss became {loss}."
                 bad_loss = bad_loss or UserError(where="; ".join(info.rows), problem=problem)
-            total += torch.tensor([loss.item(), info.supervised_tokens], dtype=torch.float64)
-            rows += len(info.rows)
+            loss_sum, supervised, rows = loss_sum + loss, supervised + info.supervised_tokens, rows + len(info.rows)
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.processes.raise_on_all_ranks(bad_loss)
         scores = self._score_answers()
-        summed = self.accelerator.reduce(total.to(self.args.device, torch.float32), "sum").cpu()
-        tokens = int(summed[1].item())
+        loss_sum, tokens = self.processes.sum_floats(loss_sum, supervised)
         if not tokens:
             raise UserError(where="validation rows", problem="no token of them is supervised.")
-        metrics = {"loss": summed[0].item() / tokens, "tokens": tokens} | scores
+        metrics = {"loss": loss_sum / tokens, "tokens": int(tokens)} | scores
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
