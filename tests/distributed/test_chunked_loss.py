@@ -41,7 +41,6 @@ def make_job(models, rows, folder: Path, case: str, size: int) -> dict:
 def two_processes(request, tmp_path_factory, models, short_and_long):
     root = tmp_path_factory.mktemp(f"chunks-{request.param}")
     jobs = [make_job(models, short_and_long, root / case, case, 4) | {"constants": FORTY_POSITIONS} for case in CASES]
-    jobs[-1]["constants"] = FORTY_POSITIONS | {"tuning.model.loss.FSDP_ALLOWS_CHUNKS": False}  # an older PyTorch
     run_jobs(request.param, jobs, root)
     return root
 

@@ -48,7 +48,7 @@ class HeadCode:
 
     def run(self, head: Any, last_hidden_state: torch.Tensor, router_logits: Any = None, **inputs: Any) -> Any:
         """What the forward of `owner` returns with `head` as its head and a body that gives `last_hidden_state`."""
-        body = _StandIn(self.body, lambda *args, **kwargs: _BodyOutput(last_hidden_state, router_logits))
+        body = StandIn(self.body, lambda *args, **kwargs: _BodyOutput(last_hidden_state, router_logits))
         return self.run_with(body, head, inputs_embeds=last_hidden_state, **inputs)
 
     def run_with(self, body: Any, head: Any, *args: Any, **inputs: Any) -> Any:
@@ -63,7 +63,7 @@ class HeadCode:
         return type(self.owner).forward(twin, *args, **inputs)
 
 
-class _StandIn:
+class StandIn:
     """Called in place of `module`, whose attributes it has."""
 
     def __init__(self, module: Any, call: Callable[..., Any]):
@@ -101,9 +101,9 @@ class OutputHead:
     used: HeadCode
     left_out: dict[str, float] = field(default_factory=dict)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` of the last hidden states `[N, H]`."""
-        return self.used.run(self.stock.head, hidden[:, None]).logits[:, 0]
+    def logits(self, head: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` of the last hidden states `[N, H]`. `head` is called in place of the model's own."""
+        return self.used.run(head, hidden[:, None]).logits[:, 0]
 
     def stock_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[N, V]` as the stock forward has them, with what it leaves out."""
@@ -194,7 +194,7 @@ def make_up_logits(code: HeadCode) -> torch.Tensor:
     vocabulary = getattr(code.head, "out_features", config.vocab_size)
     weights = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        return code.run(_StandIn(code.head, lambda hidden: hidden[..., :1] * weights), hidden).logits
+        return code.run(StandIn(code.head, lambda hidden: hidden[..., :1] * weights), hidden).logits
 
 
 def compute_alike(code: HeadCode, other: HeadCode) -> bool:
@@ -229,7 +229,7 @@ def record_inner_body(code: HeadCode) -> Iterator[list[Any]]:
         outputs.append(code.body(*args, **kwargs))
         return outputs[-1]
 
-    body, no_head = _StandIn(code.body, run_body), _StandIn(code.head, lambda hidden: hidden[..., :1])
+    body, no_head = StandIn(code.body, run_body), StandIn(code.head, lambda hidden: hidden[..., :1])
     code.owner.forward = lambda *args, **kwargs: code.run_with(body, no_head, *args, **kwargs)  # type: ignore[method-assign]
     try:
         yield outputs

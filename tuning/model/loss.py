@@ -6,26 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from tuning.console import print0
 from tuning.errors import UserError
-from tuning.model.head import HeadCode, OutputHead, find_head, measure_distance, record_inner_body
+from tuning.model.head import HeadCode, OutputHead, StandIn, find_head, measure_distance, record_inner_body
 from tuning.model.row_by_row import PackedRows
 
 IGNORED = -100  # the label of a position that is not trained: PyTorch's `ignore_index`
 MAX_LOGITS = 2**25
 """Logits that exist at a time: 128 MB in float32, and a few times that with what their gradient needs."""
+SHARE_OF_LOGITS = 1 / 128
+"""The share of a GPU's memory that float32 logits may take where that is more: 0.6 of 80 GB."""
 COMPARED_TOKENS = 64
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # of the standard deviation of logits
-FSDP_ALLOWS_CHUNKS = torch.__version__ >= (2, 13)
-"""Before, a module that FSDP wraps could not be called again in the backward (pytorch issues 171779, 180428)."""
 
 
 def patch_supervised_loss(model: PreTrainedModel) -> None:
@@ -42,7 +40,7 @@ def patch_supervised_loss(model: PreTrainedModel) -> None:
     With `compare_logits` it returns logits `[2, N, V]` of the first row's last tokens: ours, and the stock forward's.
     """
     head, stock_forward, rows = find_head(model), model.forward, PackedRows()
-    chunk_size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    chunk_size = max(1, count_logits_at_once() // model.config.get_text_config().vocab_size)
     places = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     last_places = {"logits_to_keep": COMPARED_TOKENS} if places else {}
     router_outputs = {"output_router_logits": True} if asks_for_router_loss(model) else {}
@@ -79,6 +77,14 @@ def patch_supervised_loss(model: PreTrainedModel) -> None:
     if model.device.type != "meta":  # a skeleton's plan says nothing of it
         for line in describe_loss(model, head):
             print0(line)
+
+
+def count_logits_at_once() -> int:
+    """How many logits exist at a time: more where a GPU has room for them, as every chunk is computed twice."""
+    if not torch.cuda.is_available():
+        return MAX_LOGITS
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return max(MAX_LOGITS, int(memory / 4 * SHARE_OF_LOGITS))
 
 
 def asks_for_router_loss(model: PreTrainedModel) -> bool:
@@ -135,7 +141,7 @@ def supervised_loss(
     hidden: torch.Tensor,
     labels: torch.Tensor,
     head: nn.Module,
-    make_logits: Callable[[torch.Tensor], torch.Tensor],
+    make_logits: Callable[[Any, torch.Tensor], torch.Tensor],
     num_items: int | None = None,
     *,
     chunk_size: int = 1024,
@@ -143,48 +149,43 @@ def supervised_loss(
     """Mean cross-entropy of the next token at supervised positions, in nats, at least in float32.
 
     `hidden` is `[B, T, H]`. `labels` is `[B, T]`, with -100 where nothing is trained; position t predicts label t + 1.
-    `make_logits` makes logits `[N, V]` of hidden states `[N, H]`, and calls `head` once for that. The sum is divided by
-    `num_items`, the supervised tokens of the whole global batch, so that neither accumulation nor the number of
-    processes changes the gradient. Where it is None, the sum is divided by the supervised tokens of this batch. Logits
-    exist for `chunk_size` positions at a time.
-    With more positions than that, the backward computes them again, chunk by chunk.
+    `make_logits` makes logits `[N, V]` with `head`, or what is called in its place, of hidden states `[N, H]`. The sum
+    is divided by `num_items`, the supervised tokens of the whole global batch, so that neither accumulation nor the
+    number of processes changes the gradient. Where it is None, the sum is divided by the supervised tokens of this
+    batch. Logits exist for `chunk_size` positions at a time. With more positions than that, the backward computes them
+    again, chunk by chunk.
     """
-
-    def sum_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = make_logits(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, reduction="sum")
-
     rows, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     places = rows * labels.shape[1] + positions
     targets, hidden = labels.flatten()[places + 1], hidden.flatten(0, 1).index_select(0, places)
-    if not FSDP_ALLOWS_CHUNKS and _is_fsdp(head):
-        chunk_size = max(1, len(targets))
-    chunks = list(zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True))
-    missing = _largest_chunk_count(len(chunks), head, hidden.device) - len(chunks)
-    chunks += [(hidden[:0], targets[:0])] * missing
-    if len(chunks) == 1:
-        total = sum_losses(hidden, targets)
-    else:
-        total = torch.stack([checkpoint(sum_losses, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+    def sum_losses(own_head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = make_logits(own_head, hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    def sum_chunks(own_head: Any, hidden: torch.Tensor) -> torch.Tensor:
+        chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+        if len(targets) <= chunk_size:
+            return sum_losses(own_head, hidden, targets)
+        sums = [checkpoint(sum_losses, own_head, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(sums).sum()
+
+    total = run_within(head, sum_chunks, hidden)
     return total / max(1, len(targets) if num_items is None else num_items)
 
 
-def _largest_chunk_count(count: int, head: nn.Module, device: torch.device) -> int:
-    """The largest `count` of all processes: where each call gathers the head's weight, all must call it equally often.
+def run_within(module: nn.Module, function: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+    """`function(own, *args)` as the forward of `module`, whose own forward is called as `own` then.
 
-    FSDP and ZeRO-3 gather it. Elsewhere, this process's own `count`.
+    FSDP and ZeRO-3 gather a module's weights around a call of it, once in the forward and once in the backward, and
+    reduce its gradient after that. `own` can be called any number of times, a different number in each process.
     """
-    if not _is_gathered(head):
-        return count
-    largest = torch.tensor(count, device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
-
-
-def _is_gathered(head: nn.Module) -> bool:
-    return _is_fsdp(head) or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
-
-
-def _is_fsdp(head: nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in head.modules())
+    own, was_replaced = module.forward, "forward" in vars(module)
+    module.forward = lambda *args: function(StandIn(module, own), *args)  # type: ignore[method-assign]
+    try:
+        return module(*args)
+    finally:
+        del module.forward
+        if was_replaced:
+            module.forward = own  # type: ignore[method-assign]

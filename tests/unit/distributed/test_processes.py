@@ -14,12 +14,13 @@ from tuning.errors import RunEnded
 def beside(pid: int) -> Processes:
     """This process as rank 0 of two; rank 1 is the process `pid` of this machine."""
 
-    def gather(mine: torch.Tensor) -> torch.Tensor:
-        other = mine.clone()
-        other[0, 1] = pid
-        return torch.cat([mine, other])
+    class TwoProcesses(Processes):
+        def _all_gather(self, mine: torch.Tensor) -> torch.Tensor:
+            other = mine.clone()
+            other[0, 1] = pid
+            return torch.cat([mine, other])
 
-    return Processes(SimpleNamespace(num_processes=2, process_index=0, device="cpu", gather=gather))
+    return TwoProcesses(SimpleNamespace(num_processes=2, process_index=0, device=torch.device("cpu")))
 
 
 @pytest.fixture
