@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 
 from tuning.data.encode import IGNORED, Sample, Skipped
 from tuning.data.image_joins import ImageLayout, learn_image_layout, pad_to_largest
@@ -57,8 +58,9 @@ class Collator:
     `positions`: how a model computes positions in several dimensions, `[axes, 1, T]` of a padding-free batch. `adapt`:
     what else the model needs to be changed in such a batch.
 
-    `image_layout`: how image tensors are joined. `dummy_image_sample` is added to a batch without an image, where there
-    are several processes: see `dummy_samples.py`.
+    `image_layout`: how image tensors are joined. `picture_dtype`: what their floats become, unless it is None.
+    `dummy_image_sample` is added to a batch without an image, where there are several processes: see
+    `dummy_samples.py`.
     """
 
     pad_token_id: int
@@ -67,6 +69,7 @@ class Collator:
     padding_free: bool = False
     positions: Positions | None = None
     adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    picture_dtype: torch.dtype | None = None
 
     @property
     def nested_images(self) -> bool:
@@ -86,8 +89,14 @@ class Collator:
         if self.dummy_image_sample and not any(sample.images for sample in joined):
             joined.append(self.dummy_image_sample)
         images = [sample.images for sample in joined]
-        batch = {**self._sequences(joined), **self.image_layout.join(images, end_to_end=self.padding_free)}
+        pictures = self.image_layout.join(images, end_to_end=self.padding_free)
+        if self.picture_dtype:  # half of the bytes between processes, and on the way to a GPU
+            pictures = tree_map_only(torch.Tensor, self._cast_floats, pictures)
+        batch = {**self._sequences(joined), **pictures}
         return self.adapt(batch) if self.padding_free and self.adapt else batch
+
+    def _cast_floats(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.picture_dtype) if tensor.is_floating_point() else tensor
 
     def find_masks_of_images(self, samples: Sequence[Sample]) -> list[str]:
         """Names of tensors `[T, images, …]` (Mllama's mask): end to end, a token would get the images of all rows."""

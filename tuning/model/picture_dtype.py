@@ -35,9 +35,14 @@ def reader_of(model: PreTrainedModel | PeftModel) -> nn.Module:
     return find_tower(model) or model
 
 
+def picture_dtype(reader: nn.Module) -> torch.dtype | None:
+    """The dtype of the first float weight of `reader`; None without one."""
+    return next((weight.dtype for weight in reader.parameters() if weight.is_floating_point()), None)
+
+
 def cast_pictures(inputs: dict[str, Any], reader: nn.Module) -> dict[str, Any]:
-    """`inputs` with pictures in the dtype of the first float weight of `reader`."""
-    dtype = next((weight.dtype for weight in reader.parameters() if weight.is_floating_point()), None)
+    """`inputs` with pictures in the dtype that `reader` takes."""
+    dtype = picture_dtype(reader)
 
     def cast(name: str, value: Any) -> Any:
         is_picture = torch.is_tensor(value) and value.is_floating_point() and name not in NO_PICTURES

@@ -35,6 +35,7 @@ from tuning.errors import UserError, describe_failure, try_optional
 from tuning.model.build import TrainableModel
 from tuning.model.loss import check_logits
 from tuning.model.padding_free import Packing, TrialBatches, find_packing
+from tuning.model.picture_dtype import picture_dtype, reader_of
 from tuning.model.row_positions import RowPositions, find_row_positions
 from tuning.model.tower_attention import (
     TOWER,
@@ -84,6 +85,7 @@ class DataLoading(TrainerCallback):
         self.workers = Workers(config.training.dataloader_multiprocessing_context)
         self.batching: Batching | None = None
         self.positions: RowPositions | None = None
+        self.picture_dtype = picture_dtype(reader_of(model.model))  # before FSDP makes float32 copies
         self._train_batches: SharedBatches | None = None
         self._train_loader: DataLoader | None = None
         self._validation_loader: DataLoader | None = None
@@ -179,7 +181,7 @@ class DataLoading(TrainerCallback):
         )
 
     def _make_collator(self, rows: EncodedRows | StreamedRows) -> Callable[[Sequence], dict[str, Any]]:
-        collator = self.data.collator
+        collator = replace(self.data.collator, picture_dtype=self.picture_dtype)
         if self.batching is not None and not self.batching.padded:
             adapt = self.batching.packing.adapt
             collator = replace(collator, padding_free=True, positions=self.positions, adapt=adapt)

@@ -1,15 +1,19 @@
 """Pictures arrive in the dtype of the weights that read them, and casting them early changes no result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from sample_batches import make_batch
 from tiny_models import LAYOUTS, build_model, build_processor
 
+import tuning
 from tuning.data.collator import probe_collator
 from tuning.model.generate import prepare_prompts
-from tuning.model.picture_dtype import patch_picture_dtype
+from tuning.model.picture_dtype import patch_picture_dtype, picture_dtype, reader_of
 from tuning.model.vision_tower import find_tower
+from tuning.training.trainer import SupervisedTrainer
 
 
 def batch_of(layout: str) -> dict[str, torch.Tensor]:
@@ -68,3 +72,29 @@ def test_other_inputs_stay_as_they_are():
     model(**inputs, pixel_values=torch.ones(1, 3, 8, 8))
     assert all(seen[name] is value for name, value in inputs.items())
     assert seen["pixel_values"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pictures_that_travel_in_16_bits_give_the_same_bits(layout):
+    """The collator casts them in the data workers, as the model would on its device."""
+    model, samples = build_model(layout).to(torch.bfloat16).eval(), make_batch(layout)
+    collator = probe_collator(build_processor(layout))
+    small = replace(collator, picture_dtype=picture_dtype(reader_of(model))).join(samples)
+    assert small["pixel_values"].dtype == torch.bfloat16
+    assert all(small[name].dtype == value.dtype for name, value in batch_of(layout).items() if name != "pixel_values")
+    with torch.no_grad():
+        assert torch.equal(model(**small).logits, model(**collator.join(samples)).logits)
+
+
+def test_the_batches_of_a_run_carry_pictures_in_the_dtype_of_the_tower(make_options, tmp_path, monkeypatch):
+    seen, step = [], SupervisedTrainer.training_step
+    monkeypatch.setattr(
+        SupervisedTrainer,
+        "training_step",
+        lambda trainer, model, inputs, *args: (
+            seen.append(inputs["pixel_values"].dtype) or step(trainer, model, inputs, *args)
+        ),
+    )
+    for dtype in ("bfloat16", "float32"):
+        tuning.train(make_options("llava15", output_dir=str(tmp_path / dtype), dtype=dtype, max_steps=1))
+    assert seen == [torch.bfloat16, torch.float32]
