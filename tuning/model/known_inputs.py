@@ -16,7 +16,8 @@ READS = {
     *("tolist", "item", "numpy", "__array__", "is_nonzero", "__contains__"),
     *("__bool__", "__int__", "__float__", "__index__", "__format__", "__repr__"),
 }
-CHANGES = {"__setitem__", *(f"__i{name}__" for name in "add sub mul floordiv mod and or xor lshift rshift".split())}
+IN_PLACE = ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift")
+CHANGES = {"__setitem__", *(f"__i{name}__" for name in IN_PLACE)}
 RANDOM = ("rand", "bernoulli", "multinomial", "poisson")
 
 

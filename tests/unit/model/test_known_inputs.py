@@ -60,7 +60,7 @@ def test_what_is_computed_of_known_numbers_is_known(compute, numbers):
         lambda sizes: sizes.cpu().tolist(),
         lambda sizes: sizes.to("cpu", torch.float32).tolist(),
         lambda sizes: list(range(sizes[0, 1])),
-        lambda sizes: [part.tolist() for part in sizes.flatten().split(sizes[:, 0].tolist() + [5])],
+        lambda sizes: [part.tolist() for part in sizes.flatten().split([*sizes[:, 0].tolist(), 5])],
     ],
 )
 def test_the_host_reads_its_own_numbers(read):
