@@ -9,6 +9,9 @@ words. A word is a token. All runs use bfloat16 weights, gradient checkpointing 
 float32 master weights, `lora` has rank 16 on all linear layers of the language model, as in examples/models. With more
 than one GPU, FSDP2 shards the model over all of them. `flops` is what tuning/model/flops.py counts for the rows.
 
+`gathered_bytes` and `reduced_bytes` are the weights, and the gradients of trained weights, in the dtypes in which FSDP2
+sends them. FSDP2 shards the first dimension and pads it to a multiple of the GPUs, and sends the padding, too.
+
 docs/plan-a-large-run.md has the tables. docs/generate_plan.py writes them from the results.
 """
 
@@ -127,20 +130,29 @@ class Planned:
         estimate = memory.estimate(ROWS)
         assert estimate is not None
         parts = {name: getattr(estimate, name) for name in ("weights", "gradients", "optimizer", "activations", "peak")}
-        return {**parts, **self.count_work(memory), "seconds": round(time.monotonic() - started, 1)}
+        return {**parts, **self.count_work(memory, gpus), "seconds": round(time.monotonic() - started, 1)}
 
-    def count_work(self, memory: Any) -> dict[str, Any]:
-        """Parameters, and tokens and operations of a step's rows."""
+    def count_work(self, memory: Any, gpus: int) -> dict[str, Any]:
+        """Parameters, what FSDP2 sends of them, and tokens and operations of a step's rows."""
         from tuning.data.collator import describe_batch
         from tuning.training.utilisation import count_operations
 
         parameters, info = list(memory.build_skeleton().parameters()), describe_batch(self.samples)
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         return {
             "parameters": sum(parameter.numel() for parameter in parameters),
-            "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            "trained": sum(parameter.numel() for parameter in trained),
+            "gathered_bytes": sum(padded_bytes(parameter, gpus) for parameter in parameters),
+            "reduced_bytes": sum(padded_bytes(parameter, gpus) for parameter in trained),
             "tokens": info.tokens,
             "flops": count_operations(self.plan.flops, [info]),
         }
+
+
+def padded_bytes(parameter: Any, gpus: int) -> int:
+    """The bytes of a parameter whose first dimension FSDP2 pads to a multiple of `gpus`."""
+    first = parameter.shape[0] if parameter.dim() else 1
+    return -(-first // gpus) * gpus * (parameter.numel() // first) * parameter.itemsize
 
 
 def save_without_weights(name: str, folder: Path) -> None:
