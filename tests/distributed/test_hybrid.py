@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from launches import outcomes, run_jobs
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import tuning
-from tuning.files import SHARDED_MODEL
+from tuning.files import SHARDED_MODEL, SHARDED_OPTIMIZER
 from tuning.training.checkpoint_files import list_checkpoints
 
 pytestmark = pytest.mark.slow
@@ -30,6 +33,7 @@ def runs(tmp_path_factory, models, mixed_rows):
     jobs = [job(f"four {method}", 2, **changes) for method, changes in METHODS.items()]
     middle = str(root / "four full" / "checkpoint-3")
     jobs.append(job("four continued", 2, resume_from_checkpoint=middle))
+    jobs.append(job("four half", 2, dtype="bfloat16", optim="adamw_torch", max_steps=1, save_steps=1))
     (root / "printed").write_text(run_jobs("hybrid", jobs, root))
     for method, changes in METHODS.items():
         tuning.train(job(f"one {method}", 8, **changes))
@@ -52,3 +56,22 @@ def test_a_run_continues_from_a_sharded_checkpoint(runs):
     assert (list_checkpoints(runs / "four full")[0] / SHARDED_MODEL).is_dir()
     assert outcomes(runs / "four continued", 4) == ["done"] * 4
     assert losses(runs / "four continued") == pytest.approx(losses(runs / "one full")[3:], rel=1e-5)
+
+
+def stored_numbers(folder: Path) -> dict[torch.dtype, int]:
+    """How many numbers of each dtype the tensors of a sharded folder have, but for the counts of steps."""
+    found: dict[torch.dtype, int] = {}
+    for tensor in FileSystemReader(folder).read_metadata().state_dict_metadata.values():
+        if isinstance(tensor, TensorStorageMetadata) and tensor.size:
+            dtype = tensor.properties.dtype
+            found[dtype] = found.get(dtype, 0) + tensor.size.numel()
+    return found
+
+
+def test_a_sharded_checkpoint_has_the_bytes_of_the_page(runs):
+    """docs/plan-a-large-run.md: trained weights and two averages in float32, frozen weights in 16 bits."""
+    assert outcomes(runs / "four half", 4) == ["done"] * 4
+    (checkpoint,) = list_checkpoints(runs / "four half")
+    model, optimizer = (stored_numbers(checkpoint / name) for name in (SHARDED_MODEL, SHARDED_OPTIMIZER))
+    assert set(model) == {torch.float32, torch.bfloat16}
+    assert optimizer == {torch.float32: 2 * model[torch.float32]}

@@ -10,7 +10,7 @@ from tuning.checking.memory import MemoryEstimate
 from tuning.config.options import RunConfig
 from tuning.data.batch_sampler import RowOrder
 from tuning.data.sources import Mixture
-from tuning.distributed.fsdp import is_fsdp_asked_for
+from tuning.distributed.fsdp import is_fsdp_asked_for, shards_of_a_copy
 from tuning.exit_codes import was_launched
 
 GIGABYTE = 1e9
@@ -78,12 +78,13 @@ def count_processes(config: RunConfig) -> int:
 
 
 def count_shards(config: RunConfig) -> int:
-    """Over how many devices FSDP shards the model. 1 where each process has all of it.
+    """Over how many devices FSDP shards a copy of the model. 1 where each process has all of it.
 
     Processes that are yet to be launched are taken to shard it: that is what `vlm-tuning train` launches on GPUs.
     """
-    shards = config.training.world_size == 1 or is_fsdp_asked_for() or bool(config.training.fsdp)
-    return count_processes(config) if shards else 1
+    if config.training.world_size > 1 and not (is_fsdp_asked_for() or config.training.fsdp):
+        return 1
+    return shards_of_a_copy(config.run.accelerate_launch_args) or count_processes(config)
 
 
 def rows_of_a_step(config: RunConfig) -> int:

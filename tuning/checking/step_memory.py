@@ -118,7 +118,7 @@ class StepMemory:
             batch,
             training if recomputed is None else with_checkpointing(training, recomputed > 0),
             processes=shards,
-            replicated=count_processes(self.config) > shards,
+            replicated=shards == 1 < count_processes(self.config),  # copies that are sharded exchange no second one
             recomputed=Recomputed(self.plan.parts, recomputed) if recomputed else None,
             patch_optimizer=self.patch_optimizer,
         )

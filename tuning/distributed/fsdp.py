@@ -1,7 +1,7 @@
 """FSDP2 through accelerate: which layers it wraps, in which precision it shards, and where it cannot be used."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,19 @@ def disable_fsdp_on_cpu() -> bool:
     if not is_fsdp_asked_for() or PartialState().distributed_type != DistributedType.MULTI_CPU:
         return False
     os.environ["ACCELERATE_USE_FSDP"] = "false"  # accelerate and transformers read it
+    os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"  # hybrid sharding, which is for FSDP only
     return True
+
+
+def shards_of_a_copy(launch_args: Mapping[str, Any]) -> int | None:
+    """Over how many processes hybrid FSDP shards each copy of the model; None where there is one copy.
+
+    The launcher says it in the environment. Before a launch, its options do.
+    """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        return int(os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", "1"))
+    size = launch_args.get("parallelism_config_dp_shard_size")
+    return None if size is None else int(size)
 
 
 def receives_weights() -> bool:

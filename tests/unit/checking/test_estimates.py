@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from tiny_models import LAYOUTS, build_model, build_processor
 
-from tuning.checking.estimates import Lengths, padding_share
+from tuning.checking.estimates import Lengths, count_shards, padding_share
 from tuning.checking.report import token_texts
+from tuning.config.parse import build_config
 from tuning.distributed.fsdp import find_wrap_classes
 
 
@@ -54,3 +55,16 @@ def test_the_texts_of_tokens_make_up_the_text(layout):
     tokenizer = build_processor(layout).tokenizer
     ids = tokenizer("Hello  there, 42 is 🙂 é.\nNo.", add_special_tokens=False)["input_ids"]
     assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_hybrid_fsdp_shards_a_copy_over_some_of_the_processes(monkeypatch):
+    def count(**launch_args) -> int:
+        required = {"model_name_or_path": "m", "training_data_path": "d", "output_dir": "o", "use_cpu": True}
+        return count_shards(build_config({**required, "accelerate_launch_args": launch_args}))
+
+    assert count() == 1
+    assert count(num_processes=64) == 64
+    assert count(num_processes=64, parallelism_config_dp_shard_size=8) == 8
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")  # what a launcher tells its processes
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "16")
+    assert count(num_processes=64) == 16
