@@ -135,6 +135,7 @@ class Planned:
     def count_work(self, memory: Any, gpus: int) -> dict[str, Any]:
         """Parameters, what FSDP2 sends of them, and tokens and operations of a step's rows."""
         from tuning.data.collator import describe_batch
+        from tuning.distributed.fsdp import padded_numel
         from tuning.training.utilisation import count_operations
 
         parameters, info = list(memory.build_skeleton().parameters()), describe_batch(self.samples)
@@ -142,17 +143,11 @@ class Planned:
         return {
             "parameters": sum(parameter.numel() for parameter in parameters),
             "trained": sum(parameter.numel() for parameter in trained),
-            "gathered_bytes": sum(padded_bytes(parameter, gpus) for parameter in parameters),
-            "reduced_bytes": sum(padded_bytes(parameter, gpus) for parameter in trained),
+            "gathered_bytes": sum(padded_numel(parameter, gpus) * parameter.itemsize for parameter in parameters),
+            "reduced_bytes": sum(padded_numel(parameter, gpus) * parameter.itemsize for parameter in trained),
             "tokens": info.tokens,
             "flops": count_operations(self.plan.flops, [info]),
         }
-
-
-def padded_bytes(parameter: Any, gpus: int) -> int:
-    """The bytes of a parameter whose first dimension FSDP2 pads to a multiple of `gpus`."""
-    first = parameter.shape[0] if parameter.dim() else 1
-    return -(-first // gpus) * gpus * (parameter.numel() // first) * parameter.itemsize
 
 
 def save_without_weights(name: str, folder: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from tuning.config.legacy_names import CHECKPOINTING, CHECKPOINTING_KWARGS
 from tuning.data.encode import IGNORED
-from tuning.distributed.fsdp import cast_trainable_to_fp32
+from tuning.distributed.fsdp import cast_trainable_to_fp32, padded_numel
 from tuning.errors import describe_failure, try_optional
 from tuning.model.dry_run import META, DryRun
 from tuning.model.quantize import scales_of
@@ -75,7 +75,7 @@ def estimate_memory(
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     if processes > 1 and half:
         cast_trainable_to_fp32(model)
-    gathered = _gathered_bytes(model, half) if processes > 1 else 0
+    gathered = _gathered_bytes(model, half, processes) if processes > 1 else 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     meter = _Meter(model, processes)
     device = _DeviceEmulation(half, meter.ignore if processes > 1 else None)
@@ -285,7 +285,7 @@ def _cast_with_gradients_to_fp32(parameters: list[nn.Parameter]) -> None:
         parameter.grad = None if gradient is None else gradient.float()
 
 
-def _gathered_bytes(model: nn.Module, half: torch.dtype | None) -> int:
+def _gathered_bytes(model: nn.Module, half: torch.dtype | None, processes: int) -> int:
     """Bytes of the weights that FSDP gathers: what is in no block, and two blocks, the second one being prefetched.
 
     Blocks are the modules that transformers does not split (`_no_split_modules`), which accelerate wraps. The two
@@ -297,7 +297,7 @@ def _gathered_bytes(model: nn.Module, half: torch.dtype | None) -> int:
     outside = [parameter for parameter in model.parameters() if parameter not in within]
 
     def size(parameters: Iterable[torch.Tensor]) -> int:
-        return sum(parameter.numel() * (half or parameter.dtype).itemsize for parameter in parameters)
+        return sum(padded_numel(parameter, processes) * (half or parameter.dtype).itemsize for parameter in parameters)
 
     return size(outside) + 2 * max((size(block.parameters()) for block in blocks), default=0)
 

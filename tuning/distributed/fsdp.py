@@ -78,6 +78,15 @@ def choose_wrap_classes(model: PreTrainedModel, named: Sequence[str] = ()) -> li
     return list(named) or find_wrap_classes(model)
 
 
+def padded_numel(parameter: torch.Tensor, shards: int) -> int:
+    """The numbers of a parameter as FSDP2 gathers it from `shards` processes.
+
+    It pads the first dimension to a multiple of them. That is much for a short one: adapters have `r` rows.
+    """
+    first = max(1, parameter.shape[0]) if parameter.dim() else 1
+    return -(-first // shards) * shards * (parameter.numel() // first)
+
+
 def set_fsdp_param_dtype(model: nn.Module, plugin: Any) -> bool:
     """Let FSDP shard trained 16-bit weights in float32 and compute in their own dtype, as a single process does.
 
