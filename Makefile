@@ -37,9 +37,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# docs/options.md is made from the options.
+# docs/options.md is made from the options, the tables of docs/plan-a-large-run.md from benchmarks/results/.
 docs: install
 	$(BIN)/python docs/generate_options.py
+	$(BIN)/python docs/generate_plan.py
 
 clean:
 	rm -rf .venv .cuda_stand_in demo_output .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """How long processes wait for the slowest one: the most costly share of a step ÷ the mean share, ours and by chance.
 
-Simulates an epoch on 8, 64 and 512 processes with our samplers and lengths of rows only. A cost is what the shapes of
+Simulates an epoch on 8 to 1,024 processes with our samplers and lengths of rows only. A cost is what the shapes of
 Qwen2.5-VL 7B say in full fine-tuning (tuning/model/flops.py, tuning/training/row_cost.py), of padding-free batches. A
 step has one batch of each process. `ours` and `random` are means over the steps of an epoch, without its short last
 one. `worst` is our worst step. `least` is the mean of what no way of dealing out the rows of a step can beat: a process
@@ -127,7 +127,7 @@ def simulate(kind: str, sizes: np.ndarray, cost: RowCost, world: int) -> dict[st
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=60_000)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 1024])
     parser.add_argument("--mixture", nargs="+", choices=MIXTURES, default=list(MIXTURES))
     arguments = parser.parse_args(argv)
     environment, cost, missed = describe_environment(), cost_of_qwen(), 0

@@ -26,6 +26,7 @@ KEYS = {
     "pictures": ("family",),
     "balance": ("mixture", "batches", "ranks"),
     "towers": ("family", "tower"),
+    "plan": ("model", "method", "gpus"),
 }
 COLUMNS = {
     "step": {
