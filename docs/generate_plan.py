@@ -146,7 +146,7 @@ def traffic() -> str:
 
 def tokens() -> str:
     """Tokens of a micro-batch on which a GPU computes as long as FSDP2 sends: 6·P·tokens ÷ (MFU·PEAK) = 6·P ÷ rate."""
-    rates = [("NVLink, 450 GB/s", NVLINK), *((f"network, {show(rate / 1e9)} GB/s", rate) for rate in NETWORKS)]
+    rates = [("NVLink, 450 GB/s", NVLINK), *((f"network, {rate / 1e9:g} GB/s", rate) for rate in NETWORKS)]
     counts = [f"{round(MFU * PEAK / rate, -2):,.0f}" for _, rate in rates]
     return make_table(["", *(name for name, _ in rates)], [["tokens", *counts]])
 
