@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.distributed.fsdp import disable_fsdp_on_cpu
+from tuning.distributed.watch import watch_processes
 from tuning.errors import RunEnded, UserError, first_line
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, EXIT_STOPPED, LAUNCHED, claim_file, was_launched
 from tuning.machine import count_gpus
@@ -218,6 +219,7 @@ def configure_libraries(training: TrainingArguments) -> None:
         print0("FSDP needs GPUs, and there are none: every process trains a full copy of the model (DDP).")
     if dist.is_initialized() and training.use_cpu:  # transformers applies ddp_timeout to accelerators only
         dist.group.WORLD.set_timeout(training.ddp_timeout_delta)
+    watch_processes()
     if training.disable_tqdm:  # the trainer hides its own bar only
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from tuning.distributed.watch import announce_end
 from tuning.errors import RunEnded
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, EXIT_USER_ERROR
 
@@ -116,13 +117,14 @@ _COMMUNICATION = ("connection closed", "connection reset", "timed out", "timeout
 
 
 def exit_process(exit_code: int) -> NoReturn:
-    """End this process. With several processes, exit without interpreter shutdown.
+    """End this process, and tell the others. With several processes, exit without interpreter shutdown.
 
     gloo's threads may still be freeing the tensors of the last message. For that they take Python's lock, and that
     aborts a process whose interpreter is shutting down: "terminate called without an active exception", exit code -6.
     """
     if not dist.is_initialized():
         sys.exit(exit_code)
+    announce_end(exit_code)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
