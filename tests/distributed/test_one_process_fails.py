@@ -10,23 +10,15 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from child_runs import FORK
-from distributed.ranks import shard_on_cpu
 from hub_server import TOKEN, serve_hub
-from launches import FIXTURES, ROOT
-
-from tuning import cli
-from tuning.distributed.processes import exit_process
-from tuning.exit_codes import claim_file
+from launches import ROOT
+from two_processes import run_two
 
 IS_FIRST = re.compile(
     r"\b(should_save|is_main_process|is_world_process_zero|main|(rank|process_index) [!=]= 0)\b|'RANK'"
@@ -106,61 +98,6 @@ def meet_error_at(place: Place, reached: Path) -> None:
         return trace_lines if code.co_name == place.function and code.co_filename == str(ROOT / place.file) else None
 
     sys.settrace(trace_calls)
-
-
-@pytest.fixture(scope="module")
-def fsdp_settings(tmp_path_factory):
-    """What accelerate's launcher sets in the environment of its processes."""
-    file = tmp_path_factory.mktemp("environment") / "environment.json"
-    script = file.with_suffix(".py")
-    script.write_text(f"import json, os; json.dump(dict(os.environ), open({str(file)!r}, 'w'))")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--main_process_port=0"]
-    command += [f"--config_file={ROOT / 'fixtures' / FIXTURES['fsdp']}", str(script)]
-    subprocess.run(command, check=True, capture_output=True)
-    found = json.loads(file.read_text())
-    return {name: value for name, value in found.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
-
-
-def run_two(
-    words: list[str], folder: Path, settings: dict[str, str], prepare: Callable[[int], None]
-) -> tuple[list[int | None], list[str], float]:
-    """Run the command in two processes without a launcher: their exit codes, what they print, and how long they took.
-
-    A code is None where a process had to be killed.
-    """
-    claim_file(os.getpid()).unlink(missing_ok=True)
-    with socket.socket() as any_free:
-        any_free.bind(("localhost", 0))
-        port = str(any_free.getsockname()[1])
-
-    def child(rank: int) -> None:
-        os.setsid()
-        sys.stdout = sys.stderr = open(folder / f"rank-{rank}.log", "w", buffering=1)  # noqa: SIM115
-        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        os.environ.update(settings | places | {"MASTER_ADDR": "localhost", "MASTER_PORT": port})
-        from accelerate.state import AcceleratorState, PartialState
-        from huggingface_hub import constants
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        constants.HF_HUB_OFFLINE, constants.ENDPOINT = False, settings.get("HF_ENDPOINT", "")
-        if settings.get("FSDP_VERSION"):
-            shard_on_cpu()
-        PartialState._shared_state.clear()
-        prepare(rank)
-        exit_process(cli.main(words))
-
-    began = time.monotonic()
-    processes = [FORK.Process(target=child, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(max(0.0, began + 120 - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        if process.exitcode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-    return codes, [(folder / f"rank-{rank}.log").read_text() for rank in range(2)], time.monotonic() - began
 
 
 @pytest.fixture(scope="module")
