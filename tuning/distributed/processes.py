@@ -7,18 +7,21 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
 from tuning.distributed.watch import announce_end
-from tuning.errors import RunEnded
+from tuning.errors import RunEnded, UserError
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, EXIT_USER_ERROR
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -109,6 +112,20 @@ def make_cpu_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
         return None
     default = dist.group.WORLD._get_backend(accelerator.device)
     return dist.new_group(backend="gloo", timeout=default.options._timeout)
+
+
+def decide_on_first_process(decide: Callable[[], T]) -> T:
+    """What the first process decides. The others wait for it, and end without a message where it meets a bad row."""
+    decided, error = list[T](), None
+    if PartialState().is_main_process:
+        try:
+            decided = [decide()]
+        except UserError as found:
+            error = found
+    (decided,) = broadcast_object_list([decided])
+    if error or not decided:
+        raise error or RunEnded("", EXIT_USER_ERROR)
+    return decided[0]
 
 
 GONE = "gone"
