@@ -1,8 +1,11 @@
-"""Rows that are as different as rows can be."""
+"""Rows that are as different as rows can be, and the settings of a launcher."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from launches import FIXTURES, ROOT
 from PIL import Image
 
 TEXT, ONE, TWO = 0, 1, 2
@@ -29,3 +32,16 @@ def mixed_rows(tmp_path_factory):
     text_only = [line for line, images in zip(lines, IMAGES_OF_ROWS, strict=True) if not images]
     (folder / "text_only.jsonl").write_text("\n".join((text_only * 3)[:19]) + "\n")
     return folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="session")
+def fsdp_settings(tmp_path_factory):
+    """What accelerate's launcher sets in the environment of its processes."""
+    file = tmp_path_factory.mktemp("environment") / "environment.json"
+    script = file.with_suffix(".py")
+    script.write_text(f"import json, os; json.dump(dict(os.environ), open({str(file)!r}, 'w'))")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--main_process_port=0"]
+    command += [f"--config_file={ROOT / 'fixtures' / FIXTURES['fsdp']}", str(script)]
+    subprocess.run(command, check=True, capture_output=True)
+    found = json.loads(file.read_text())
+    return {name: value for name, value in found.items() if name.startswith(("FSDP_", "ACCELERATE_"))}

@@ -21,6 +21,7 @@ from pathlib import Path
 def shard_on_cpu() -> None:
     from accelerate import state
     from accelerate.utils import DistributedType
+    from torch.nn.parallel import DistributedDataParallel
 
     make = state.PartialState.__init__
 
@@ -30,6 +31,12 @@ def shard_on_cpu() -> None:
             self.distributed_type = DistributedType.MULTI_XPU
 
     state.PartialState.__init__ = pretend
+    make_ddp = DistributedDataParallel.__init__
+
+    def without_devices(self, module, device_ids=None, output_device=None, **settings):
+        make_ddp(self, module, **settings)
+
+    DistributedDataParallel.__init__ = without_devices
 
 
 def no_number(trainer, compute_loss, *args, **kwargs):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from architectures.case import PICTURES, Case
 
 import tuning
 
@@ -50,3 +51,27 @@ def test_compiled_runs_are_as_uncompiled_ones(backend, padding_free, graphs, mak
     assert graphs[8] > 0
     assert graphs[15] == graphs[10], graphs  # new lengths at every step, no new graph after the third
     assert f"layers are compiled ({backend})" in capsys.readouterr().out
+
+
+PADDING_FREE = ("qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm", "internvl", "llava_onevision")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PADDING_FREE)
+def test_no_family_compiles_again_because_lengths_change(name, graphs, tmp_path):
+    case = Case.make(name, tmp_path)
+    lines = []
+    for number in range(24):
+        row = json.loads(json.dumps(case.rows[number % 2]))
+        row["messages"][-1]["content"] += " Red." * number
+        row["images"] = [list(PICTURES)[number % len(PICTURES)]]
+        lines.append(json.dumps(row))
+    (case.folder / "rows.jsonl").write_text("\n".join(lines))
+    runs, backend = [], "inductor" if shutil.which("g++") else "aot_eager"
+    for changes in ({}, {"torch_compile": True, "torch_compile_backend": backend}):
+        options = case.options(output_dir=str(tmp_path / str(len(runs))), per_device_train_batch_size=2, max_steps=8)
+        tuning.train(options | {"train_sampling_strategy": "random"} | changes)
+        runs.append(losses(tmp_path / str(len(runs))))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+    assert graphs[8] > 0
+    assert graphs[15] == graphs[11], graphs

@@ -189,3 +189,24 @@ def test_two_processes_decide_alike_and_one_goes_on(make_options, long_rows, tmp
     tuning.train(options | {"max_steps": 2, "max_memory_gb": 1.0})
     rows_alone, *_ = decided(capsys.readouterr().out)
     assert rows_alone == 2 * int(rows)
+
+
+@pytest.mark.parametrize("gigabytes", [8, 1e-6])
+def test_lora_on_several_processes_keeps_whole_copies_where_they_fit(gigabytes, models, rows, tmp_path):
+    """DDP where a step fits, FSDP2 where not; only where the launcher leaves it to us."""
+    lora = {"peft_method": "lora", "target_modules": ["q_proj"], "max_memory_gb": gigabytes, "max_steps": 1}
+    options = {"model_name_or_path": str(models["llava15"]), "training_data_path": str(rows), "report_samples": 0}
+    options |= {"dataloader_num_workers": 0, "optim": "sgd", "learning_rate": 0.1} | lora
+    ours = {"VLM_TUNING_CHOOSES_STRATEGY": "1", "ACCELERATE_USE_FSDP": "true"}
+    jobs = [
+        options | {"output_dir": str(tmp_path / "ours"), "environ": ours},
+        options | {"output_dir": str(tmp_path / "theirs"), "environ": {**ours, "VLM_TUNING_CHOOSES_STRATEGY": "0"}},
+    ]
+    printed = run_jobs("fsdp", jobs, tmp_path)
+    assert [outcomes(tmp_path / name) for name in ("ours", "theirs")] == [["done", "done"]] * 2
+    first, second = printed.split("Done: ")[:2]
+    assert ("LoRA, DDP: by the estimate a step with a whole copy" in first) == (gigabytes == 8)
+    assert ("LoRA, FSDP2: by the estimate" in first) == (gigabytes != 8)
+    assert "LoRA, " not in second
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)

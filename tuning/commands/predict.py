@@ -28,6 +28,7 @@ from tuning.data.images import load_image, thumbnail
 from tuning.data.prompts import ask_or_error, read_references, right_answers
 from tuning.data.sources import Row, Source
 from tuning.distributed.launch import DDP_SETTINGS, check_processes, choose_launch_options, launch
+from tuning.distributed.watch import watch_processes
 from tuning.errors import UserError, writing
 from tuning.exit_codes import on_interrupt_say
 from tuning.files import (
@@ -100,6 +101,7 @@ def predict(options: PredictArguments) -> None:
     check_metrics(options.metric_names)
     os.environ["ACCELERATE_USE_FSDP"] = "false"  # every process has the whole model
     state = PartialState(cpu=not torch.accelerator.is_available())
+    watch_processes()
     check_processes(state.num_processes)
     check_config_name(options, [options.data_path])
     more_fields = [options.references_field] if options.references_field else []

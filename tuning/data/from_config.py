@@ -22,7 +22,7 @@ from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import Collator, probe_collator
 from tuning.data.dataset import EncodedRows, StreamedRows, encode_row
 from tuning.data.dummy_samples import dummy_image_sample
-from tuning.data.encode import IGNORED, Encoder
+from tuning.data.encode import IGNORED, Encoder, Sample
 from tuning.data.formats import describe_format
 from tuning.data.held_out import hold_out
 from tuning.data.images import ImageRules
@@ -52,6 +52,13 @@ class TrainingData:
     def files(self) -> list[DataFile]:
         """The files, or splits on the Hub, of the training rows."""
         return source_of(self.train).files
+
+    def encode(self, row: int) -> Sample | None:
+        """The sample of a training row, None where it is left out. Raises `UserError` where it is bad."""
+        sample = self.train[row]
+        if isinstance(sample, UserError):
+            raise sample
+        return None if sample.skipped else sample
 
 
 @dataclass(frozen=True)

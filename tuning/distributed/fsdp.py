@@ -90,11 +90,12 @@ def padded_numel(parameter: torch.Tensor, shards: int) -> int:
 def set_fsdp_param_dtype(model: nn.Module, plugin: Any) -> bool:
     """Let FSDP shard trained 16-bit weights in float32 and compute in their own dtype, as a single process does.
 
-    Returns whether there are any. accelerate does this only for mixed precision, whose autocast computes differently.
+    Gradients are summed over the processes in float32. Returns whether there are any. accelerate does this only for
+    mixed precision, whose autocast computes differently.
     """
     half = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} - {torch.float32}
     for dtype in half:  # only one: FSDP needs weights of one dtype
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype)
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     return bool(half)
 
 

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.distributed.fsdp import disable_fsdp_on_cpu
+from tuning.distributed.watch import watch_processes
 from tuning.errors import RunEnded, UserError, first_line
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, EXIT_STOPPED, LAUNCHED, claim_file, was_launched
 from tuning.machine import count_gpus
@@ -28,6 +29,7 @@ PACKAGE = Path(__file__).parents[1]
 SCRIPT = PACKAGE / "sft_trainer.py"
 FIXTURES = PACKAGE / "fixtures"
 FSDP_SETTINGS = FIXTURES / "accelerate_fsdp_defaults.yaml"
+STRATEGY_IS_OURS = "VLM_TUNING_CHOOSES_STRATEGY"
 DDP_SETTINGS = FIXTURES / "accelerate_ddp.yaml"
 ALREADY_PRINTED = (1, EXIT_STOPPED, EXIT_INTERNAL_ERROR)  # exit codes of a process that has printed why it ended
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -112,7 +114,8 @@ def launch(launch_args: Mapping[str, Any], program: Sequence[str], *, settings: 
     parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's option; we forward the others
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        with forward_signals(parsed.training_script) as forwarded, mark_as_launched():
+        ours = settings == FSDP_SETTINGS and not any("fsdp" in name or name == "config_file" for name in launch_args)
+        with forward_signals(parsed.training_script) as forwarded, mark_as_launched(strategy_is_ours=ours):
             launch_command(parsed)
     except SignalException as error:  # Ctrl-C, or a terminal that is gone
         raise RunEnded("" if has_printed_error() else "Interrupted.", 128 + error.sigval) from error
@@ -180,13 +183,18 @@ def explain_exit(exit_code: int, who: str, forwarded: Sequence[int] = ()) -> Run
 
 
 @contextmanager
-def mark_as_launched() -> Iterator[None]:
-    """Mark the processes that are started inside as launched; see `was_launched`."""
-    os.environ[LAUNCHED] = "1"
+def mark_as_launched(*, strategy_is_ours: bool) -> Iterator[None]:
+    """Mark the processes that are started inside as launched; see `was_launched`.
+
+    `strategy_is_ours`: the user has not named FSDP or a file, so that the run may choose DDP.
+    """
+    marks = {LAUNCHED: "1"} | ({STRATEGY_IS_OURS: "1"} if strategy_is_ours else {})
+    os.environ.update(marks)
     try:
         yield
     finally:
-        del os.environ[LAUNCHED]
+        for name in marks:
+            del os.environ[name]
 
 
 @contextmanager
@@ -218,6 +226,7 @@ def configure_libraries(training: TrainingArguments) -> None:
         print0("FSDP needs GPUs, and there are none: every process trains a full copy of the model (DDP).")
     if dist.is_initialized() and training.use_cpu:  # transformers applies ddp_timeout to accelerators only
         dist.group.WORLD.set_timeout(training.ddp_timeout_delta)
+    watch_processes()
     if training.disable_tqdm:  # the trainer hides its own bar only
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

@@ -7,17 +7,21 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
-from tuning.errors import RunEnded
+from tuning.distributed.watch import announce_end
+from tuning.errors import RunEnded, UserError
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, EXIT_USER_ERROR
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -110,19 +114,34 @@ def make_cpu_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=default.options._timeout)
 
 
+def decide_on_first_process(decide: Callable[[], T]) -> T:
+    """What the first process decides. The others wait for it, and end without a message where it meets a bad row."""
+    decided, error = list[T](), None
+    if PartialState().is_main_process:
+        try:
+            decided = [decide()]
+        except UserError as found:
+            error = found
+    (decided,) = broadcast_object_list([decided])
+    if error or not decided:
+        raise error or RunEnded("", EXIT_USER_ERROR)
+    return decided[0]
+
+
 GONE = "gone"
 _EXIT_SECONDS = 5.0
 _COMMUNICATION = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "nccl", "gloo")
 
 
 def exit_process(exit_code: int) -> NoReturn:
-    """End this process. With several processes, exit without interpreter shutdown.
+    """End this process, and tell the others. With several processes, exit without interpreter shutdown.
 
     gloo's threads may still be freeing the tensors of the last message. For that they take Python's lock, and that
     aborts a process whose interpreter is shutting down: "terminate called without an active exception", exit code -6.
     """
     if not dist.is_initialized():
         sys.exit(exit_code)
+    announce_end(exit_code)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()

@@ -1,12 +1,11 @@
 """Before the weights are read: decide what is auto by the memory of all processes, and keep it when a run resumes."""
 
 import os
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, reduce
+from accelerate.utils import gather_object, reduce
 from transformers import PreTrainedConfig
 
 from tuning.checking.estimates import count_processes
@@ -15,16 +14,16 @@ from tuning.checking.step_memory import LongestRows, StepMemory
 from tuning.config.legacy_names import CHECKPOINTING
 from tuning.config.options import BATCH_SIZE, RunConfig
 from tuning.console import print0
-from tuning.data.encode import Sample
 from tuning.data.from_config import TrainingData
 from tuning.data.row_lengths import RowLengths
 from tuning.distributed.fsdp import is_fsdp_asked_for
-from tuning.errors import RunEnded, UserError
-from tuning.exit_codes import EXIT_USER_ERROR
+from tuning.distributed.processes import decide_on_first_process
+from tuning.errors import UserError
 from tuning.model.build import ModelPlan
 from tuning.training.data_loading import choose_collator
 from tuning.training.optimizer import patch_master_weights
 from tuning.training.resume import Progress, require_same_steps
+from tuning.training.strategy import choose_strategy
 
 
 def fit_to_memory(
@@ -32,9 +31,11 @@ def fit_to_memory(
 ) -> RunConfig:
     """The config with numbers where it says auto, the same on all processes, and a line that says which.
 
+    First of all it may choose between DDP and FSDP2; see `choose_strategy`.
     A resumed run keeps the rows of its steps. It decides again how many layers are recomputed, which changes no result.
     Raises `UserError` where the processes cannot share these rows, or one of the longest rows is bad.
     """
+    choose_strategy(config, model_config, plan, data, progress)
     decides = left_to_memory(config)
     if not decides:
         return config
@@ -48,10 +49,10 @@ def fit_to_memory(
     limit = min(gather_object([find_limit(config)]))
     collator = choose_collator(config, data.encoder, data.collator, progress.padded)
     patch_optimizer = patch_master_weights if config.model.keep_master_weights else None
-    heaviest = [LongestRows(lengths, lambda row: encode(data, row)) for lengths in sizes.T]
+    heaviest = [LongestRows(lengths, data.encode) for lengths in sizes.T]
     memory = StepMemory(config, model_config, plan, collator, heaviest, patch_optimizer)
     most = max(1, len(sizes) // count_processes(config))
-    decided = decide_once(lambda: plan_memory(memory, limit, most_rows=most, rows=rows))
+    decided = decide_on_first_process(lambda: plan_memory(memory, limit, most_rows=most, rows=rows))
     print0(decided.describe(config, limit))
     return decided.apply(config)
 
@@ -100,24 +101,3 @@ def measure_rows(config: RunConfig, data: TrainingData) -> np.ndarray:
     rank, world = training.process_index, training.world_size
     lengths.measure_all(add_up, rank=rank, world=world, show=not training.disable_tqdm)
     return lengths.sizes(range(len(rows)))
-
-
-def encode(data: TrainingData, row: int) -> Sample | None:
-    sample = data.train[row]
-    if isinstance(sample, UserError):
-        raise sample
-    return None if sample.skipped else sample
-
-
-def decide_once(decide: Any) -> MemoryPlan:
-    """What the first process decides. The others wait for it, and end without a message where it meets a bad row."""
-    decided, error = [None], None
-    if PartialState().is_main_process:
-        try:
-            decided = [decide()]
-        except UserError as found:
-            error = found
-    broadcast_object_list(decided)
-    if error or decided[0] is None:
-        raise error or RunEnded("", EXIT_USER_ERROR)
-    return decided[0]

@@ -138,8 +138,9 @@ class SupervisedTrainer(ResumableTrainer):
             plugin.transformer_cls_names_to_wrap = self.trainable.wrap_classes or None
             if mixed or (self._keeps_master_weights and set_fsdp_param_dtype(self.model, plugin)):
                 cast_trainable_to_fp32(self.model)
-            if mixed:  # FSDP would cast the loss to 16 bits, too: it would be rounded, or overflow
-                plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+            if mixed:  # FSDP would round the loss to 16 bits, and the sums of gradients
+                exact = {"output_dtype": None, "reduce_dtype": torch.float32}
+                plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
             materialize_meta_params(self.model)
 
     def _prepare_for_training(self, *args, **kwargs):
