@@ -9,8 +9,8 @@ words. A word is a token. All runs use bfloat16 weights, gradient checkpointing 
 float32 master weights, `lora` has rank 16 on all linear layers of the language model, as in examples/models. With more
 than one GPU, FSDP2 shards the model over all of them. `flops` is what tuning/model/flops.py counts for the rows.
 
-`gathered_bytes` and `reduced_bytes` are the weights, and the gradients of trained weights, in the dtypes in which FSDP2
-sends them. FSDP2 shards the first dimension and pads it to a multiple of the GPUs, and sends the padding, too.
+`gathered_bytes` and `reduced_bytes` are the weights, and the gradients of trained weights, in the dtypes in which they
+are computed. FSDP2 shards the first dimension and pads it to a multiple of the GPUs, and sends the padding, too.
 
 docs/plan-a-large-run.md has the tables. docs/generate_plan.py writes them from the results.
 """

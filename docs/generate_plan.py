@@ -32,6 +32,8 @@ DISK_OF_ONE, DISK_OF_ALL = 2e9, 20e9  # what one process writes, and what all pr
 FAILURES = 419 / 54 / 16384
 RESTART = 2700  # seconds from a failure to the next step: ddp_timeout, and 15 minutes to start
 
+BYTES_OF_GRADIENT = {"full": 2, "lora": 4}  # as it is computed: adapters are float32
+
 Lines = dict[int, dict[str, Any]]  # by number of GPUs
 
 
@@ -82,14 +84,14 @@ def memory() -> str:
 def choose_strategy(lines: Lines, gpus: int) -> str:
     """What to set: a copy of the model for each GPU, for each machine, or for all GPUs.
 
-    It is the first that fits even if the estimate is too low, else the first that fits.
+    It is the first that fits even if the estimate is too low, else the first that fits. The first one sends least.
     """
     limit = SHARE * MEMORY
     candidates = [("one GPU", lines[1]["peak"])] if gpus == 1 else [("DDP", ddp_memory(lines))]
-    if gpus > OF_MACHINE:
-        candidates.append(("hybrid", lines[OF_MACHINE]["peak"]))
     if gpus > 1:
         candidates.append(("full shard", lines[gpus]["peak"]))
+    if gpus > OF_MACHINE:
+        candidates.insert(1 if lines[1]["method"] == "lora" else 2, ("hybrid", lines[OF_MACHINE]["peak"]))
     safe = [name for name, size in candidates if size <= limit / ERROR]
     tight = [f"{name}, tight" for name, size in candidates if size <= limit]
     return next(iter([*safe, *tight, "does not fit"]))
@@ -100,10 +102,15 @@ def strategy() -> str:
     return make_table(heads, each_model(lambda lines: [choose_strategy(lines, gpus) for gpus in GPUS]))
 
 
+def summed_bytes(line: dict[str, Any]) -> float:
+    """The gradients as FSDP2 sums them: in float32, see `set_fsdp_param_dtype`."""
+    return 4 * line["reduced_bytes"] / BYTES_OF_GRADIENT[line["method"]]
+
+
 def shard_bytes(line: dict[str, Any]) -> float:
     """What FSDP2 sends to a GPU in a step: two all-gathers of the weights and a reduce-scatter of the gradients."""
     gpus = line["gpus"]
-    return (2 * line["gathered_bytes"] + line["reduced_bytes"]) * (gpus - 1) / gpus
+    return (2 * line["gathered_bytes"] + summed_bytes(line)) * (gpus - 1) / gpus
 
 
 def ddp_bytes(lines: Lines, gpus: int) -> float:
@@ -114,7 +121,7 @@ def ddp_bytes(lines: Lines, gpus: int) -> float:
 def hybrid_seconds(lines: Lines, network: float) -> float:
     """Sharding within a machine, and then an all-reduce of the gradients, of which each GPU of a machine has a part."""
     line = lines[OF_MACHINE]
-    return shard_bytes(line) / NVLINK + 2 * line["reduced_bytes"] * (MACHINES - 1) / MACHINES / network
+    return shard_bytes(line) / NVLINK + 2 * summed_bytes(line) * (MACHINES - 1) / MACHINES / network
 
 
 def compute_seconds(line: dict[str, Any]) -> float:
@@ -145,10 +152,18 @@ def traffic() -> str:
 
 
 def tokens() -> str:
-    """Tokens of a micro-batch on which a GPU computes as long as FSDP2 sends: 6·P·tokens ÷ (MFU·PEAK) = 6·P ÷ rate."""
+    """Tokens of a micro-batch on which a GPU computes as long as FSDP2 sends.
+
+    A parameter takes 2 operations of a token in the forward, 2 in the backward, and 2 more if it trains. It is sent as
+    2 bytes in the forward, 2 in the backward, and 4 if it trains.
+    """
     rates = [("NVLink, 450 GB/s", NVLINK), *((f"network, {rate / 1e9:g} GB/s", rate) for rate in NETWORKS)]
-    counts = [f"{round(MFU * PEAK / rate, -2):,.0f}" for _, rate in rates]
-    return make_table(["", *(name for name, _ in rates)], [["tokens", *counts]])
+
+    def cells(sent: int, operations: int) -> list[str]:
+        return [f"{round(sent / operations * MFU * PEAK / rate, -2):,.0f}" for _, rate in rates]
+
+    rows = [["full", *cells(8, 6)], ["lora", *cells(4, 4)]]
+    return make_table(["method", *(name for name, _ in rates)], rows)
 
 
 def checkpoint_bytes(line: dict[str, Any], *, sharded: bool) -> float:

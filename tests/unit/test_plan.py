@@ -55,8 +55,8 @@ def test_an_estimate_is_the_committed_one(generator, capsys):
 
 
 def test_the_strategy_is_the_first_that_fits_surely(generator):
-    def choose(gpus: int, one: float, gradients: float, shards: dict[int, float]) -> str:
-        lines = {1: {"peak": one * 1e9, "gradients": gradients * 1e9}}
+    def choose(gpus: int, one: float, gradients: float, shards: dict[int, float], method: str = "lora") -> str:
+        lines = {1: {"method": method, "peak": one * 1e9, "gradients": gradients * 1e9}}
         return generator.choose_strategy(lines | {n: {"peak": size * 1e9} for n, size in shards.items()}, gpus)
 
     assert choose(1, 50, 0, {}) == "one GPU"
@@ -64,14 +64,16 @@ def test_the_strategy_is_the_first_that_fits_surely(generator):
     assert choose(64, 50, 5, {8: 9, 64: 8}) == "DDP"
     assert choose(64, 60, 9, {8: 65, 64: 65}) == "DDP, tight"
     assert choose(64, 60, 20, {8: 50, 64: 8}) == "hybrid"
+    assert choose(64, 60, 20, {8: 50, 64: 8}, "full") == "full shard"
     assert choose(64, 60, 20, {8: 60, 64: 8}) == "full shard"
     assert choose(64, 60, 20, {8: 60, 64: 59}) == "hybrid, tight"
     assert choose(8, 60, 20, {8: 80}) == "does not fit"
 
 
-def test_a_gpu_gets_what_it_lacks(generator):
-    line = {"gpus": 4, "gathered_bytes": 400, "reduced_bytes": 100}
-    assert generator.shard_bytes(line) == 2 * 300 + 75
+@pytest.mark.parametrize(("method", "summed"), [("full", 200), ("lora", 100)])
+def test_a_gpu_gets_what_it_lacks(generator, method, summed):
+    line = {"method": method, "gpus": 4, "gathered_bytes": 400, "reduced_bytes": 100}
+    assert generator.shard_bytes(line) == 2 * 300 + summed * 3 / 4
     assert generator.ddp_bytes({1: line}, 4) == 2 * 75
 
 
