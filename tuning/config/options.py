@@ -88,6 +88,11 @@ class LoraArguments:
     modules_to_save: list[str] | None = option(None, "Modules to train in full and save with the adapter.")
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(r) instead (rank-stabilized LoRA).")
     use_dora: bool = option(False, "Train weight-decomposed LoRA (DoRA).")
+    lora_dtype: str = option(
+        "float32",
+        "Precision of LoRA matrices; auto: that of the weights, with float32 copies in the optimizer.",
+        choices=("float32", "auto"),
+    )
 
 
 @dataclass(frozen=True)

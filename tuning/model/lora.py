@@ -44,7 +44,12 @@ def add_lora(model: PreTrainedModel, lora: LoraArguments, targets: LoraTargets) 
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
-    return _wrap_with_peft(model, config)
+    adapted = _wrap_with_peft(model, config)
+    if lora.lora_dtype == "auto":
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:  # PEFT makes them in float32 where weights have 16 bits
+                parameter.data = parameter.data.to(model.dtype)
+    return adapted
 
 
 def _wrap_with_peft(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
