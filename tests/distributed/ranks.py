@@ -32,6 +32,20 @@ def shard_on_cpu() -> None:
     state.PartialState.__init__ = pretend
 
 
+def shard_small_weights() -> None:
+    """ZeRO-3 keeps small weights whole, and gathered ones for later use: each of a tiny model would stay whole."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    make = DeepSpeedPlugin.__post_init__
+    limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+
+    def configure(self):
+        make(self)
+        self.deepspeed_config["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits}
+
+    DeepSpeedPlugin.__post_init__ = configure
+
+
 def no_number(trainer, compute_loss, *args, **kwargs):
     return compute_loss(trainer, *args, **kwargs) * float("nan" if trainer.state.global_step == 2 else 1)
 
@@ -115,6 +129,8 @@ def main(path: str) -> None:
     torch.set_num_threads(1)
     if os.environ.get("FSDP_ON_CPU"):
         shard_on_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        shard_small_weights()
     for job in json.loads(Path(path).read_text()):
         os.environ.update(job.pop("environ", {}))
         outcome = Path(f"{job['output_dir']}-outcome-{os.environ['RANK']}")

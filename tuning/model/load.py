@@ -256,17 +256,19 @@ def load_model(
             return model_class(config).from_pretrained(None, config=config, state_dict={}, **settings)
     quantised = quantization.loading_options() if quantization else {}
     try:
-        loaded, report = AutoModelForImageTextToText.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            attn_implementation=name_attention(attention),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # the report lists them, and they are refused below
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **quantised,
-        )
+        # ZeRO-3 draws random weights before it reads those of the checkpoint. A new adapter must not depend on that.
+        with torch.random.fork_rng(devices=[]):
+            loaded, report = AutoModelForImageTextToText.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=name_attention(attention),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # the report lists them, and they are refused below
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                **quantised,
+            )
     except (OSError, SafetensorError) as error:
         raise UserError(
             where=f"model_name_or_path {name}",
@@ -288,11 +290,23 @@ def load_model(
             fix="Correct its config.json, its generation_config.json or the option that this names.",
         ) from error
     check_complete(name, report)
+    patch_weight_conversions(loaded)
     keep_bnb_weights_trainable(loaded)
     drop_unused_flags(loaded.generation_config)
     if Path(name).expanduser().exists():
         loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters name it as their base
     return loaded
+
+
+def patch_weight_conversions(model: PreTrainedModel) -> None:
+    """Keep only those conversions of weights that loading used, which saving reverts.
+
+    Under ZeRO-3, transformers keeps all that the model might have needed. It would save names that no checkpoint of
+    the model has, such as `language_model.model.model.norm.weight`.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
 
 
 def name_attention(attention: str) -> str | None:
