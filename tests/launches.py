@@ -4,19 +4,31 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RANKS = str(Path(__file__).parent / "distributed" / "ranks.py")
-FIXTURES = {"ddp": "accelerate_ddp.yaml", "fsdp": "accelerate_fsdp_defaults.yaml"}
+FIXTURES = {
+    "ddp": "accelerate_ddp.yaml",
+    "fsdp": "accelerate_fsdp_defaults.yaml",
+    "zero3": "accelerate_deepspeed_zero3.yaml",
+}
+DEEPSPEED = ROOT / ".deepspeed"
 
 
 def start(strategy: str, arguments: list[str], **environ: str) -> subprocess.Popen:
-    """`accelerate launch` of two processes; under `fsdp` they really shard, see ranks.py."""
+    """`accelerate launch` of two processes; under `fsdp` and `zero3` they really shard, see ranks.py.
+
+    `zero3` needs the fixture `deepspeed`.
+    """
     config = str(ROOT / "fixtures" / FIXTURES[strategy])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environ  # of this checkout, whichever is installed
     environment |= {"FSDP_ON_CPU": "1"} if strategy == "fsdp" else {}
+    if strategy == "zero3":
+        command.append("--mixed_precision=no")
+        environment |= on_deepspeed(environment)
     return subprocess.Popen(
         [*command, f"--config_file={config}", *arguments],
         cwd=ROOT,
@@ -25,6 +37,16 @@ def start(strategy: str, arguments: list[str], **environ: str) -> subprocess.Pop
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def on_deepspeed(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a process needs to import DeepSpeed, and to build its operator for the CPU at its first start."""
+    return {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(DEEPSPEED)]),
+        "PATH": os.pathsep.join([str(DEEPSPEED / "bin"), environ["PATH"]]),  # ninja
+        "TORCH_EXTENSIONS_DIR": str(DEEPSPEED / "operators"),
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
 def outcomes(folder: Path) -> list[str]:
