@@ -55,7 +55,9 @@ FAULTY = {
     "moved": {"fault": {"rank": 1, "kind": "frozen"}, "freeze_vision_tower": True},
     "save": {"fault": {"rank": 0, "kind": "save"}},
     "stopped": {"fault": {"rank": 1, "kind": "signal"}},
+    "stopped lora": {"fault": {"rank": 1, "kind": "signal"}, **LORA},
 }
+RESUMED = ("stopped", "stopped lora")
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +103,19 @@ def make_job(models, rows, folder: Path, size: int, layout: str = "granite_visio
 
 @pytest.fixture(scope="module")
 def two_processes(deepspeed, models, mixed_rows, tmp_path_factory):
-    """The folder of the runs, and what they printed. The one that was stopped goes on in processes of its own."""
+    """The folder of the runs, and what they printed. Those that were stopped go on in processes of their own."""
     root = tmp_path_factory.mktemp("zero3")
-    jobs = [
-        make_job(models, mixed_rows, root / name, 4, layout, **changes) for name, (layout, changes) in CASES.items()
-    ]
-    faulty = [
-        make_job(models, mixed_rows, root / name, 4, save_strategy="steps", save_steps=1, **changes)
+    jobs = {
+        name: make_job(models, mixed_rows, root / name, 4, layout, **changes)
+        for name, (layout, changes) in CASES.items()
+    }
+    jobs |= {
+        name: make_job(models, mixed_rows, root / name, 4, save_strategy="steps", save_steps=1, **changes)
         for name, changes in FAULTY.items()
-    ]
-    printed = run_jobs("zero3", jobs + faulty, root)
+    }
+    printed = run_jobs("zero3", list(jobs.values()), root)
     ends = {name: outcomes(root / name) for name in FAULTY}
-    printed += run_jobs("zero3", [{**faulty[-1], "fault": None}], root)
+    printed += run_jobs("zero3", [jobs[name] | {"fault": None} for name in RESUMED], root)
     return root, printed, ends
 
 
@@ -145,13 +148,15 @@ def test_zero3_trains_and_answers_as_one_process_does(case, two_processes, model
         assert line.replace(str(tmp_path / "one"), str(folder)) in two_processes[1]
 
 
-def test_a_run_that_was_stopped_goes_on(two_processes, models, mixed_rows, tmp_path):
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_run_that_was_stopped_goes_on(case, two_processes, models, mixed_rows, tmp_path):
     root, printed, ends = two_processes
-    assert all("Stopped by" in end and "after step 3 of 4" in end for end in ends["stopped"])
-    assert f"Continuing from {root / 'stopped' / 'checkpoint-3'}" in printed
-    assert outcomes(root / "stopped") == ["done", "done"]
-    tuning.train(make_job(models, mixed_rows, tmp_path / "one", 8))
-    assert_same_run(root / "stopped", tmp_path / "one")
+    assert all("Stopped by" in end and "after step 3 of 4" in end for end in ends[case])
+    assert f"Continuing from {root / case / 'checkpoint-3'}" in printed
+    assert outcomes(root / case) == ["done", "done"]
+    options = {name: value for name, value in FAULTY[case].items() if name != "fault"}
+    tuning.train(make_job(models, mixed_rows, tmp_path / "one", 8, **options))
+    assert_same_run(root / case, tmp_path / "one")
 
 
 def test_a_loss_that_is_no_number_ends_the_run(two_processes):
