@@ -57,6 +57,7 @@ FAULTY = {
     "stopped": {"fault": {"rank": 1, "kind": "signal"}},
     "stopped lora": {"fault": {"rank": 1, "kind": "signal"}, **LORA},
 }
+SAVED = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 4}
 RESUMED = ("stopped", "stopped lora")
 
 
@@ -109,10 +110,7 @@ def two_processes(deepspeed, models, mixed_rows, tmp_path_factory):
         name: make_job(models, mixed_rows, root / name, 4, layout, **changes)
         for name, (layout, changes) in CASES.items()
     }
-    jobs |= {
-        name: make_job(models, mixed_rows, root / name, 4, save_strategy="steps", save_steps=1, **changes)
-        for name, changes in FAULTY.items()
-    }
+    jobs |= {name: make_job(models, mixed_rows, root / name, 4, **SAVED, **changes) for name, changes in FAULTY.items()}
     printed = run_jobs("zero3", list(jobs.values()), root)
     ends = {name: outcomes(root / name) for name in FAULTY}
     printed += run_jobs("zero3", [jobs[name] | {"fault": None} for name in RESUMED], root)
@@ -155,7 +153,7 @@ def test_a_run_that_was_stopped_goes_on(case, two_processes, models, mixed_rows,
     assert f"Continuing from {root / case / 'checkpoint-3'}" in printed
     assert outcomes(root / case) == ["done", "done"]
     options = {name: value for name, value in FAULTY[case].items() if name != "fault"}
-    tuning.train(make_job(models, mixed_rows, tmp_path / "one", 8, **options))
+    tuning.train(make_job(models, mixed_rows, tmp_path / "one", 8, **SAVED, **options))
     assert_same_run(root / case, tmp_path / "one")
 
 

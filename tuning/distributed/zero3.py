@@ -14,13 +14,18 @@ def is_zero3(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def is_zero3_model(model: nn.Module) -> bool:
+    """Whether ZeRO-3 shards the parameters of a model."""
+    return any(map(is_zero3, model.parameters()))
+
+
 def local_weight(parameter: nn.Parameter) -> torch.Tensor:
     """The shard of a parameter that this process holds; of a trained one the float32 numbers that are stepped."""
     from deepspeed.utils import safe_get_local_fp32_param
 
     if parameter.requires_grad:
         return safe_get_local_fp32_param(parameter)
-    return parameter.detach() if parameter.ds_persist else parameter.ds_tensor  # small ones stay whole
+    return parameter.ds_tensor  # also of a small one, which ZeRO-3 keeps whole beside it
 
 
 def local_gradient(parameter: nn.Parameter) -> torch.Tensor | None:

@@ -304,8 +304,8 @@ def patch_weight_conversions(model: PreTrainedModel) -> None:
     Under ZeRO-3, transformers keeps all that the model might have needed. It would save names that no checkpoint of
     the model has, such as `language_model.model.model.norm.weight`.
     """
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is not None:
+    if deepspeed.is_deepspeed_zero3_enabled():
+        conversions = getattr(model, "_weight_conversions", [])
         model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from tuning.console import print0
 from tuning.distributed.processes import Processes
-from tuning.distributed.zero3 import is_zero3
+from tuning.distributed.zero3 import is_zero3_model
 from tuning.errors import UserError, first_line
 from tuning.files import (
     FINGERPRINT_FILE,
@@ -159,7 +159,7 @@ class ResumableTrainer(Trainer):
         The stock trainer saves nothing where FSDP's state dicts are sharded, and gathers all base weights with LoRA.
         Under ZeRO-3 it leaves the frozen weights of an adapter out, and depends on `zero3_save_16bit_model`.
         """
-        if not self.is_fsdp_enabled and not any(map(is_zero3, self.model.parameters())):
+        if not self.is_fsdp_enabled and not is_zero3_model(self.model):
             super().save_model(output_dir, _internal_call)
             return
         weights = gather_trained(self.model, self.dtypes, is_main_process=self.args.should_save)

@@ -59,8 +59,7 @@ class SelfCheck(TrainerCallback):
         self._gates: dict[str, bool] = {}
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        is_deepspeed = args.deepspeed_plugin is not None
-        is_zero3 = any(map(zero3.is_zero3, model.parameters()))
+        is_deepspeed, is_zero3 = args.deepspeed_plugin is not None, zero3.is_zero3_model(model)
         if steps_in_backward(args.optim) or (is_deepspeed and not is_zero3):
             print0("No self-check of the first step: this optimizer does not show its gradients and weights.")
             return
