@@ -224,7 +224,7 @@ class ResumableTrainer(Trainer):
             sharded, main = self.is_fsdp_enabled, self.processes.rank == 0
             load_optimizer_state(folder / OPTIMIZER_FILE, model, optimizer, sharded=sharded, is_main_process=main)
         else:
-            print0(f"{folder} holds no state of the optimizer (save_only_model): its averages start from zero.")
+            print0(f"{folder} holds no state of the optimizer that can be read here: its averages start from zero.")
         load_schedule(folder / SCHEDULER_FILE, self.lr_scheduler, optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
