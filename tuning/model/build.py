@@ -149,13 +149,14 @@ def build_model(
         adapter = resume_from
     elif resume_from and not (resume_from / SHARDED_MODEL).is_dir():
         settings = replace(settings, model_name_or_path=str(resume_from))
-    model = load.load_model(
-        settings,
-        model_config,
-        dtype=load.choose_dtype(config.model, model_config),
-        attention=plan.attention.loaded,
-        quantization=plan.quantization,
-    )
+    with torch.random.fork_rng(devices=[]):  # ZeRO-3 draws weights first: a new adapter must not depend on that
+        model = load.load_model(
+            settings,
+            model_config,
+            dtype=load.choose_dtype(config.model, model_config),
+            attention=plan.attention.loaded,
+            quantization=plan.quantization,
+        )
     if plan.quantization:
         print0(f"{len(plan.quantization.layers)} layers of the language model are kept in {plan.quantization.kind}.")
     targets = plan.lora_targets

@@ -256,19 +256,17 @@ def load_model(
             return model_class(config).from_pretrained(None, config=config, state_dict={}, **settings)
     quantised = quantization.loading_options() if quantization else {}
     try:
-        # ZeRO-3 draws random weights before it reads those of the checkpoint. A new adapter must not depend on that.
-        with torch.random.fork_rng(devices=[]):
-            loaded, report = AutoModelForImageTextToText.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                attn_implementation=name_attention(attention),
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # the report lists them, and they are refused below
-                trust_remote_code=model.trust_remote_code,
-                output_loading_info=True,
-                **quantised,
-            )
+        loaded, report = AutoModelForImageTextToText.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            attn_implementation=name_attention(attention),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # the report lists them, and they are refused below
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **quantised,
+        )
     except (OSError, SafetensorError) as error:
         raise UserError(
             where=f"model_name_or_path {name}",
