@@ -43,4 +43,4 @@ docs: install
 	$(BIN)/python docs/generate_plan.py
 
 clean:
-	rm -rf .venv .cuda_stand_in demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .cuda_stand_in .deepspeed demo_output .pytest_cache .mypy_cache .ruff_cache

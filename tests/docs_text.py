@@ -24,6 +24,8 @@ NOT_RUN = {
     "python benchmarks/": "tests/end_to_end/test_benchmarks.py and test_readme.py run each at its smallest",
     "python tuning/sft_trainer.py": "tests/end_to_end/test_readme.py runs it",
     "accelerate launch --num_processes=2 --config_file fixtures/accelerate_fsdp_defaults.yaml": "test_readme.py does",
+    "pip install deepspeed": "tests/distributed/test_deepspeed.py installs it into a folder",
+    "accelerate launch --num_processes=8 --config_file fixtures/accelerate_deepspeed_zero3.yaml": "it needs 8 GPUs",
     "vlm-tuning train config.json --torch_compile": "it compiles; tests/end_to_end/test_compiled_runs.py does the same",
 }
 

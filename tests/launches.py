@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -12,19 +13,27 @@ FIXTURES = {
     "ddp": "accelerate_ddp.yaml",
     "fsdp": "accelerate_fsdp_defaults.yaml",
     "hybrid": "accelerate_fsdp_hybrid.yaml",
+    "zero3": "accelerate_deepspeed_zero3.yaml",
 }
 # Two copies of the model, each of which two processes of this machine shard.
 HYBRID = ["--num_machines=1", "--parallelism_config_dp_replicate_size=2", "--parallelism_config_dp_shard_size=2"]
-PROCESSES = {"ddp": 2, "fsdp": 2, "hybrid": 4}
+PROCESSES = {"ddp": 2, "fsdp": 2, "hybrid": 4, "zero3": 2}
+DEEPSPEED = ROOT / ".deepspeed"
 
 
 def start(strategy: str, arguments: list[str], **environ: str) -> subprocess.Popen:
-    """`accelerate launch` of the strategy's processes; under `fsdp` and `hybrid` they really shard, see ranks.py."""
+    """`accelerate launch` of the strategy's processes; all but those of `ddp` really shard, see ranks.py.
+
+    `zero3` needs the fixture `deepspeed`.
+    """
     config = str(ROOT / "fixtures" / FIXTURES[strategy])
     command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={PROCESSES[strategy]}"]
     command += ["--main_process_port=0", *(HYBRID if strategy == "hybrid" else [])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environ  # of this checkout, whichever is installed
-    environment |= {} if strategy == "ddp" else {"FSDP_ON_CPU": "1"}
+    environment |= {"FSDP_ON_CPU": "1"} if strategy in ("fsdp", "hybrid") else {}
+    if strategy == "zero3":
+        command.append("--mixed_precision=no")
+        environment |= on_deepspeed(environment)
     return subprocess.Popen(
         [*command, f"--config_file={config}", *arguments],
         cwd=ROOT,
@@ -33,6 +42,16 @@ def start(strategy: str, arguments: list[str], **environ: str) -> subprocess.Pop
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def on_deepspeed(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a process needs to import DeepSpeed, and to build its operator for the CPU at its first start."""
+    return {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(DEEPSPEED)]),
+        "PATH": os.pathsep.join([str(DEEPSPEED / "bin"), environ["PATH"]]),  # ninja
+        "TORCH_EXTENSIONS_DIR": str(DEEPSPEED / "operators"),
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
 def outcomes(folder: Path, processes: int = 2) -> list[str]:

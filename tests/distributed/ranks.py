@@ -6,6 +6,7 @@ beside the job's output_dir.
 
 Starting a process costs seconds, so every test of a strategy shares one launch. With `FSDP_ON_CPU` set, accelerate is
 made to take the CPU for an accelerator: it shards parameters on accelerators only, but FSDP2 itself runs on gloo.
+ZeRO-3 is made to shard small weights, too.
 """
 
 import errno
@@ -39,6 +40,20 @@ def shard_on_cpu() -> None:
     DistributedDataParallel.__init__ = without_devices
 
 
+def shard_small_weights() -> None:
+    """ZeRO-3 keeps small weights whole, and gathered ones for later use: each of a tiny model would stay whole."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    make = DeepSpeedPlugin.__post_init__
+    limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+
+    def configure(self):
+        make(self)
+        self.deepspeed_config["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits}
+
+    DeepSpeedPlugin.__post_init__ = configure
+
+
 def no_number(trainer, compute_loss, *args, **kwargs):
     return compute_loss(trainer, *args, **kwargs) * float("nan" if trainer.state.global_step == 2 else 1)
 
@@ -68,7 +83,8 @@ def half_a_tensor(trainer, save, target, *args):
 
 def frozen_moved(trainer, create_optimizer, *args):
     def move(*_):  # FSDP has other parameters than there were before, of which this process holds a share
-        frozen = next(parameter for parameter in trainer.model.parameters() if not parameter.requires_grad).data
+        frozen = next(parameter for parameter in trainer.model.parameters() if not parameter.requires_grad)
+        frozen = getattr(frozen, "ds_tensor", frozen).data  # DeepSpeed's name for this process's share
         mine = frozen.to_local() if hasattr(frozen, "to_local") else frozen
         mine.view(-1)[:1] += 1
 
@@ -122,6 +138,8 @@ def main(path: str) -> None:
     torch.set_num_threads(1)
     if os.environ.get("FSDP_ON_CPU"):
         shard_on_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        shard_small_weights()
     for job in json.loads(Path(path).read_text()):
         os.environ.update(job.pop("environ", {}))
         outcome = Path(f"{job['output_dir']}-outcome-{os.environ['RANK']}")

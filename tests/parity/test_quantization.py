@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,7 +253,17 @@ def test_8bit_weights_cannot_be_divided(make_options, monkeypatch):
     model_config = load.load_config(config.model)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     skeleton = load.build_skeleton(model_config)
-    with pytest.raises(UserError, match=r"FSDP and ZeRO-3 cannot shard 8-bit weights.* Use quantization 4bit"):
+    with pytest.raises(UserError, match=r"FSDP cannot shard 8-bit weights.* Use quantization 4bit"):
+        build.find_quantization(config, model_config, skeleton, find_parts(skeleton))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_refused_under_zero3(kind, make_options):
+    config = build_config(make_options("llava15", **LORA, quantization=kind))
+    config.training.deepspeed_plugin = SimpleNamespace(zero_stage=3)
+    model_config = load.load_config(config.model)
+    skeleton = load.build_skeleton(model_config)
+    with pytest.raises(UserError, match=rf"quantization {kind}: transformers does not load .* Use FSDP"):
         build.find_quantization(config, model_config, skeleton, find_parts(skeleton))
 
 

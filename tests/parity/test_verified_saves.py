@@ -259,16 +259,6 @@ def test_without_room_for_a_second_model_its_tensors_are_compared(make_options, 
     assert "its weights are those that were trained. It was not loaded: there is no room for a second model." in said
 
 
-def test_under_deepspeed_one_process_loads_no_adapter(finished, monkeypatch, capsys):
-    """PEFT would gather the weights that DeepSpeed sharded, and wait for the other processes for ever."""
-    options, trainer = finished["lora"]
-    folder, settings = Path(options["output_dir"]), ModelArguments(model_name_or_path=options["model_name_or_path"])
-    trained = replace(trained_model(trainer), is_deepspeed=True)
-    monkeypatch.setattr(verify_save, "find_loading_fault", None)
-    verify_save.verify_saved_model(trained, folder, None, settings, force=True)
-    assert f"Read {folder} back: its files are complete. It was not loaded: under DeepSpeed" in capsys.readouterr().out
-
-
 def test_the_room_for_what_deepspeed_sharded_is_that_of_the_whole(finished, monkeypatch):
     model, size = torch.nn.ParameterList([torch.empty(0)]), psutil.virtual_memory().available
     trained = replace(trained_model(finished["full"][1]), model=model)

@@ -149,13 +149,14 @@ def build_model(
         adapter = resume_from
     elif resume_from and not (resume_from / SHARDED_MODEL).is_dir():
         settings = replace(settings, model_name_or_path=str(resume_from))
-    model = load.load_model(
-        settings,
-        model_config,
-        dtype=load.choose_dtype(config.model, model_config),
-        attention=plan.attention.loaded,
-        quantization=plan.quantization,
-    )
+    with torch.random.fork_rng(devices=[]):  # ZeRO-3 draws weights first: a new adapter must not depend on that
+        model = load.load_model(
+            settings,
+            model_config,
+            dtype=load.choose_dtype(config.model, model_config),
+            attention=plan.attention.loaded,
+            quantization=plan.quantization,
+        )
     if plan.quantization:
         print0(f"{len(plan.quantization.layers)} layers of the language model are kept in {plan.quantization.kind}.")
     targets = plan.lora_targets
@@ -226,11 +227,16 @@ def find_quantization(
     """Which weights to quantize, and how. `whole`: modules to leave out. Raises `UserError` where that cannot work."""
     kind, zero = config.model.quantization, config.training.deepspeed_plugin
     assert kind is not None
-    is_divided = is_fsdp_asked_for() or bool(config.training.fsdp) or (zero is not None and zero.zero_stage == 3)
-    if kind == "8bit" and is_divided:
+    if zero is not None and zero.zero_stage == 3:
+        raise UserError(
+            where=f"quantization {kind}",
+            problem="transformers does not load quantized weights for DeepSpeed ZeRO-3.",
+            fix="Use FSDP with quantization 4bit, or let every process hold the whole model (DDP).",
+        )
+    if kind == "8bit" and (is_fsdp_asked_for() or config.training.fsdp):
         raise UserError(
             where="quantization 8bit",
-            problem="FSDP and ZeRO-3 cannot shard 8-bit weights.",
+            problem="FSDP cannot shard 8-bit weights.",
             fix="Use quantization 4bit, or let every process hold the whole model (DDP).",
         )
     if kind == "8bit" and config.lora.use_dora and config.training.device.type == "cpu":

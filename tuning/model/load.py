@@ -288,11 +288,23 @@ def load_model(
             fix="Correct its config.json, its generation_config.json or the option that this names.",
         ) from error
     check_complete(name, report)
+    patch_weight_conversions(loaded)
     keep_bnb_weights_trainable(loaded)
     drop_unused_flags(loaded.generation_config)
     if Path(name).expanduser().exists():
         loaded.name_or_path = str(Path(name).expanduser().resolve())  # adapters name it as their base
     return loaded
+
+
+def patch_weight_conversions(model: PreTrainedModel) -> None:
+    """Keep only those conversions of weights that loading used, which saving reverts.
+
+    Under ZeRO-3, transformers keeps all that the model might have needed. It would save names that no checkpoint of
+    the model has, such as `language_model.model.model.norm.weight`.
+    """
+    if deepspeed.is_deepspeed_zero3_enabled():
+        conversions = getattr(model, "_weight_conversions", [])
+        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
 
 
 def name_attention(attention: str) -> str | None:

@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from tuning.console import print0
 from tuning.distributed.processes import Processes
+from tuning.distributed.zero3 import is_zero3_model
 from tuning.errors import UserError, first_line
 from tuning.files import (
     FINGERPRINT_FILE,
@@ -153,18 +154,19 @@ class ResumableTrainer(Trainer):
             self._save_extras(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model or adapter as plain transformers and PEFT load it; under FSDP gathered from all processes.
+        """Save model or adapter as plain transformers and PEFT load it; under FSDP and ZeRO-3 gathered from all.
 
         The stock trainer saves nothing where FSDP's state dicts are sharded, and gathers all base weights with LoRA.
+        Under ZeRO-3 it leaves the frozen weights of an adapter out, and depends on `zero3_save_16bit_model`.
         """
-        if not self.is_fsdp_enabled:
+        if not self.is_fsdp_enabled and not is_zero3_model(self.model):
             super().save_model(output_dir, _internal_call)
             return
         weights = gather_trained(self.model, self.dtypes, is_main_process=self.args.should_save)
         for name in repeated_names(self.model):  # save_pretrained finds tied weights by their storage: FSDP's have none
             weights.pop(name, None)
         self._save(output_dir, state_dict=weights)
-        if self.args.should_save and not isinstance(self.model, PeftModel):
+        if self.is_fsdp_enabled and self.args.should_save and not isinstance(self.model, PeftModel):
             self.model.config.dtype = next(iter(self.dtypes.values()))
             self.model.config.save_pretrained(output_dir or self.args.output_dir)
 
@@ -222,7 +224,7 @@ class ResumableTrainer(Trainer):
             sharded, main = self.is_fsdp_enabled, self.processes.rank == 0
             load_optimizer_state(folder / OPTIMIZER_FILE, model, optimizer, sharded=sharded, is_main_process=main)
         else:
-            print0(f"{folder} holds no state of the optimizer (save_only_model): its averages start from zero.")
+            print0(f"{folder} holds no state of the optimizer that can be read here: its averages start from zero.")
         load_schedule(folder / SCHEDULER_FILE, self.lr_scheduler, optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

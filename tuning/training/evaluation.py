@@ -25,6 +25,7 @@ from tuning.data.prompts import Question, ask, join_on_the_right, right_answers
 from tuning.data.row_errors import TOO_LONG
 from tuning.data.sources import Row
 from tuning.distributed.processes import Processes
+from tuning.distributed.zero3 import gathered, weights_outside_layers
 from tuning.errors import UserError, describe_failure, try_optional
 from tuning.files import SAMPLES_FILE, read_lines, to_lines, write_text
 from tuning.metrics import check_references, mean_scores, score_rows
@@ -204,13 +205,16 @@ class SampleLog(TrainerCallback):
 
 @contextmanager
 def answering_mode(model: nn.Module) -> Iterator[None]:
-    """Turn off dropout and the compiler, which would compile again for every length. FSDP gathers for `generate`."""
+    """Turn off dropout and the compiler, which would compile again for every length.
+
+    FSDP and ZeRO-3 gather for `generate`.
+    """
     was_training = model.training
     model.eval()
     if "generate" not in vars(model):
         register_fsdp_forward_method(model, "generate")
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), gathered(list(weights_outside_layers(model))):
             yield
     finally:
         model.train(was_training)

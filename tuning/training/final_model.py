@@ -6,6 +6,7 @@ from pathlib import Path
 from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.data.dummy_samples import dummy_samples
+from tuning.distributed.zero3 import is_zero3_model
 from tuning.export.ignored_tensors import find_ignored
 from tuning.files import COMPLETE_FILE, write_json
 from tuning.model.saved_weights import StoredTensor, add_tensors
@@ -73,8 +74,9 @@ def warn_of_unsaved_best(trainer: SupervisedTrainer) -> None:
 
 def trained_model(trainer: SupervisedTrainer) -> TrainedModel:
     """What `verify_saved_model` compares the saved model with."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
     return TrainedModel(
-        model=trainer.accelerator.unwrap_model(trainer.model),
+        model=model,
         processor=trainer.processing_class,
         dtypes=trainer.dtypes,
         attention=trainer.trainable.attention.loaded,
@@ -83,6 +85,6 @@ def trained_model(trainer: SupervisedTrainer) -> TrainedModel:
         processes=trainer.processes,
         is_main_process=trainer.args.should_save,
         is_fsdp=trainer.is_fsdp_enabled,
-        is_deepspeed=trainer.is_deepspeed_enabled,
+        is_zero3=is_zero3_model(model),
         stored_names=trainer.stored_names,
     )

@@ -125,8 +125,24 @@ class Progress:
 def find_progress(config: RunConfig, fingerprint: dict[str, Any]) -> Progress:
     """How far the run is. Raises `UserError` when it cannot be resumed from what is in output_dir."""
     progress = _read_progress(config, fingerprint)
+    if config.training.deepspeed_plugin is not None and progress.resume_from and not progress.trained_to_end:
+        check_deepspeed_states(progress.resume_from, config.training.world_size)
     date = progress.date_string or fingerprint["date_string"]
     return replace(progress, fingerprint=fingerprint | {"date_string": date})
+
+
+def check_deepspeed_states(checkpoint: Path, processes: int) -> None:
+    """Raises `UserError` unless a checkpoint has DeepSpeed's own file for each process: it reads no others."""
+    states = list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
+    if len(states) == processes:
+        return
+    what = f"holds DeepSpeed's states of {len(states)} processes" if states else "was not written under DeepSpeed"
+    raise UserError(
+        where=str(checkpoint),
+        problem=f"{what}, and {processes} processes of DeepSpeed are to go on with it.",
+        fix=f"Continue the run as it began. To train on with its weights only: model_name_or_path {checkpoint}, and "
+        "another output_dir.",
+    )
 
 
 def check_same_progress(processes: Processes, config: RunConfig, progress: Progress) -> None:

@@ -10,13 +10,14 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tuning.console import print0
+from tuning.distributed import zero3
 from tuning.distributed.processes import Processes
 from tuning.errors import UserError
-from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, Parts
+from tuning.model.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, Parts, count_numbers
 from tuning.model.vision_tower import is_frozen
 from tuning.training.optimizer import HALF, MASTER, holds_master_weights, steps_in_backward
 from tuning.training.step_guard import StepState
-from tuning.training.trained_weights import gather_tensor
+from tuning.training.trained_weights import gather_gradient, gather_tensor
 
 TRIES = 4  # steps in which the vision tower or the projector may lack a gradient though a row has an image
 ROW = 4093  # integers of 8 bytes that are summed before the sum gets a weight; prime: no matrix has rows of that size
@@ -57,10 +58,13 @@ class SelfCheck(TrainerCallback):
         self._buffers_before: dict[str, int] = {}
         self._gates: dict[str, bool] = {}
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if args.deepspeed_plugin is not None or steps_in_backward(args.optim):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        is_deepspeed, is_zero3 = args.deepspeed_plugin is not None, zero3.is_zero3_model(model)
+        if steps_in_backward(args.optim) or (is_deepspeed and not is_zero3):
             print0("No self-check of the first step: this optimizer does not show its gradients and weights.")
             return
+        if is_zero3:
+            zero3.patch_zero3_step(_unwrap(optimizer), lambda: self._remember(model, _unwrap(optimizer)))
         self.open_parts = {self.parts.of(name) for name, p in model.named_parameters() if p.requires_grad}
         self.fine, self._tries_left = [], TRIES
 
@@ -68,12 +72,17 @@ class SelfCheck(TrainerCallback):
         self._buffers_before = fingerprints(saved_buffers(model)) if self.open_parts else {}  # forwards move them
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if args.deepspeed_plugin is None:  # else the step is over
+            self._remember(model, _unwrap(optimizer))
+
+    def _remember(self, model: nn.Module, optimizer: Any) -> None:
+        """Before the optimizer's step, look at gradients and weights, if the step can show something."""
         self._before = {}
         shows_a_part = self.step.has_images or LANGUAGE_MODEL in self.open_parts
         if self.open_parts and self.step.is_supervised and shows_a_part:
             trained = [(self.parts.of(name), p) for name, p in model.named_parameters() if p.requires_grad]
             self._gradients = {part: any(has_gradient(p) for of, p in trained if of == part) for part in PARTS}
-            self._before = fingerprints(stepped_weights(model, _unwrap(optimizer))) | self._buffers_before
+            self._before = fingerprints(stepped_weights(model, optimizer)) | self._buffers_before
             self._gates = closed_gates(model)
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -97,7 +106,7 @@ class SelfCheck(TrainerCallback):
 
     def _look(self, part: str, model: nn.Module, optimizer: torch.optim.Optimizer, changed: set[str]) -> StepEffect:
         """What this process saw of the step. A parameter that the optimizer lacks counts as one that it steps."""
-        rates = {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        rates = zero3.find_learning_rates(optimizer)
         fastest = max(rates.values())
         named = {name: p for name, p in model.named_parameters() if self.parts.of(name) == part}
         trained = {name: (p, rates.get(p, fastest)) for name, p in named.items() if p.requires_grad}
@@ -179,8 +188,21 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_weight(parameter: torch.Tensor) -> torch.Tensor:
+    """The share of a parameter that this process holds, and that the optimizer steps where it trains."""
+    return zero3.local_weight(parameter) if zero3.is_zero3(parameter) else local(parameter.detach())
+
+
+def local_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The share of a gradient that this process holds."""
+    if zero3.is_zero3(parameter):
+        return zero3.local_gradient(parameter)
+    return None if parameter.grad is None else local(parameter.grad)
+
+
 def has_gradient(parameter: torch.Tensor) -> bool:
-    return parameter.grad is not None and bool(local(parameter.grad).count_nonzero())
+    gradient = local_gradient(parameter)
+    return gradient is not None and bool(gradient.count_nonzero())
 
 
 def stepped_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
@@ -194,7 +216,7 @@ def stepped_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
             kept = optimizer.state[parameter].get(MASTER) if parameter in optimizer.state else None
             yield name, local(parameter.detach().float() if kept is None else kept)
         else:
-            yield name, local(parameter.detach())
+            yield name, local_weight(parameter)
 
 
 def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -244,10 +266,11 @@ def has_to_move(parameter: torch.Tensor, rate: float, *, masters: bool) -> bool:
 
     Optimizers take steps of about `rate` for any gradient (Adam), or of `rate` × gradient (SGD).
     """
-    if parameter.grad is None or not rate:
+    weight, gradient = local_weight(parameter), local_gradient(parameter)
+    if gradient is None or not rate:
         return False
-    limits = torch.finfo(torch.float32 if masters else parameter.dtype)
-    size, step = local(parameter.detach()).float().abs(), local(parameter.grad).float().abs().clamp(max=1) * rate
+    limits = torch.finfo(torch.float32 if masters else weight.dtype)
+    size, step = weight.float().abs(), gradient.float().abs().clamp(max=1) * rate
     return bool((step > 4 * limits.eps * size + limits.tiny).any())
 
 
@@ -259,9 +282,9 @@ def closed_gates(model: nn.Module) -> dict[str, bool]:
     """
     gates = {}
     for name, parameter in model.named_parameters():
-        if parameter.numel() == 1 and not gather_tensor(parameter).count_nonzero():
-            gradient = parameter.grad
-            if not parameter.requires_grad or (gradient is not None and gather_tensor(gradient).count_nonzero()):
+        if count_numbers(parameter) == 1 and not gather_tensor(parameter).count_nonzero():
+            gradient = gather_gradient(parameter) if parameter.requires_grad else None
+            if not parameter.requires_grad or (gradient is not None and gradient.count_nonzero()):
                 gates[name] = parameter.requires_grad
     return gates
 

@@ -57,8 +57,10 @@ class StepGuard(TrainerCallback):
             self._end_at_bad_loss(losses, is_bad)
         if found[:, 1].any():
             self.step.stop_reason = reason or "a signal to another process"
-        is_deepspeed = args.deepspeed_plugin is not None
-        # The gradient scaler of fp16 skips a step with such gradients. DeepSpeed has taken its step already.
+        is_deepspeed, accelerator = args.deepspeed_plugin is not None, self.processes.accelerator
+        # The gradient scaler of fp16 skips a step with such gradients. DeepSpeed has done so already in any precision.
+        if is_deepspeed and not args.fp16 and accelerator.optimizer_step_was_skipped:
+            raise self._not_finite("the gradients became NaN or infinite", self.step.batches)
         if not args.fp16 and not is_deepspeed and not math.isfinite(grad_norm):
             raise self._not_finite(f"the gradients became {grad_norm}", self.step.batches)
         # Parameters that no batch of this step reached (the vision tower's, where all rows are text) get a gradient of

@@ -7,6 +7,8 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from tuning.distributed import zero3
+
 
 def plain_name(name: str) -> str:
     """A parameter's name without the prefixes of checkpointing and compiling wrappers."""
@@ -16,10 +18,19 @@ def plain_name(name: str) -> str:
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that FSDP sharded, on every process; any other tensor as it is."""
+    """All of a tensor that FSDP sharded, or a parameter that ZeRO-3 did, on every process; any other one as it is."""
+    if zero3.is_zero3(tensor):
+        return zero3.gather_weight(tensor)
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.to(tensor.device_mesh.device_type).full_tensor()  # offloaded shards are on the CPU
+
+
+def gather_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    """All of the gradient of a parameter that FSDP or ZeRO-3 sharded, on every process; any other one as it is."""
+    if zero3.is_zero3(parameter):
+        return zero3.gather_gradient(parameter)
+    return None if parameter.grad is None else gather_tensor(parameter.grad)
 
 
 def gather_trained(
@@ -27,9 +38,9 @@ def gather_trained(
 ) -> dict[str, torch.Tensor]:
     """The weights of a model, or of its adapter, by plain name; on the main process only.
 
-    What FSDP shards is gathered to the CPU, in the dtypes to save: it may hold trained weights in float32. All
-    processes must call this then, and each holds one gathered tensor at a time. Tied weights are one tensor under
-    several names.
+    What FSDP or ZeRO-3 shards is gathered to the CPU. FSDP may hold trained weights in float32: they get the dtypes to
+    save. All processes must call this then, and each holds one gathered tensor at a time. Tied weights are one tensor
+    under several names.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights: dict[str, torch.Tensor] = {}
@@ -38,10 +49,10 @@ def gather_trained(
         if isinstance(model, PeftModel) and name not in trained and f".{model.active_adapter}." not in name:
             continue
         if id(parameter) not in gathered:
-            tensor = gather_tensor(parameter.detach())
-            if isinstance(parameter, DTensor):
-                dtype = dtypes.get(plain_name(name), tensor.dtype)
-                tensor = tensor.to(dtype).cpu() if is_main_process else torch.empty(0)
+            tensor = gather_tensor(parameter).detach()
+            if isinstance(parameter, DTensor) or zero3.is_zero3(parameter):
+                dtype = dtypes.get(plain_name(name)) if isinstance(parameter, DTensor) else None
+                tensor = tensor.to(dtype or tensor.dtype).cpu() if is_main_process else torch.empty(0)
             gathered[id(parameter)] = tensor
         weights[plain_name(name)] = gathered[id(parameter)]
     return weights if is_main_process else {}

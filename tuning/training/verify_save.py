@@ -61,7 +61,7 @@ class TrainedModel:
     processes: Processes
     is_main_process: bool
     is_fsdp: bool
-    is_deepspeed: bool
+    is_zero3: bool
     stored_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -70,8 +70,8 @@ class TrainedModel:
 
     @property
     def needs_all_processes(self) -> bool:
-        """Whether FSDP shards the model, so that all processes must gather its weights and run it together."""
-        return self.is_fsdp and self.processes.number > 1
+        """Whether FSDP or ZeRO-3 shards the model, so that all must gather its weights and run it together."""
+        return self.is_zero3 or (self.is_fsdp and self.processes.number > 1)
 
     @property
     def device(self) -> torch.device:
@@ -101,26 +101,25 @@ def verify_saved_model(
     main process reads. Raises `RunEnded` on all of them.
     """
     main = trained.is_main_process
-    as_second_adapter = trained.is_adapter and not (trained.needs_all_processes or trained.is_deepspeed)
+    as_second_adapter = trained.is_adapter and not trained.needs_all_processes
     if as_second_adapter:  # PEFT loads no second adapter that trains biases
         as_second_adapter = trained.model.peft_config[trained.model.active_adapter].bias == "none"
     reason = "" if as_second_adapter or not main else why_not_loaded(trained, settings, force=force)
     loads = bool(trained.processes.all_gather_ints([main and not reason]).any())
     weights: Mapping[str, torch.Tensor] = {}
     logits = None
-    if source is None and not trained.is_deepspeed and (main or trained.needs_all_processes):
+    if source is None and (main or trained.needs_all_processes):
         weights = weights_to_save(trained)
         logits = trained_logits(trained) if loads else None
 
     def find_fault() -> str:
-        saved, fault = SavedWeights(folder), ""
-        if not trained.is_deepspeed:
-            expected = with_kept(checkpoint_weights(source) if source else weights, kept)
-            fault = find_tensor_fault(saved, expected)
+        expected = with_kept(checkpoint_weights(source) if source else weights, kept)
+        fault = find_tensor_fault(SavedWeights(folder), expected)
         fault = fault or find_setting_fault(trained, folder, trust_remote_code=settings.trust_remote_code)
         if fault or not loads:
             return fault
-        return find_loading_fault(trained, folder, logits, settings, as_second_adapter=as_second_adapter)
+        with without_zero3():  # this process loads the model alone
+            return find_loading_fault(trained, folder, logits, settings, as_second_adapter=as_second_adapter)
 
     fault = ""
     if main:
@@ -130,10 +129,8 @@ def verify_saved_model(
             fault = f"it cannot be {f'compared with {source}' if source else 'read back'}"
             fault = f"{fault} ({describe_failure(attempt.error)})"
     trained.processes.raise_on_all_ranks(not_the_trained_model(folder, fault) if fault else None)
-    compared = ["weights"] * (not trained.is_deepspeed) + ["logits"] * (logits is not None)
-    result = "it loads" if loads else "its files are complete"
-    if compared:
-        result = f"its {' and '.join(compared)} are those {f'of {source}' if source else 'that were trained'}"
+    compared = ["weights"] + ["logits"] * (logits is not None)
+    result = f"its {' and '.join(compared)} are those {f'of {source}' if source else 'that were trained'}"
     print0(f"Read {folder} back: {result}{f'. It was not loaded: {reason}' if reason else ''}.")
 
 
@@ -147,8 +144,6 @@ def not_the_trained_model(folder: Path, fault: str) -> RunEnded:
 
 def why_not_loaded(trained: TrainedModel, settings: ModelArguments, *, force: bool) -> str:
     """What keeps the main process from loading the saved model, or adapter with its base; "" if nothing does."""
-    if trained.is_deepspeed and trained.is_adapter:  # PEFT would gather what all processes hold
-        return "under DeepSpeed one process cannot load an adapter alone"
     if settings.quantization:
         return f"its base was trained in {settings.quantization}, and would be loaded as it is published"
     return "" if force or has_room(trained) else "there is no room for a second model"
@@ -166,7 +161,7 @@ def has_room(trained: TrainedModel) -> bool:
 def weights_to_save(trained: TrainedModel) -> dict[str, torch.Tensor]:
     """The weights of the model in memory, or of its adapter, by their names on disk; on the main process only."""
     gathered = None
-    if trained.is_fsdp or not trained.is_adapter:
+    if trained.is_fsdp or trained.is_zero3 or not trained.is_adapter:
         gathered = gather_trained(trained.model, trained.dtypes, is_main_process=trained.is_main_process)
         if not trained.is_main_process:
             return {}
@@ -299,13 +294,12 @@ def find_loading_fault(
         loaded = load_answering(source, device=trained.device).model
         found = read_logits(trained, loaded) if expected is not None else None
     else:
-        with without_zero3():
-            loaded, report = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                attn_implementation=name_attention(trained.attention),
-                trust_remote_code=settings.trust_remote_code,
-                output_loading_info=True,
-            )
+        loaded, report = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            attn_implementation=name_attention(trained.attention),
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+        )
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if report[problem]:
                 return f"loading it reports {problem.replace('_', ' ')}, first {min(map(str, report[problem]))}"

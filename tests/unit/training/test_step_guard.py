@@ -12,6 +12,8 @@ from tuning.training.step_guard import StepGuard, StepState
 
 
 class OneProcess:
+    accelerator = SimpleNamespace(optimizer_step_was_skipped=False)
+
     def all_gather_ints(self, numbers):
         return torch.tensor([numbers])
 
@@ -52,7 +54,14 @@ def test_a_gradient_that_is_not_finite_names_all_rows_unless_a_scaler_skips_the_
     with pytest.raises(UserError, match=r"^a; b; c: the gradients became inf at step 3"):
         before_step(guard)
     before_step(guard, fp16=True)
+
+
+def test_a_step_that_deepspeed_skipped_ends_the_run_unless_a_scaler_did(guard, monkeypatch):
     before_step(guard, deepspeed_plugin=object())
+    monkeypatch.setattr(guard.processes.accelerator, "optimizer_step_was_skipped", True)
+    with pytest.raises(UserError, match=r"^a; b; c: the gradients became NaN or infinite at step 3"):
+        before_step(guard, deepspeed_plugin=object())
+    before_step(guard, deepspeed_plugin=object(), fp16=True)
 
 
 def test_parameters_that_no_batch_reached_get_a_gradient_of_zero(guard):
