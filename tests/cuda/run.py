@@ -1,7 +1,8 @@
 """python tests/cuda/run.py OPTIONS.json, in the environment of setup.sh: trains on the stand-in for a GPU.
 
-It writes `result-RANK.json` beside the options: losses, attention kernels, and where the host waited in the last step.
-The exit code is 1 where training failed. Device 0 stands in for an H100, unless `NULL_CUDA_CAPABILITY` is not 90.
+With words of a command line, such as `predict --data_path …`, it runs that command of `vlm-tuning`. Training writes
+`result-RANK.json` beside the options: losses, attention kernels, and where the host waited in the last step. The exit
+code is 1 where training failed. Device 0 stands in for an H100, unless `NULL_CUDA_CAPABILITY` is not 90.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 from transformers.trainer_callback import CallbackHandler
 
 import tuning
+from tuning import cli
 
 
 def record(device: cuda_on_cpu.CudaOnCpu) -> tuple[list[float], list[tuple[Counter, int]]]:
@@ -54,4 +56,8 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        torch.set_num_threads(1)
+        with cuda_on_cpu.CudaOnCpu():
+            sys.exit(cli.main(sys.argv[1:]))
     main(Path(sys.argv[1]))

@@ -151,3 +151,20 @@ def test_waits_do_not_grow_with_layers_pictures_or_tokens(stand_in, checkpoint, 
         (result,) = train_on_stand_in(stand_in, run, options | {"per_device_train_batch_size": size}, "")
         seen.append(result["waits"])
     assert seen[0] == seen[1]
+
+
+def test_predict_shares_the_layers_of_a_model_out_over_two_gpus(stand_in, checkpoint, tmp_path):
+    folder, rows = checkpoint("llava15", "bfloat16")
+    words = ["predict", "--model_name_or_path", folder, "--data_path", rows, "--max_new_tokens", "8", "--max_rows", "4"]
+    runs = {"one": ["--accelerate_launch_args", '{"num_processes": 1}'], "two": ["--device_map", "balanced"]}
+    answers = []
+    for name, more in runs.items():
+        command = [str(stand_in), str(HERE / "run.py"), *words, "--output", str(tmp_path / f"{name}.jsonl"), *more]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "NULL_CUDA_DEVICES": "2"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        assert ("shared out over 2 devices: 0, 1." in done.stdout) == (name == "two")
+        lines = map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())
+        answers.append([line["prediction"] for line in lines])
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 4

@@ -76,6 +76,11 @@ class PredictArguments(RowArguments, ModelSource):
     max_rows: int | None = option(None, "Answer at most N rows (default: all).", minimum=1)
     overwrite: bool = option(False, "Answer all rows again, although an earlier run has answered them.")
     accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch`, such as num_processes.")
+    device_map: str | None = option(
+        None,
+        "Share the layers of a model that is larger than one GPU out over all GPUs, in one process.",
+        choices=("auto", "balanced", "sequential"),
+    )
 
     @property
     def metric_names(self) -> list[str]:
@@ -87,7 +92,14 @@ OPTIONS = PredictArguments
 
 def run(options: PredictArguments) -> None:
     """Answer in this process, or in as many as the options ask for."""
-    if launch_args := choose_launch_options(options.accelerate_launch_args, all_gpus=True):
+    if options.device_map and options.accelerate_launch_args:
+        raise UserError(
+            where="device_map, accelerate_launch_args",
+            problem="a model whose layers are shared out over all GPUs runs in one process.",
+            fix="Leave one of them out.",
+        )
+    whole = options.device_map is None
+    if launch_args := choose_launch_options(options.accelerate_launch_args, all_gpus=whole):
         launch(launch_args, [*PROGRAM, *to_flags(options)], settings=DDP_SETTINGS)
     else:
         predict(options)
@@ -143,7 +155,7 @@ def answer_rows(
     options: PredictArguments, data: Source, open_rows: Sequence[int], answers: "Answers", state: PartialState
 ) -> None:
     """Add the answers to `open_rows`. Each of several processes takes its share of every round of batches."""
-    loaded = load_answering(options, device=state.device)
+    loaded = load_answering(options, device=state.device, device_map=options.device_map)
     encoder = make_encoder(
         options,
         loaded.processor,

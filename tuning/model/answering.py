@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tuning.config.model_tokens import ModelTokens
 from tuning.config.options import ModelSource
+from tuning.console import print0
 from tuning.model import load
 from tuning.model.attention import choose_attention
 from tuning.model.lora import Adapter, BaseModel, add_adapter, find_adapter, load_base, read_adapter_config
@@ -38,8 +39,11 @@ class LoadedModel:
         return load.read_tokens(self.source, self.processor, self.config)
 
 
-def load_answering(source: ModelSource, *, device: torch.device | str) -> LoadedModel:
-    """Load the model or adapter that `source` names. Raises `UserError` where it or its base cannot be loaded."""
+def load_answering(source: ModelSource, *, device: torch.device | str, device_map: str | None = None) -> LoadedModel:
+    """Load the model or adapter that `source` names. Raises `UserError` where it or its base cannot be loaded.
+
+    `device_map`: how transformers shares the layers out over all devices, in place of `device` for all of them.
+    """
     device = torch.device(device)
     adapter = find_adapter(source.model_name_or_path)
     base = load_base(source, adapter)
@@ -53,14 +57,22 @@ def load_answering(source: ModelSource, *, device: torch.device | str) -> Loaded
     )
     quantization = _plan_quantization(base, adapter, dtype, device)
     model = load.load_model(
-        base.source, base.config, dtype=dtype, attention=attention.loaded, quantization=quantization
+        base.source,
+        base.config,
+        dtype=dtype,
+        attention=attention.loaded,
+        quantization=quantization,
+        **({"device_map": device_map} if device_map else {}),
     )
     patch_mllama_cross_attention(model)
     patch_mllama_tower(model)
     patch_picture_dtype(model)
     if adapter:
         model = add_adapter(model, adapter)
-    if not quantization:  # quantised weights are loaded onto their device and cannot be moved
+    if device_map:
+        places = list(dict.fromkeys(map(str, model.hf_device_map.values())))
+        print0(f"The layers of the model are shared out over {len(places)} devices: {', '.join(places)}.")
+    elif not quantization:  # quantised weights are loaded onto their device and cannot be moved
         model = model.to(device)
     return LoadedModel(model.eval(), base.config, base.processor, adapter, base.source)
 

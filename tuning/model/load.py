@@ -241,19 +241,20 @@ def load_model(
     dtype: torch.dtype,
     attention: str,
     quantization: Quantization | None = None,
+    **placement: str,
 ) -> PreTrainedModel:
     """Load all weights from safetensors. Raises `UserError` if the checkpoint lacks some or some do not fit.
 
     transformers would fill those with random numbers and continue. A process that receives its weights from rank 0
-    gets the model on the meta device, while transformers would read all weights in every process. Quantised weights
-    cannot be sent: every process loads them onto its device.
+    gets the model on the meta device. Quantised weights cannot be sent: every process loads them onto its device.
+    `placement`: a `device_map` of transformers.
     """
     name = model.model_name_or_path
     avoid_kernels_without_compiler()
     if receives_weights() and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not quantization:
-        settings = {"dtype": dtype, "attn_implementation": name_attention(attention)}
+        settings = {"state_dict": {}, "dtype": dtype, "attn_implementation": name_attention(attention)}
         with silent_transformers():  # they would list every weight as missing
-            return model_class(config).from_pretrained(None, config=config, state_dict={}, **settings)
+            return model_class(config).from_pretrained(None, config=config, **settings)
     quantised = quantization.loading_options() if quantization else {}
     try:
         loaded, report = AutoModelForImageTextToText.from_pretrained(
@@ -265,7 +266,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # the report lists them, and they are refused below
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
-            **quantised,
+            **{**quantised, **placement},
         )
     except (OSError, SafetensorError) as error:
         raise UserError(
