@@ -246,15 +246,14 @@ def load_model(
     """Load all weights from safetensors. Raises `UserError` if the checkpoint lacks some or some do not fit.
 
     transformers would fill those with random numbers and continue. A process that receives its weights from rank 0
-    gets the model on the meta device. Quantised weights cannot be sent: every process loads them onto its device.
-    `placement`: a `device_map` of transformers.
+    gets the model on the meta device. Quantised weights cannot be sent: each reads its own. `placement`: `device_map`.
     """
     name = model.model_name_or_path
     avoid_kernels_without_compiler()
     if receives_weights() and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not quantization:
-        settings = {"state_dict": {}, "dtype": dtype, "attn_implementation": name_attention(attention)}
+        settings = {"dtype": dtype, "attn_implementation": name_attention(attention)}
         with silent_transformers():  # they would list every weight as missing
-            return model_class(config).from_pretrained(None, config=config, **settings)
+            return model_class(config).from_pretrained(None, config=config, state_dict={}, **settings)
     quantised = quantization.loading_options() if quantization else {}
     try:
         loaded, report = AutoModelForImageTextToText.from_pretrained(
