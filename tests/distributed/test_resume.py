@@ -191,3 +191,20 @@ def test_a_model_put_together_from_shards_is_compared_with_them(runs, models, mi
     tuning.train(make_job(models, mixed_rows, folder, "granite_vision", 8))
     assert f"Read {folder} back: its weights are those of {folder / 'checkpoint-6'}." in capsys.readouterr().out
     torch.testing.assert_close(read_model(folder), expected, rtol=0, atol=0)
+
+
+def test_large_checkpoints_are_sharded_where_the_user_has_not_chosen(models, mixed_rows, tmp_path):
+    ours, all_are_large = {"VLM_TUNING_CHOOSES_STRATEGY": "1", **FULL}, {"tuning.distributed.fsdp.LARGE_STATE": 0}
+    settings = {"ours": (ours, all_are_large), "small": (ours, {}), "theirs": (FULL, all_are_large)}
+    jobs = [
+        make_job(models, mixed_rows, tmp_path / name, "granite_vision", 4, max_steps=3)
+        | {"environ": {"VLM_TUNING_CHOOSES_STRATEGY": "0", **environ}, "constants": constants}
+        for name, (environ, constants) in settings.items()
+    ]
+    printed = run_jobs("fsdp", jobs, tmp_path)
+    sharded = {name: (tmp_path / name / "checkpoint-3" / SHARDED_MODEL).is_dir() for name in settings}
+    assert sharded == {"ours": True, "small": False, "theirs": False}
+    assert printed.count("Checkpoints are sharded: a whole one would have") == 1
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in settings]
+    assert all(weight.keys() == weights[0].keys() for weight in weights)
+    assert all(torch.equal(weight[name], weights[0][name]) for weight in weights for name in weight)

@@ -11,7 +11,13 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
+from tuning.console import print0
 from tuning.errors import UserError
+
+STRATEGY_IS_OURS = "VLM_TUNING_CHOOSES_STRATEGY"
+"""Our launcher sets this variable where the user has named neither FSDP nor a file."""
+LARGE_STATE = 20e9
+BYTES_OF_STATE = 12  # of a trained number: its float32 copy, and two averages of Adam
 
 
 def is_fsdp_asked_for() -> bool:
@@ -85,6 +91,21 @@ def padded_numel(parameter: torch.Tensor, shards: int) -> int:
     """
     first = max(1, parameter.shape[0]) if parameter.dim() else 1
     return -(-first // shards) * shards * (parameter.numel() // first)
+
+
+def shard_large_checkpoints(model: nn.Module, plugin: Any) -> None:
+    """Let every process write its part of a checkpoint above 20 GB, if the user has left that to us.
+
+    Otherwise the first process gathers all of it in its main memory, and writes it alone.
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if os.environ.get(STRATEGY_IS_OURS) == "1" and trained * BYTES_OF_STATE > LARGE_STATE:
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of whole ones
+        plugin.set_state_dict_type("SHARDED_STATE_DICT")
+        print0(
+            f"Checkpoints are sharded: a whole one would have {trained * BYTES_OF_STATE / 1e9:.3g} GB."
+            " The final model is whole."
+        )
 
 
 def set_fsdp_param_dtype(model: nn.Module, plugin: Any) -> bool:

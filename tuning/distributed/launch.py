@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from tuning.config.options import RunConfig
 from tuning.console import print0
-from tuning.distributed.fsdp import disable_fsdp_on_cpu
+from tuning.distributed.fsdp import STRATEGY_IS_OURS, disable_fsdp_on_cpu
 from tuning.distributed.watch import watch_processes
 from tuning.errors import RunEnded, UserError, first_line
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, EXIT_STOPPED, LAUNCHED, claim_file, was_launched
@@ -29,7 +29,6 @@ PACKAGE = Path(__file__).parents[1]
 SCRIPT = PACKAGE / "sft_trainer.py"
 FIXTURES = PACKAGE / "fixtures"
 FSDP_SETTINGS = FIXTURES / "accelerate_fsdp_defaults.yaml"
-STRATEGY_IS_OURS = "VLM_TUNING_CHOOSES_STRATEGY"
 DDP_SETTINGS = FIXTURES / "accelerate_ddp.yaml"
 ALREADY_PRINTED = (1, EXIT_STOPPED, EXIT_INTERNAL_ERROR)  # exit codes of a process that has printed why it ended
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)

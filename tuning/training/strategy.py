@@ -20,8 +20,7 @@ from tuning.console import print0
 from tuning.data.dataset import EncodedRows
 from tuning.data.from_config import TrainingData
 from tuning.data.row_lengths import RowLengths
-from tuning.distributed.fsdp import is_fsdp_asked_for
-from tuning.distributed.launch import STRATEGY_IS_OURS
+from tuning.distributed.fsdp import STRATEGY_IS_OURS, is_fsdp_asked_for
 from tuning.distributed.processes import decide_on_first_process
 from tuning.model.build import ModelPlan
 from tuning.training.data_loading import choose_collator

@@ -25,6 +25,7 @@ from tuning.distributed.fsdp import (
     is_fsdp_asked_for,
     materialize_meta_params,
     set_fsdp_param_dtype,
+    shard_large_checkpoints,
 )
 from tuning.distributed.interruption import Interruption
 from tuning.distributed.processes import Processes
@@ -136,6 +137,7 @@ class SupervisedTrainer(ResumableTrainer):
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = self.trainable.wrap_classes or None
+            shard_large_checkpoints(self.model, plugin)
             if mixed or (self._keeps_master_weights and set_fsdp_param_dtype(self.model, plugin)):
                 cast_trainable_to_fp32(self.model)
             if mixed:  # FSDP would round the loss to 16 bits, and the sums of gradients
