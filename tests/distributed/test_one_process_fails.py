@@ -234,3 +234,32 @@ def test_a_process_that_nothing_reaches_ends_when_another_one_has_failed(
     assert codes == [-signal.SIGKILL if how == "kill" else 203, 203]
     assert ("an error of the first process" in said[0]) == (how == "error")
     assert seconds < SECONDS
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_an_error_while_shards_generate_together_ends_both_or_none(ranks, interrupted, tmp_path):
+    """A process that fails alone ends the run; where all fail, the model cannot answer, and trains without samples."""
+    root, settings = interrupted
+    options = json.loads((root / "options.json").read_text())
+    for name in ("push_to_hub", "hub_token", "hub_model_id", "report_to", "validation_data_path", "eval_strategy"):
+        del options[name]
+    options |= {"output_dir": str(tmp_path / "out"), "report_samples": 2, "max_steps": 1}
+    (tmp_path / "options.json").write_text(json.dumps(options))
+
+    def prepare(rank: int) -> None:
+        from transformers import GenerationMixin
+
+        def fail(*_, **inputs):
+            raise ValueError("an error while it answers")
+
+        if rank in ranks:  # after the first token
+            GenerationMixin._update_model_kwargs_for_generation = fail
+
+    codes, said, seconds = run_two(["train", str(tmp_path / "options.json")], tmp_path, settings, prepare)
+    assert seconds < SECONDS
+    if len(ranks) == 2:
+        assert codes == [0, 0], said
+        assert "The report shows no samples. This model cannot answer by generation here" in said[0]
+    else:
+        assert codes == [203, 203], said
+        assert "Internal error: ValueError: an error while it answers" in said[ranks[0]]

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import psutil
@@ -61,6 +62,23 @@ class Processes:
             raise RunEnded("", EXIT_USER_ERROR)
         return shared[:, 1:]
 
+    def any_failed(self, error: Exception | None, *, together: bool) -> bool:
+        """Whether a process has met an error in what all of them did.
+
+        `together`: they waited for each other in there. Then the others never come here if this one failed alone: it
+        raises its error after some seconds, which ends the run.
+        """
+        failed = torch.tensor([[int(error is not None)]])
+        if error is None or not together or self.number == 1:
+            return bool(self._all_gather(failed).any())
+        gathered = failed.new_empty(self.number, 1)
+        work = dist.all_gather_into_tensor(gathered, failed, group=self._group, async_op=True)
+        try:
+            work.wait(timedelta(seconds=_ALONE_SECONDS))
+        except RuntimeError:  # what gloo raises when the time is over
+            raise error from None
+        return True
+
     @contextmanager
     def name_lost_process(self) -> Iterator[None]:
         """Turn an error of communication into a `RunEnded` that names the process which is gone or does not answer."""
@@ -104,14 +122,15 @@ class Processes:
 
 
 def make_cpu_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """A group in which processes exchange numbers of the host; None, the default group, where that one is the CPU's.
+    """A group in which processes exchange numbers of the host, with the time-out of the default group.
 
-    Over the device's group, each exchange would wait until the device has done all its work.
+    In the device's group, each exchange would wait until the device has done all its work. In that of FSDP and DDP, a
+    process that left their work with an error would take its messages for theirs.
     """
-    if accelerator.device.type == "cpu":
+    if not dist.is_initialized():
         return None
-    default = dist.group.WORLD._get_backend(accelerator.device)
-    return dist.new_group(backend="gloo", timeout=default.options._timeout)
+    options = getattr(dist.group.WORLD._get_backend(accelerator.device), "options", None)
+    return dist.new_group(backend="gloo", timeout=getattr(options, "_timeout", None))
 
 
 def decide_on_first_process(decide: Callable[[], T]) -> T:
@@ -130,6 +149,7 @@ def decide_on_first_process(decide: Callable[[], T]) -> T:
 
 GONE = "gone"
 _EXIT_SECONDS = 5.0
+_ALONE_SECONDS = 10.0
 _COMMUNICATION = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "nccl", "gloo")
 
 

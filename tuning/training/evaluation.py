@@ -130,7 +130,7 @@ class GenerationEvaluator:
             return answer(model, samples, self.encoder, self.collator, max_new_tokens=limit, synced_gpus=synced)
 
         attempt = try_optional(generate if samples else list)
-        if self.processes.all_gather_ints([attempt.error is not None]).any():
+        if self.processes.any_failed(attempt.error, together=self.synced_gpus):
             raise CannotAnswer(attempt.error)
         return attempt.value or []
 
