@@ -195,6 +195,7 @@ def test_a_model_put_together_from_shards_is_compared_with_them(runs, models, mi
 
 def test_large_checkpoints_are_sharded_where_the_user_has_not_chosen(models, mixed_rows, tmp_path):
     ours, all_are_large = {"VLM_TUNING_CHOOSES_STRATEGY": "1", **FULL}, {"tuning.distributed.fsdp.LARGE_STATE": 0}
+    all_are_large["tuning.training.trained_weights.LARGE_WEIGHTS"] = 0  # gathered into files
     settings = {"ours": (ours, all_are_large), "small": (ours, {}), "theirs": (FULL, all_are_large)}
     jobs = [
         make_job(models, mixed_rows, tmp_path / name, "granite_vision", 4, max_steps=3)

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +162,17 @@ class ResumableTrainer(Trainer):
         if not self.is_fsdp_enabled and not is_zero3_model(self.model):
             super().save_model(output_dir, _internal_call)
             return
-        weights = gather_trained(self.model, self.dtypes, is_main_process=self.args.should_save)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            with suppress(OSError):  # writing meets it again, when no process waits for this one
+                folder.mkdir(parents=True, exist_ok=True)
+        weights = gather_trained(self.model, self.dtypes, is_main_process=self.args.should_save, folder=folder)
         for name in repeated_names(self.model):  # save_pretrained finds tied weights by their storage: FSDP's have none
             weights.pop(name, None)
         self._save(output_dir, state_dict=weights)
         if self.is_fsdp_enabled and self.args.should_save and not isinstance(self.model, PeftModel):
             self.model.config.dtype = next(iter(self.dtypes.values()))
-            self.model.config.save_pretrained(output_dir or self.args.output_dir)
+            self.model.config.save_pretrained(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Add to Hugging Face's files what a checkpoint needs to be complete."""

@@ -109,7 +109,7 @@ def verify_saved_model(
     weights: Mapping[str, torch.Tensor] = {}
     logits = None
     if source is None and (main or trained.needs_all_processes):
-        weights = weights_to_save(trained)
+        weights = weights_to_save(trained, folder)
         logits = trained_logits(trained) if loads else None
 
     def find_fault() -> str:
@@ -158,12 +158,16 @@ def has_room(trained: TrainedModel) -> bool:
     return ROOM * size < free_device_memory(trained.device)
 
 
-def weights_to_save(trained: TrainedModel) -> dict[str, torch.Tensor]:
-    """The weights of the model in memory, or of its adapter, by their names on disk; on the main process only."""
+def weights_to_save(trained: TrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the model in memory, or of its adapter, by their names on disk; on the main process only.
+
+    `folder`: see `gather_trained`.
+    """
     gathered = None
     if trained.is_fsdp or trained.is_zero3 or not trained.is_adapter:
-        gathered = gather_trained(trained.model, trained.dtypes, is_main_process=trained.is_main_process)
-        if not trained.is_main_process:
+        main = trained.is_main_process
+        gathered = gather_trained(trained.model, trained.dtypes, is_main_process=main, folder=folder)
+        if not main:
             return {}
     if not trained.is_adapter:
         return revert_weight_conversion(trained.model, gathered or {})
