@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from hub_server import TOKEN, serve_hub
 from launches import ROOT
@@ -263,3 +264,34 @@ def test_an_error_while_shards_generate_together_ends_both_or_none(ranks, interr
     else:
         assert codes == [203, 203], said
         assert "Internal error: ValueError: an error while it answers" in said[ranks[0]]
+
+
+def test_a_data_worker_that_is_killed_during_evaluation_ends_both(interrupted, tmp_path):
+    root, settings = interrupted
+    options = json.loads((root / "options.json").read_text())
+    for name in ("push_to_hub", "hub_token", "hub_model_id", "report_to"):
+        del options[name]
+    options |= {"output_dir": str(tmp_path / "out"), "eval_steps": 1, "dataloader_num_workers": 1}
+    options |= {"per_device_eval_batch_size": 1}
+    (tmp_path / "options.json").write_text(json.dumps(options))
+
+    def prepare(rank: int) -> None:
+        from tuning.training.trainer import SupervisedTrainer
+
+        take, seen = SupervisedTrainer._take_info, []
+
+        def take_and_kill(trainer, batch, evaluating=False):
+            seen.append(evaluating)
+            if rank == 1 and sum(seen) == 2:
+                for worker in psutil.Process().children():
+                    worker.kill()
+                    worker.wait()
+            return take(trainer, batch, evaluating)
+
+        SupervisedTrainer._take_info = take_and_kill
+
+    codes, said, seconds = run_two(["train", str(tmp_path / "options.json")], tmp_path, settings, prepare)
+    assert seconds < SECONDS
+    assert codes[1] == 1, said
+    assert codes[0] in (1, 203), said
+    assert re.search(r"dataloader_num_workers: a process that reads data \(pid \d+\) .*killed", said[1])
