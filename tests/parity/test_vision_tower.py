@@ -23,7 +23,7 @@ LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
 FROZEN = {"freeze_vision_tower": True}
 LAVAS = [layout for layout in LAYOUTS if layout != "mllama"]
 QUICK = {"max_steps": 4, "save_strategy": "no"}
-QUICK |= {"padding_free": False, "verify_save": False}  # verifying would run the tower
+QUICK |= {"verify_save": False}  # it would run the tower
 
 
 class Runs(list):

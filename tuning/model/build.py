@@ -39,6 +39,7 @@ from tuning.model.parts import (
 from tuning.model.patch_embedding import patch_patch_embeddings
 from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.quantize import Quantization, plan_quantization
+from tuning.model.tower_attention import drop_row_lengths
 from tuning.model.vision_tower import patch_frozen_statistics, patch_frozen_tower
 
 
@@ -193,6 +194,7 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, parts: Parts, lora_
     patch_mllama_cross_attention(model)
     patch_mllama_tower(model)
     patch_supervised_loss(model)
+    drop_row_lengths(model)
     patch_picture_dtype(model)
     patch_patch_embeddings(model)
     if config.lora.peft_method:

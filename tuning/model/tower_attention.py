@@ -137,9 +137,10 @@ def set_attention(configs: Iterable[PreTrainedConfig], name: str | None) -> None
 
 
 def drop_row_lengths(model: PreTrainedModel | PeftModel) -> None:
-    """Keep the lengths of the rows of a padding-free batch from the tower: some models hand on whatever they get.
+    """Keep the lengths of the rows of a padding-free batch from the tower: most models hand on whatever they get.
 
-    Layers that take the lengths of pictures as `cu_seq_lens_q` fail where they get another one (Kimi K2.5).
+    Layers that take the lengths of pictures as `cu_seq_lens_q` fail where they get another one (Kimi K2.5). And a tower
+    that gets more than pictures is not cached, nor run a few pictures at a time (`only_images`).
     """
 
     def drop(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

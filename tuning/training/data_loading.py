@@ -39,7 +39,6 @@ from tuning.model.picture_dtype import picture_dtype, reader_of
 from tuning.model.row_positions import RowPositions, find_row_positions
 from tuning.model.tower_attention import (
     TOWER,
-    drop_row_lengths,
     find_tower_configs,
     find_tower_difference,
     set_attention,
@@ -221,7 +220,6 @@ class DataLoading(TrainerCallback):
         fails = bool(self.processes.all_gather_ints([reason != ""]).any())
         if not fails:
             set_attention(configs, TOWER)
-            drop_row_lengths(model)
             print0("The vision tower keeps pictures apart by their lengths, in as few calls as it can.")
         else:
             print0(f"The vision tower keeps transformers' attention: {reason or 'ours fails on another process'}.")
