@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import vision_utils
 from transformers.masking_utils import find_packed_sequence_indices
 
@@ -93,6 +94,21 @@ def test_pictures_are_put_at_the_places_of_their_tokens_as_by_masked_scatter():
             assert type(found) is torch.Tensor
     assert rows[send(ids, CPU) == 7].tolist() == rows[ids == 7].tolist()
     assert rows[send(ids, CPU) == 7, 1:].tolist() == rows[ids == 7, 1:].tolist()
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_mask_function_may_look_at_them(in_blocks):
+    """vmap calls it, for flex_attention and for unusual masks of transformers."""
+    dense = []
+    for rows in (ROWS, send(ROWS, CPU)):
+
+        def sees(batch, head, query, key, rows=rows):
+            return (query >= key) & (rows[batch, query] >= rows[batch, key])
+
+        settings = {"B": 1, "H": None, "Q_LEN": 9, "KV_LEN": 9, "device": "cpu"}
+        dense.append(create_block_mask(sees, **settings).to_dense() if in_blocks else create_mask(sees, **settings))
+    assert torch.equal(*dense)
+    assert dense[0].any()
 
 
 CHANGES = {
