@@ -6,10 +6,8 @@ error as it gets there, in a run that continues from a checkpoint, evaluates, sa
 
 import ast
 import json
-import os
 import re
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -209,10 +207,7 @@ def test_an_error_in_predict_ends_both(place, models, mixed_rows, tmp_path):
     assert fail(place, [*words, "--output", str(tmp_path / "answers.jsonl"), "--max_rows", "4"], tmp_path, {})
 
 
-@pytest.mark.parametrize("how", ["error", "kill"])
-def test_a_process_that_nothing_reaches_ends_when_another_one_has_failed(
-    how, models, mixed_rows, tmp_path, monkeypatch
-):
+def test_a_process_that_nothing_reaches_ends_when_another_one_has_failed(models, mixed_rows, tmp_path, monkeypatch):
     """As inside NCCL, which waits in a call that never returns."""
     from tuning import sft_trainer
     from tuning.distributed import watch
@@ -223,8 +218,6 @@ def test_a_process_that_nothing_reaches_ends_when_another_one_has_failed(
 
     def prepare(rank: int) -> None:
         def fail_or_wait(*_, **settings):
-            if rank == 0 and how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
             if rank == 0:
                 raise ValueError("an error of the first process")
             time.sleep(1000)
@@ -232,8 +225,8 @@ def test_a_process_that_nothing_reaches_ends_when_another_one_has_failed(
         monkeypatch.setattr(sft_trainer, "open_data", fail_or_wait)
 
     codes, said, seconds = run_two(["train", str(tmp_path / "options.json")], tmp_path, {}, prepare)
-    assert codes == [-signal.SIGKILL if how == "kill" else 203, 203]
-    assert ("an error of the first process" in said[0]) == (how == "error")
+    assert codes == [203, 203]
+    assert "an error of the first process" in said[0]
     assert seconds < SECONDS
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
-from tuning.distributed.watch import announce_end
+from tuning.distributed.watch import announce_failure
 from tuning.errors import RunEnded, UserError
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, EXIT_USER_ERROR
 
@@ -161,7 +161,7 @@ def exit_process(exit_code: int) -> NoReturn:
     """
     if not dist.is_initialized():
         sys.exit(exit_code)
-    announce_end(exit_code)
+    announce_failure(exit_code)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()

@@ -11,9 +11,9 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from tuning.exit_codes import EXIT_INTERNAL_ERROR, EXIT_OK, EXIT_STOPPED
+from tuning.exit_codes import EXIT_OK, EXIT_STOPPED
 
-FAILED, DONE = "vlm_tuning/exit_code", "vlm_tuning/done"
+FAILED = "vlm_tuning/exit_code"
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 """The time for a process to end by itself, with its data workers, once another one has failed."""
@@ -21,7 +21,10 @@ _started = threading.Event()
 
 
 def watch_processes() -> None:
-    """End this process some seconds after another one has announced that it failed, unless it ends before."""
+    """End this process some seconds after another one has announced that it failed, unless it ends before.
+
+    Only commands announce it: in a program that calls `tuning.train`, nothing ends.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1 or _started.is_set():
         return
     _started.set()
@@ -29,31 +32,22 @@ def watch_processes() -> None:
     threading.Thread(target=_watch, args=(store,), name="watch processes", daemon=True).start()
 
 
-def announce_end(exit_code: int) -> None:
-    """Tell the other processes that this one ends: they end, too, if it failed, with the same exit code."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def announce_failure(exit_code: int) -> None:
+    """Tell the other processes that this one ends with `exit_code`, unless it ends as they do. They end so, too."""
+    if exit_code in (EXIT_OK, EXIT_STOPPED) or not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    keeps_store = dist.get_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     with suppress(RuntimeError):  # the store may have gone with the process that kept it
-        store = dist.distributed_c10d._get_default_store()
-        if exit_code not in (EXIT_OK, EXIT_STOPPED):
-            store.set(FAILED, str(exit_code))
-        elif keeps_store:
-            store.set(DONE, "")
-        if keeps_store:
-            time.sleep(1.5 * POLL_SECONDS)  # until the others have read it
+        dist.distributed_c10d._get_default_store().set(FAILED, str(exit_code))
+        if dist.get_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(1.5 * POLL_SECONDS)  # the store ends with this process: the others have read it by then
 
 
 def _watch(store: dist.Store) -> None:
-    exit_code = None
-    while exit_code is None:
-        time.sleep(POLL_SECONDS)
-        try:
-            if store.check([FAILED]):
-                exit_code = int(store.get(FAILED))
-            elif store.check([DONE]):
-                return
-        except RuntimeError:  # the process that kept the store was killed
-            exit_code = EXIT_INTERNAL_ERROR
+    try:
+        while not store.check([FAILED]):
+            time.sleep(POLL_SECONDS)
+        exit_code = int(store.get(FAILED))
+    except RuntimeError:  # the store has ended
+        return
     time.sleep(GRACE_SECONDS)
     os._exit(exit_code)
