@@ -15,7 +15,7 @@ from tuning.console import print0
 from tuning.errors import UserError
 
 STRATEGY_IS_OURS = "VLM_TUNING_CHOOSES_STRATEGY"
-"""Our launcher sets this variable where the user has named neither FSDP nor a file."""
+"""Our launcher sets this variable to 1 where the user has named neither FSDP nor a file."""
 LARGE_STATE = 20e9
 BYTES_OF_STATE = 12  # of a trained number: its float32 copy, and two averages of Adam
 

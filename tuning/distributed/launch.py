@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,8 +114,7 @@ def launch(launch_args: Mapping[str, Any], program: Sequence[str], *, settings: 
     parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's option; we forward the others
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        ours = settings == FSDP_SETTINGS and not any("fsdp" in name or name == "config_file" for name in launch_args)
-        with forward_signals(parsed.training_script) as forwarded, mark_as_launched(strategy_is_ours=ours):
+        with forward_signals(parsed.training_script) as forwarded, mark_as_launched(strategy_is_ours(launch_args)):
             launch_command(parsed)
     except SignalException as error:  # Ctrl-C, or a terminal that is gone
         raise RunEnded("" if has_printed_error() else "Interrupted.", 128 + error.sigval) from error
@@ -129,6 +129,11 @@ def launch(launch_args: Mapping[str, Any], program: Sequence[str], *, settings: 
             problem=f"accelerate refuses these options: {first_line(error)}.",
             fix="accelerate launch --help describes them.",
         ) from error
+
+
+def strategy_is_ours(launch_args: Mapping[str, Any]) -> bool:
+    """Whether the user has named neither a file nor anything of FSDP, so that the run may choose DDP."""
+    return not any(re.search("config_file|fsdp|parallelism_config", name) for name in launch_args)
 
 
 def launch_flags(launch_args: Mapping[str, Any], parser: Any, settings: Path = FSDP_SETTINGS) -> list[str]:
@@ -182,18 +187,13 @@ def explain_exit(exit_code: int, who: str, forwarded: Sequence[int] = ()) -> Run
 
 
 @contextmanager
-def mark_as_launched(*, strategy_is_ours: bool) -> Iterator[None]:
-    """Mark the processes that are started inside as launched; see `was_launched`.
-
-    `strategy_is_ours`: the user has not named FSDP or a file, so that the run may choose DDP.
-    """
-    marks = {LAUNCHED: "1"} | ({STRATEGY_IS_OURS: "1"} if strategy_is_ours else {})
-    os.environ.update(marks)
+def mark_as_launched(may_choose: bool) -> Iterator[None]:
+    """Tell the processes that are started inside that they were launched, and whether they choose DDP or FSDP."""
+    os.environ |= {LAUNCHED: "1", STRATEGY_IS_OURS: str(int(may_choose))}
     try:
         yield
     finally:
-        for name in marks:
-            del os.environ[name]
+        del os.environ[LAUNCHED], os.environ[STRATEGY_IS_OURS]
 
 
 @contextmanager
