@@ -35,7 +35,7 @@ from tuning.model.vision_tower import (
 )
 
 CACHE_OPTION = "cache_vision_features"
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
 @dataclass(frozen=True)
