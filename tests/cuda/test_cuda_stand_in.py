@@ -163,7 +163,7 @@ def test_predict_shares_the_layers_of_a_model_out_over_two_gpus(stand_in, checkp
         environment = os.environ | {"PYTHONPATH": str(ROOT), "NULL_CUDA_DEVICES": "2"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        assert ("shared out over 2 devices: 0, 1." in done.stdout) == (name == "two")
+        assert ("The layers of the model are on cuda:0, cuda:1." in done.stdout) == (name == "two")
         lines = map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())
         answers.append([line["prediction"] for line in lines])
     assert answers[0] == answers[1]

@@ -1,6 +1,7 @@
 """`vlm-tuning predict`: answers are those of the model alone, kept when interrupted, scored and compared."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from two_processes import run_two
 
 from tuning import cli, train
 from tuning.data.images import load_image
@@ -280,6 +282,36 @@ def test_the_command_starts_itself_in_two_processes(predict, trained, rows, tmp_
     assert done.returncode == 0, done.stderr
     assert read_lines(tmp_path / "two.jsonl") == alone
     assert done.stdout.count("Done: ") == 1
+
+
+def test_layers_that_are_shared_out_answer_as_before_and_need_one_process(predict, trained, rows, tmp_path):
+    """With an adapter, too. `tests/cuda` has two devices; here the CPU is the only one."""
+    for model in ("full", "adapter"):
+        _, expected, _ = predict(trained / model, output=tmp_path / f"{model}.jsonl", max_rows=4)
+        changes = {"output": tmp_path / f"{model}-shared.jsonl", "max_rows": 4, "device_map": "auto"}
+        code, lines, printed = predict(trained / model, **changes)
+        assert (code, lines) == (0, expected)
+        assert "The layers of the model are on cpu." in printed.out
+    words = ["predict", *flags_of({"model_name_or_path": trained / "full", "data_path": rows, "device_map": "auto"})]
+    codes, said, _ = run_two([*words, "--output", str(tmp_path / "two.jsonl")], tmp_path, {}, lambda rank: None)
+    assert codes == [1, 1]
+    assert "device_map auto: shares one model out over all GPUs, and each of 2 processes would do so" in "".join(said)
+
+
+def test_several_machines_need_not_share_the_output(predict, trained, rows, tmp_path):
+    _, alone, _ = predict(trained / "full", output=tmp_path / "alone.jsonl", max_rows=4)
+    options = {"model_name_or_path": trained / "full", "data_path": rows, "output": "answers.jsonl", "max_rows": 4}
+
+    def move_to_own_folder(rank: int) -> None:
+        os.chdir(tmp_path / f"machine-{rank}")
+
+    for rank in range(2):
+        (tmp_path / f"machine-{rank}").mkdir()
+    words = ["predict", *flags_of(options | QUICK)]
+    codes, said, _ = run_two(words, tmp_path, {}, move_to_own_folder)
+    assert codes == [0, 0], said
+    assert read_lines(tmp_path / "machine-0" / "answers.jsonl") == alone
+    assert list((tmp_path / "machine-1").iterdir()) == []
 
 
 def test_a_compared_model_that_is_not_there_is_named_before_anything_is_answered(predict, trained, tmp_path):

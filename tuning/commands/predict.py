@@ -92,14 +92,8 @@ OPTIONS = PredictArguments
 
 def run(options: PredictArguments) -> None:
     """Answer in this process, or in as many as the options ask for."""
-    if options.device_map and options.accelerate_launch_args:
-        raise UserError(
-            where="device_map, accelerate_launch_args",
-            problem="a model whose layers are shared out over all GPUs runs in one process.",
-            fix="Leave one of them out.",
-        )
-    whole = options.device_map is None
-    if launch_args := choose_launch_options(options.accelerate_launch_args, all_gpus=whole):
+    every_gpu_has_all = options.device_map is None
+    if launch_args := choose_launch_options(options.accelerate_launch_args, all_gpus=every_gpu_has_all):
         launch(launch_args, [*PROGRAM, *to_flags(options)], settings=DDP_SETTINGS)
     else:
         predict(options)
@@ -115,6 +109,12 @@ def predict(options: PredictArguments) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     watch_processes()
     check_processes(state.num_processes)
+    if options.device_map and state.num_processes > 1:
+        raise UserError(
+            where=f"device_map {options.device_map}",
+            problem=f"shares one model out over all GPUs, and each of {state.num_processes} processes would do so.",
+            fix="Start one process: leave accelerate_launch_args and the launcher out, or remove device_map.",
+        )
     check_config_name(options, [options.data_path])
     more_fields = [options.references_field] if options.references_field else []
     split = options.dataset_split

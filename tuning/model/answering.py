@@ -70,8 +70,8 @@ def load_answering(source: ModelSource, *, device: torch.device | str, device_ma
     if adapter:
         model = add_adapter(model, adapter)
     if device_map:
-        places = list(dict.fromkeys(map(str, model.hf_device_map.values())))
-        print0(f"The layers of the model are shared out over {len(places)} devices: {', '.join(places)}.")
+        places = dict.fromkeys(str(parameter.device) for parameter in model.parameters())
+        print0(f"The layers of the model are on {', '.join(places)}.")
     elif not quantization:  # quantised weights are loaded onto their device and cannot be moved
         model = model.to(device)
     return LoadedModel(model.eval(), base.config, base.processor, adapter, base.source)
