@@ -19,6 +19,16 @@ FIXTURES = {
 HYBRID = ["--num_machines=1", "--parallelism_config_dp_replicate_size=2", "--parallelism_config_dp_shard_size=2"]
 PROCESSES = {"ddp": 2, "fsdp": 2, "hybrid": 4, "zero3": 2}
 DEEPSPEED = ROOT / ".deepspeed"
+LORA = {
+    "peft_method": "lora",
+    "target_modules": ["q_proj", "v_proj", "down_proj"],
+    "r": 4,
+    "lora_dropout": 0.0,
+    "freeze_vision_tower": False,
+    "modules_to_save": ["multi_modal_projector"],
+}
+# Five rows for two processes: one has a batch that the other lacks, and rows without images meet rows with some.
+EXAMINED = {"eval_generate_rows": 5, "eval_metrics": "token_f1", "eval_max_new_tokens": 6, "report_samples": 3}
 
 
 def start(strategy: str, arguments: list[str], **environ: str) -> subprocess.Popen:

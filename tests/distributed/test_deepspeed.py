@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from child_runs import final_weights
-from launches import DEEPSPEED, outcomes, run_jobs
+from launches import DEEPSPEED, EXAMINED, LORA, outcomes, run_jobs
 
 import tuning
 
@@ -30,15 +30,6 @@ PACKAGES = (
     "py-cpuinfo==9.0.0",
 )
 FORTY_POSITIONS = {"constants": {"tuning.model.loss.MAX_LOGITS": 20_000}}  # of a vocabulary of about 500
-EXAMINED = {"eval_generate_rows": 5, "eval_metrics": "token_f1", "eval_max_new_tokens": 6, "report_samples": 3}
-LORA = {
-    "peft_method": "lora",
-    "target_modules": ["q_proj", "v_proj", "down_proj"],
-    "r": 4,
-    "lora_dropout": 0.0,
-    "freeze_vision_tower": False,
-    "modules_to_save": ["multi_modal_projector"],
-}
 # In sequential order the first process has text only where the second has images, and the other way round.
 ARRANGED = {"train_sampling_strategy": "sequential"}
 CASES = {

@@ -6,24 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from architectures.case import Case
-from launches import outcomes, run_jobs
+from launches import EXAMINED, LORA, outcomes, run_jobs
 from preparation import HAS_BITSANDBYTES
 from safetensors.torch import load_file
 from tiny_models import LAYOUTS
 
 import tuning
 
-LORA = {
-    "peft_method": "lora",
-    "target_modules": ["q_proj", "v_proj", "down_proj"],
-    "r": 4,
-    "lora_dropout": 0.0,
-    "freeze_vision_tower": False,
-    "modules_to_save": ["multi_modal_projector"],
-}
 METHODS = {"full": {}, "lora": LORA}
-# Five rows for two processes: one has a batch that the other lacks, and rows without images meet rows with some.
-EXAMINED = {"eval_generate_rows": 5, "eval_metrics": "token_f1", "eval_max_new_tokens": 6, "report_samples": 3}
 EXAMINED_CASES = ("granite_vision full", "llava15 lora", "mllama full")
 # A large epsilon: else Adam takes a full step wherever a gradient is mere rounding.
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "adam_epsilon": 1e-3, "weight_decay": 0.1}
