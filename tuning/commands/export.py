@@ -18,12 +18,13 @@ from tuning.data.dummy_samples import dummy_image_sample, dummy_samples
 from tuning.data.from_config import make_encoder, open_path
 from tuning.errors import RunEnded, UserError, try_optional, writing
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
+from tuning.export.base_files import read_base_files
 from tuning.export.merge import AdaptedSkeleton, Merge, adapt_skeleton, plan_merge
-from tuning.export.merged_model import copy_files, write_weights
+from tuning.export.merged_model import write_weights
 from tuning.export.proof import Comparison, WeightProof, compare_logits, memory_for_logits
 from tuning.export.vllm import Serving, plan_transformers, plan_vllm, write_renamed
 from tuning.files import CARD_FILE, CONFIG_FILE, read_json, write_text
-from tuning.hub import NOT_OF_THE_MODEL, HubRepo
+from tuning.hub import HubRepo
 from tuning.machine import check_space, free_memory
 from tuning.model.load import read_tokens
 from tuning.model.lora import Adapter, BaseModel, find_adapter, has_processor, load_base
@@ -91,8 +92,7 @@ def write_merged(options: ExportOptions, base: BaseModel, adapted: AdaptedSkelet
         check_space(output, sum(entry.nbytes for entry in merge.entries))
         with writing(f"output {output}"):
             proof = write_weights(merge, folder)
-            copy_files(merge, folder, base.config, dtype, exclude=NOT_OF_THE_MODEL)
-            base.processor.save_pretrained(folder)
+            write_files(merge, folder, base, dtype)
             write_card(adapter, folder, options.push_to_hub or output.name)
         proof.read_back(merge, folder)
         report_weights(proof)
@@ -119,6 +119,14 @@ def partial_folder(output: Path) -> Iterator[Path]:
             commit_checkpoint(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_files(merge: Merge, folder: Path, base: BaseModel, dtype: torch.dtype | None) -> None:
+    """Write all that lies beside the weights: the base's files, with what training and the merge changed."""
+    source = base.source
+    files = read_base_files(source.model_name_or_path, base.processor, trust_remote_code=source.trust_remote_code)
+    files.write(folder, beside_adapter=False)
+    files.write_config(folder, base.config, dtype and str(dtype).removeprefix("torch."), untied=bool(merge.untied))
 
 
 def print_plan(merge: Merge, adapter: Adapter) -> None:
@@ -212,7 +220,7 @@ def serve(options: ExportOptions, base: BaseModel, adapted: AdaptedSkeleton) -> 
         with partial_folder(output) as folder, writing(f"output {output}"):
             write_renamed(adapted, serving, folder)
             if has_processor(adapter.folder):
-                base.processor.save_pretrained(folder)
+                read_base_files(adapter.base, base.processor).write(folder, beside_adapter=True)
         print0(f"Done: {output} is the adapter with {len(serving.renamed)} modules renamed.")
     elif serving.renamed:
         name, new_name = next(iter(serving.renamed.items()))

@@ -21,6 +21,8 @@ from transformers.core_model_loading import (
 
 from tuning.errors import UserError
 
+TOWER_LEVEL = "vision_model"
+
 
 @dataclass(frozen=True)
 class WeightTarget:
@@ -107,6 +109,17 @@ class KeyRules:
             if target.converted and target.name in self.weights:
                 by_first[target.name].append(key)
         return [(keys, list(self.convert({key: stored[key] for key in keys}))) for keys in by_first.values()]
+
+    def key_for_engines(self, key: str) -> str:
+        """The key under which engines and transformers 4 look for what transformers 5 would store under `key`.
+
+        They know a level in the names of CLIP and SigLIP towers that transformers 5 removed.
+        """
+        new = key
+        for rule in self.renamings:
+            if isinstance(rule, PrefixChange) and rule.prefix_to_remove == TOWER_LEVEL and rule.scope_prefix:
+                new = rule.reverse_transform().rename_source_key(new)[0]
+        return new if self.target(new) == self.target(key) else key
 
     def new_key(self, name: str, targets: Mapping[str, WeightTarget]) -> str:
         """A key that loads into the weight `name`, in the style of a checkpoint that lacks it and has `targets`."""

@@ -102,7 +102,7 @@ class Merge:
         if entry.is_copy:
             return entry.source.read()
         if isinstance(entry.change, StoredGroup):
-            value = entry.source.read().float() + added_to(entry.change)[entry.key]
+            value = entry.source.read().float() + added_to(entry.change)[entry.source.key]
         elif isinstance(entry.change, LoraLayer):
             layer, _, parameter = entry.name.rpartition(".")
             value = merge_layer(entry.change, self.base_weights(entry), layer)[parameter]
@@ -166,7 +166,13 @@ def plan_merge(base: SavedWeights, adapted: AdaptedSkeleton, dtype: torch.dtype 
         target = targets[key]
         new_keys = {rules.new_key(name, targets): name for name in lacking.get(target.name, ())}
         entries = [
-            Entry(new_key, name, source, groups.get(key) or changes.get(name), choose_format(source, dtype))
+            Entry(
+                rules.key_for_engines(new_key),
+                name,
+                source,
+                groups.get(key) or changes.get(name),
+                choose_format(source, dtype),
+            )
             for new_key, name in {key: target.name, **new_keys}.items()
         ]
         for entry in entries:

@@ -92,7 +92,7 @@ class WeightProof:
             self.layers += len(group.layers)
             if fault := group.find_fault():
                 self.faults.append(fault)
-        effect = added_to(group)[entry.key]
+        effect = added_to(group)[entry.source.key]
         rounding = value.float() - (entry.source.read().float() + effect)
         self.lost -= PROBES * (rounding * effect).sum().item()  # as the sum over random inputs of a layer
         self.effect += PROBES * effect.square().sum().item()

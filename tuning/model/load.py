@@ -26,7 +26,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from tuning.config.model_tokens import ModelTokens
 from tuning.config.options import ModelSource
 from tuning.config.values import shorten
-from tuning.console import print0
 from tuning.distributed.fsdp import receives_weights
 from tuning.errors import UserError, describe_failure, first_line, try_optional
 from tuning.files import read_user_text
@@ -331,7 +330,7 @@ def check_complete(name: str, report: Mapping[str, Any]) -> None:
 
 
 def drop_unused_flags(config: GenerationConfig) -> None:
-    """Remove generation flags that have no effect: transformers refuses to save a changed config that has some.
+    """Remove generation flags that have no effect: transformers refuses to save a config that has some.
 
     Published checkpoints name a temperature without `do_sample`, for example. How the model answers stays the same.
     Raises `UserError` for a config that contradicts itself: the trained model could not be saved with it.
@@ -347,7 +346,6 @@ def drop_unused_flags(config: GenerationConfig) -> None:
         config.validate(strict=True)
     except ValueError as error:
         raise UserError(where="generation_config.json", problem=f"{first_line(error)}.", fix="Correct it.") from error
-    print0(f"generation_config.json: {', '.join(unused)} cannot affect how this model answers, so it is not saved.")
 
 
 @contextmanager

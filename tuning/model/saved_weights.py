@@ -13,9 +13,15 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tuning.errors import UserError, first_line
-from tuning.files import write_json
 
 NOT_DOWNLOADED = ["*/*", "*.bin", "*.pth", "*.gguf"]
+
+FORMATS = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
+    **{torch.uint8: "U8", torch.bool: "BOOL"},
+}
+"""What safetensors calls the dtypes that weights and buffers have."""
 
 
 @dataclass(frozen=True)
@@ -114,25 +120,6 @@ def write_tensors(file: Path, headers: Sequence[TensorHeader], tensors: Iterable
         opened.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             opened.write(tensor_bytes(tensor))
-
-
-def add_tensors(added: Sequence[StoredTensor], folder: Path) -> None:
-    """Copy tensors into the model saved in `folder`, byte for byte, as one more file, which its index names."""
-    saved = SavedWeights(folder)
-    index_file = folder / SAFE_WEIGHTS_INDEX_NAME
-    metadata = json.loads(index_file.read_text(encoding="utf-8")).get("metadata", {}) if saved.has_index else {}
-    number = len(saved.shards) + 1
-    names = [f"model-{place:05}-of-{number:05}.safetensors" for place in range(1, number + 1)]
-    write_tensors(folder / names[-1], added, (tensor.read() for tensor in added))
-    weight_map = {tensor.key: names[-1] for tensor in added}
-    for old, new in zip(saved.shards, names, strict=False):
-        (folder / old).rename(folder / new)
-        weight_map |= dict.fromkeys(saved.shards[old], new)
-    everything = [*saved.stored.values(), *added]
-    metadata["total_size"] = sum(tensor.nbytes for tensor in everything)
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] += sum(torch.Size(tensor.shape).numel() for tensor in added)
-    write_json(index_file, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _files_of_index(folder: Path) -> list[str]:

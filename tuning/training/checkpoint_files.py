@@ -86,10 +86,8 @@ def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
 
 
 def copy_model(folder: Path, target: Path) -> None:
-    """Copy the model, adapter and processor of a checkpoint. Weights that FSDP sharded become one model."""
+    """Copy the model, adapter and processor of a checkpoint, but not weights that FSDP sharded."""
     shutil.copytree(folder, target, ignore=_only_the_model, dirs_exist_ok=True)
-    if (folder / SHARDED_MODEL).is_dir():
-        join_shards(folder).save_pretrained(target)
 
 
 def join_shards(folder: Path) -> PreTrainedModel:

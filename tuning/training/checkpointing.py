@@ -33,17 +33,18 @@ from tuning.files import (
     write_json,
 )
 from tuning.hub import RunRepo
-from tuning.model.lora import rename_saved
 from tuning.training.checkpoint_files import (
     commit_checkpoint,
     copy_model,
     find_complete,
+    join_shards,
     move_into_place,
     read_shards,
     remove_oldest,
     temp_dir_for,
 )
-from tuning.training.trained_weights import gather_trained, repeated_names
+from tuning.training.model_writer import ModelWriter
+from tuning.training.trained_weights import gather_trained
 from tuning.training.training_state import (
     gather_optimizer_state,
     load_optimizer_state,
@@ -67,8 +68,8 @@ class ResumableTrainer(Trainer):
     fingerprint: dict[str, Any]
     processes: Processes
     hub: RunRepo | None = None
+    writer: ModelWriter
     dtypes: dict[str, torch.dtype]  # of the weights before FSDP kept trained ones in float32, by name
-    stored_names: dict[str, str]  # of an adapter's weights on the disk, by name, where they differ
     seconds_to_save = 0.0
     _last_saved: Path | None = None
 
@@ -148,43 +149,28 @@ class ResumableTrainer(Trainer):
             return
         save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, str(folder))
         if self.args.should_save:
-            self.model.config.save_pretrained(folder)
-            self.processing_class.save_pretrained(folder)
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
-            self._save_extras(folder)
+            self.writer.write_files(self._unwrapped, folder, next(iter(self.dtypes.values())))
+            self._write_extras(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model or adapter as plain transformers and PEFT load it; under FSDP and ZeRO-3 gathered from all.
+        """Save model or adapter as its base is published; under FSDP and ZeRO-3 gathered from all processes.
 
         The stock trainer saves nothing where FSDP's state dicts are sharded, and gathers all base weights with LoRA.
         Under ZeRO-3 it leaves the frozen weights of an adapter out, and depends on `zero3_save_16bit_model`.
         """
-        if not self.is_fsdp_enabled and not is_zero3_model(self.model):
-            super().save_model(output_dir, _internal_call)
-            return
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             with suppress(OSError):  # writing meets it again, when no process waits for this one
                 folder.mkdir(parents=True, exist_ok=True)
-        weights = gather_trained(self.model, self.dtypes, is_main_process=self.args.should_save, folder=folder)
-        for name in repeated_names(self.model):  # save_pretrained finds tied weights by their storage: FSDP's have none
-            weights.pop(name, None)
-        self._save(output_dir, state_dict=weights)
-        if self.is_fsdp_enabled and self.args.should_save and not isinstance(self.model, PeftModel):
-            self.model.config.dtype = next(iter(self.dtypes.values()))
-            self.model.config.save_pretrained(folder)
+        weights, main = None, self.args.should_save
+        if self.is_fsdp_enabled or is_zero3_model(self.model):
+            weights = gather_trained(self.model, self.dtypes, is_main_process=main, folder=folder)
+        if main:
+            self.writer.write(self._unwrapped, folder, weights)
+            self._write_extras(folder)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Add to Hugging Face's files what a checkpoint needs to be complete."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            if self.stored_names:
-                rename_saved(folder, self.stored_names)
-            self._save_extras(folder)
-
-    def _save_extras(self, folder: Path) -> None:
-        self._unwrapped.generation_config.save_pretrained(folder)
+    def _write_extras(self, folder: Path) -> None:
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
         write_json(folder / FINGERPRINT_FILE, self.fingerprint)
 
     def _write_training_state(self, folder: Path) -> None:
@@ -286,6 +272,8 @@ class ResumableTrainer(Trainer):
                 self.save_model(str(temporary), _internal_call=True)
             elif self.args.should_save:
                 copy_model(source, temporary)
+                if (source / SHARDED_MODEL).is_dir():
+                    self.writer.write(join_shards(source), temporary, None)
             if self.args.should_save:
                 add(temporary)
         names = move_into_place(temporary, target) if self.args.should_save else []

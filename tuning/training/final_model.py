@@ -7,9 +7,7 @@ from tuning.config.options import RunConfig
 from tuning.console import print0
 from tuning.data.dummy_samples import dummy_samples
 from tuning.distributed.zero3 import is_zero3_model
-from tuning.export.ignored_tensors import find_ignored
 from tuning.files import COMPLETE_FILE, write_json
-from tuning.model.saved_weights import StoredTensor, add_tensors
 from tuning.pages.model_card import put_card, write_card
 from tuning.pages.run_summary import RunSummary
 from tuning.training.checkpoint_files import step_of
@@ -31,38 +29,17 @@ def save_final_model(trainer: SupervisedTrainer, config: RunConfig, progress: Pr
     left_out, best = len(trainer.rows.skipped), trainer.best_checkpoint
     card = write_card(add_result(summary, trainer.state, rows_left_out=left_out, best_checkpoint=best))
     trained = trained_model(trainer)
-    ignored = [] if trained.is_adapter or not trained.is_main_process else find_ignored_tensors(config, trained)
-
-    def complete(folder: Path) -> None:
-        put_card(card, folder, target)
-        if ignored:
-            add_tensors(ignored, folder)
-
-    files = trainer.save_final(target, source, complete)
+    files = trainer.save_final(target, source, lambda folder: put_card(card, folder, target))
     if config.run.verify_save is not False:
-        kept = {tensor.key: tensor.read() for tensor in ignored}
-        force = bool(config.run.verify_save)
-        verify_saved_model(trained, target, source, config.model, force=force, kept=kept)
+        verify_saved_model(trained, target, source, config.model, force=bool(config.run.verify_save))
     if trainer.args.should_save:
+        if notes := trainer.writer.describe(trained.is_adapter):
+            print0(notes)
         end = {"global_step": trainer.state.global_step, "files": files}
         write_json(output_dir / COMPLETE_FILE, {**trainer.fingerprint, **end})
     trainer.accelerator.wait_for_everyone()
     if trainer.hub and trainer.args.should_save:
         trainer.hub.upload_final(target, files, output_dir)
-
-
-def find_ignored_tensors(config: RunConfig, trained: TrainedModel) -> list[StoredTensor]:
-    """The base's tensors that transformers does not load. They are saved with the final model, as they are.
-
-    Checkpoints lack them: a run continues without them, and takes them from the base at its end.
-    """
-    ignored = find_ignored(config.model.model_name_or_path, trained.model.config)
-    if ignored:
-        size = sum(tensor.nbytes for tensor in ignored) / 1e6
-        print0(
-            f"{len(ignored)} tensors ({size:,.1f} MB) that transformers does not load are copied from the base model."
-        )
-    return ignored
 
 
 def warn_of_unsaved_best(trainer: SupervisedTrainer) -> None:
@@ -86,5 +63,5 @@ def trained_model(trainer: SupervisedTrainer) -> TrainedModel:
         is_main_process=trainer.args.should_save,
         is_fsdp=trainer.is_fsdp_enabled,
         is_zero3=is_zero3_model(model),
-        stored_names=trainer.stored_names,
+        writer=trainer.writer,
     )

@@ -38,6 +38,7 @@ from tuning.training.callbacks import EarlyStopping, JsonLinesLog, RunReport, St
 from tuning.training.checkpointing import ResumableTrainer
 from tuning.training.data_loading import DataLoading
 from tuning.training.evaluation import SampleLog, make_evaluator, read_first_rows
+from tuning.training.model_writer import ModelWriter
 from tuning.training.optimizer import (
     explain_updates,
     part_learning_rates,
@@ -84,7 +85,8 @@ class SupervisedTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True  # our forward divides by num_items_in_batch
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # `compile_layers` compiles layer by layer
         self.config, self.trainable, self.data, self.progress = config, model, data, progress
-        self.dtypes, self.stored_names = model.dtypes, model.stored_names
+        self.dtypes = model.dtypes
+        self.writer = ModelWriter(config.model, model.model.config, data.encoder.processor, model.stored_names)
         self.learning_rates = part_learning_rates(config.run)
         self.processes, self.interruption = Processes(self.accelerator), Interruption(config.run.save_before_walltime)
         self.step, self.meter = StepState(progress.global_step + 1), StepMeter(find_peak(self.args.device))

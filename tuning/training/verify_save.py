@@ -1,19 +1,19 @@
 """After the final save: is the model on the disk the one that was trained, and does it load?"""
 
 import inspect
-from collections import ChainMap
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from tuning.config.options import ModelArguments
 from tuning.console import print0
@@ -22,11 +22,12 @@ from tuning.data.encode import Sample
 from tuning.distributed.processes import Processes
 from tuning.errors import RunEnded, describe_failure, try_optional
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
-from tuning.files import SHARDED_MODEL
+from tuning.export.base_files import describe_processor
+from tuning.files import SHARDED_MODEL, read_json
 from tuning.machine import free_device_memory
 from tuning.model.answering import load_answering, without_masked
 from tuning.model.attention import decoder_attention
-from tuning.model.load import find_template, name_attention, without_zero3
+from tuning.model.load import name_attention, without_zero3
 from tuning.model.mllama import patch_mllama_cross_attention
 from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
 from tuning.model.parts import count_numbers
@@ -34,6 +35,7 @@ from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.saved_weights import SavedWeights
 from tuning.training.checkpoint_files import join_shards
 from tuning.training.evaluation import answering_mode
+from tuning.training.model_writer import ModelWriter
 from tuning.training.optimizer import HALF
 from tuning.training.trained_weights import gather_trained, plain_name
 
@@ -48,8 +50,7 @@ class TrainedModel:
     """The model in memory, without wrappers, and what is needed to run it.
 
     `dtypes`: those to save, by name. `attention`: the implementation it was loaded with. `dummy_samples`: short rows
-    with and without an image, for `collator`. `stored_names`: those of an adapter's weights on the disk, by name, where
-    they differ.
+    with and without an image, for `collator`. `writer`: what saved it.
     """
 
     model: Any
@@ -62,7 +63,7 @@ class TrainedModel:
     is_main_process: bool
     is_fsdp: bool
     is_zero3: bool
-    stored_names: Mapping[str, str] = field(default_factory=dict)
+    writer: ModelWriter
 
     @property
     def is_adapter(self) -> bool:
@@ -89,12 +90,11 @@ def verify_saved_model(
     settings: ModelArguments,
     *,
     force: bool,
-    kept: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
     """Read the model in `folder` back. Compare it with the one in memory, or with the checkpoint `source` it is of.
 
     Every tensor must be the same bit by bit, and so must the processor. The model must load as a user loads it, and
-    give the same logits. `kept`: tensors that were copied from the base as they are.
+    give the same logits.
 
     An adapter is loaded into the trained model where that can be done. A second model is loaded where it fits into
     memory, or with `force` in any case, unless `why_not_loaded` names another reason. All processes must call this; the
@@ -113,7 +113,7 @@ def verify_saved_model(
         logits = trained_logits(trained) if loads else None
 
     def find_fault() -> str:
-        expected = with_kept(checkpoint_weights(source) if source else weights, kept)
+        expected = checkpoint_weights(trained, source) if source else weights
         fault = find_tensor_fault(SavedWeights(folder), expected)
         fault = fault or find_setting_fault(trained, folder, trust_remote_code=settings.trust_remote_code)
         if fault or not loads:
@@ -158,7 +158,7 @@ def has_room(trained: TrainedModel) -> bool:
     return ROOM * size < free_device_memory(trained.device)
 
 
-def weights_to_save(trained: TrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+def weights_to_save(trained: TrainedModel, folder: Path) -> Mapping[str, torch.Tensor]:
     """The weights of the model in memory, or of its adapter, by their names on disk; on the main process only.
 
     `folder`: see `gather_trained`.
@@ -170,22 +170,24 @@ def weights_to_save(trained: TrainedModel, folder: Path) -> dict[str, torch.Tens
         if not main:
             return {}
     if not trained.is_adapter:
-        return revert_weight_conversion(trained.model, gathered or {})
+        return expected_tensors(trained.writer, trained.model, gathered or {})
     weights = get_peft_model_state_dict(trained.model, state_dict=gathered)
-    return {trained.stored_names.get(name, name): weight for name, weight in weights.items()}
+    stored_names = trained.writer.stored_names
+    return {stored_names.get(name, name): weight for name, weight in weights.items()}
 
 
-def checkpoint_weights(checkpoint: Path) -> Mapping[str, torch.Tensor]:
+def expected_tensors(writer: ModelWriter, model: Any, weights: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The tensors that the file of a model must hold, by key. `weights`: by name."""
+    tensors = writer.tensors_to_save(weights)
+    return revert_weight_conversion(model, weights) if tensors is None else tensors
+
+
+def checkpoint_weights(trained: TrainedModel, checkpoint: Path) -> Mapping[str, torch.Tensor]:
     """The weights of a checkpoint by their names on disk."""
     if not (checkpoint / SHARDED_MODEL).is_dir():
         return SavedWeights(checkpoint)
     model = join_shards(checkpoint).requires_grad_(False)
-    return revert_weight_conversion(model, model.state_dict(keep_vars=True))
-
-
-def with_kept(weights: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """`weights` and what is `kept` beside them. A `dict` stays one: see `find_tensor_fault`."""
-    return {**weights, **kept} if isinstance(weights, dict) else ChainMap(dict(kept), weights)  # type: ignore[arg-type]
+    return expected_tensors(trained.writer, model, model.state_dict(keep_vars=True))
 
 
 def find_tensor_fault(saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
@@ -220,20 +222,18 @@ def find_setting_fault(trained: TrainedModel, folder: Path, *, trust_remote_code
     """Which setting of the saved processor, generation or adapter differs from the one in memory; "" if none does."""
     model, mine = trained.model, trained.processor
     saved = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    pairs = {
-        "chat template": [find_template(processor) for processor in (saved, mine)],
-        "vocabulary": [processor.tokenizer.get_vocab() for processor in (saved, mine)],
-        "image processor": [processor.image_processor.to_dict() for processor in (saved, mine)],
-        "generation config": [
-            config.to_diff_dict() for config in (GenerationConfig.from_pretrained(folder), model.generation_config)
-        ],
-    }
+    found, expected = describe_processor(saved), describe_processor(mine)
+    pairs: dict[str, tuple[Any, Any]] = {name: (found.get(name), expected[name]) for name in expected}
+    if files := trained.writer.base_files:
+        published = files.files.get(GENERATION_CONFIG_NAME)
+        pairs["generation config"] = (read_json(folder / GENERATION_CONFIG_NAME), published and json.loads(published))
     if trained.is_adapter:
         configs = (PeftConfig.from_pretrained(str(folder)), model.peft_config[model.active_adapter])
-        pairs["adapter config"] = [{**config.to_dict(), "inference_mode": True} for config in configs]
-    for name, (found, expected) in pairs.items():
-        if found != expected:
-            return f"its {name} differs{_first_difference(found, expected)}"
+        first, second = ({**config.to_dict(), "inference_mode": True} for config in configs)
+        pairs["adapter config"] = (first, second)
+    for name, (one, other) in pairs.items():
+        if one != other:
+            return f"its {name} differs{_first_difference(one, other)}"
     return ""
 
 

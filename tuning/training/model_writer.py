@@ -1,0 +1,107 @@
+"""Writes the trained model, or its adapter, into a folder that is otherwise the base's."""
+
+import copy
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedConfig
+
+from tuning.config.options import ModelSource
+from tuning.console import print0
+from tuning.errors import describe_failure, try_optional
+from tuning.export.base_files import BaseFiles, find_folder, read_base_files
+from tuning.export.base_weights import BaseWeights, TensorsToSave, plan_weights
+from tuning.model.load import build_skeleton
+from tuning.model.lora import rename_saved
+from tuning.model.saved_weights import open_weights
+from tuning.training.trained_weights import repeated_names
+
+
+class ModelWriter:
+    """Saves what a run trains. It reads the base when the first model is saved.
+
+    Where the base cannot be read any more, or stores weights in a way of its own, transformers saves the model: the
+    trained weights are worth more. `stored_names`: those of an adapter's weights on the disk, where they differ.
+    """
+
+    def __init__(
+        self, source: ModelSource, config: PreTrainedConfig, processor: Any, stored_names: Mapping[str, str]
+    ) -> None:
+        self.source, self.config, self.processor, self.stored_names = source, config, processor, stored_names
+
+    def write(self, model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
+        """Write the model, or the adapter, and its processor. `weights`: by name; None for those that `model` has."""
+        if isinstance(model, PeftModel):
+            model.save_pretrained(folder, state_dict=weights)
+            if self.stored_names:
+                rename_saved(folder, self.stored_names)
+        else:
+            weights = model.state_dict(keep_vars=True) if weights is None else weights
+            if self.base_weights:
+                self.base_weights.write(weights, folder)
+            else:
+                tied = repeated_names(model)  # transformers finds them by their storage, which sharded ones lack
+                model.save_pretrained(folder, state_dict={k: v for k, v in weights.items() if k not in tied})
+        floats = (weight.dtype for weight in (weights or {}).values() if weight.is_floating_point())
+        self.write_files(model, folder, next(floats, None))
+
+    def write_files(self, model: Any, folder: Path, dtype: torch.dtype | None) -> None:
+        """Write all that is saved beside the weights, which have `dtype`."""
+        is_adapter = isinstance(model, PeftModel)
+        if self.base_files is None:
+            self.processor.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+            if not is_adapter:
+                model.config.save_pretrained(folder)
+            return
+        self.base_files.write(folder, beside_adapter=is_adapter)
+        if not is_adapter:
+            self.base_files.write_config(folder, model.config, dtype and str(dtype).removeprefix("torch."))
+
+    @functools.cached_property
+    def base_files(self) -> BaseFiles | None:
+        name, trust = self.source.model_name_or_path, self.source.trust_remote_code
+        attempt = try_optional(lambda: read_base_files(name, self.processor, trust_remote_code=trust))
+        if attempt.error:
+            self._warn(describe_failure(attempt.error))
+        return attempt.value
+
+    @functools.cached_property
+    def base_weights(self) -> BaseWeights | None:
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = None  # that of a trained model may be one that transformers does not know
+        name = self.source.model_name_or_path
+        attempt = try_optional(
+            lambda: plan_weights(open_weights(find_folder(name)), build_skeleton(config)), catch_user_errors=True
+        )
+        if attempt.value is None:
+            self._warn(describe_failure(attempt.error) if attempt.error else "it stores some weights in another layout")
+        return attempt.value
+
+    def tensors_to_save(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor] | None:
+        """The tensors of a saved model by key; None where transformers saves it."""
+        return TensorsToSave(self.base_weights, weights) if self.base_weights else None
+
+    def describe(self, is_adapter: bool) -> str:
+        """What of the saved weights is not as the model in memory has it."""
+        lines = list[str]()
+        if is_adapter:
+            return ""
+        if copied := self.base_weights.copied if self.base_weights else []:
+            size = sum(tensor.nbytes for tensor in copied) / 1e6
+            lines.append(f"{len(copied)} tensors ({size:,.1f} MB) that transformers does not load stay as in the base.")
+        if renamed := self.base_weights.renamed if self.base_weights else []:
+            old, new = renamed[0].base_key, renamed[0].key
+            lines.append(
+                f"{len(renamed)} tensors of the vision tower get the names that engines look for, such as {new}: the"
+                f" base has {old}, as transformers 5 writes it."
+            )
+        return "\n".join(lines)
+
+    def _warn(self, reason: str) -> None:
+        name = self.source.model_name_or_path
+        print0(f"Warning: {name} is not saved in the base's own layout, but as transformers writes it ({reason}).")
