@@ -13,8 +13,9 @@ from transformers import AutoModelForImageTextToText
 from tuning.config.parse import resolve
 from tuning.data.from_config import open_rows
 from tuning.errors import UserError
+from tuning.export.base_files import read_base_files
 from tuning.export.merge import adapt_skeleton, plan_merge
-from tuning.export.merged_model import copy_files, write_weights
+from tuning.export.merged_model import write_weights
 from tuning.model import load
 from tuning.model.adapter_plan import plan_adapter
 from tuning.model.answering import without_masked
@@ -92,7 +93,9 @@ def test_an_adapter_is_read_back_by_peft_and_merges(name, root):
     merged = case.folder / "merged"
     merged.mkdir()
     proof = write_weights(merge, merged)
-    copy_files(merge, merged, case.model_config, None, exclude=())
+    files = read_base_files(str(case.folder), case.encoder.processor)
+    files.write(merged, beside_adapter=False)
+    files.write_config(merged, case.model_config, None)
     proof.read_back(merge, merged)
     assert not proof.faults
     assert difference(base, adapted) > 0.01  # the adapter does something

@@ -7,12 +7,12 @@ import pytest
 import torch
 from architectures.case import Case
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tuning
-from tuning.export.ignored_tensors import find_ignored
 from tuning.model.packed_attention import PACKED_FLASH
 from tuning.model.saved_weights import SavedWeights
+from tuning.training.model_writer import ModelWriter
 
 BASES = {
     "qwen3_5": ("mtp.layers.0.{}.weight", 1),
@@ -48,9 +48,10 @@ def check_kept(folder: Path, added: dict[str, torch.Tensor]) -> None:
     for key, tensor in added.items():
         assert saved[key].dtype == tensor.dtype
         assert torch.equal(saved[key].view(torch.uint8), tensor.view(torch.uint8))
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in saved.stored.values())
-    assert {file.name for file in folder.glob("*.safetensors")} == set(index["weight_map"].values())
+    if saved.index:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in saved.stored.values())
+        assert {file.name for file in folder.glob("*.safetensors")} == set(index["weight_map"].values())
     _, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
 
@@ -64,27 +65,34 @@ def test_what_transformers_ignores_is_saved_with_the_final_model(name, tmp_path,
     out = Path(options["output_dir"])
     check_kept(out, added)
     text = capsys.readouterr().out
-    assert "3 tensors (0.0 MB) that transformers does not load are copied from the base model." in text
+    assert "3 tensors (0.0 MB) that transformers does not load stay as in the base." in text
     assert "its weights and logits are those that were trained" in text
-    assert not added.keys() & SavedWeights(out / "checkpoint-1").keys()  # a run goes on without them
+    base = SavedWeights(case.folder)
+    for folder in (out, out / "checkpoint-1"):
+        assert {file: list(stored) for file, stored in SavedWeights(folder).shards.items()} == {
+            file: list(stored) for file, stored in base.shards.items()
+        }
     tuning.train(options | {"max_steps": 2})
     assert "Continuing from" in capsys.readouterr().out
     check_kept(out, added)
 
 
-def test_a_base_that_is_gone_at_the_end_costs_the_ignored_tensors_only(tmp_path, capsys):
+def test_without_its_base_transformers_saves_the_model(tmp_path, capsys):
     case = Case.make("qwen3_5", tmp_path)
-    add_ignored(case.folder, "mtp.{}", 1)
-
-    assert len(find_ignored(str(case.folder), case.model_config)) == 3
-    (case.folder / "model.safetensors").unlink()
-    assert find_ignored(str(case.folder), case.model_config) == []
-    assert "cannot be read any more" in capsys.readouterr().out
+    writer = ModelWriter(case.config.model, case.model_config, case.encoder.processor, {})
+    model = AutoModelForImageTextToText.from_pretrained(case.folder)
+    case.folder.rename(tmp_path / "moved")
+    (tmp_path / "saved").mkdir()
+    writer.write(model, tmp_path / "saved", None)
+    assert "but as transformers writes it (" in capsys.readouterr().out
+    assert SavedWeights(tmp_path / "saved").keys() == SavedWeights(tmp_path / "moved").keys()
+    AutoProcessor.from_pretrained(tmp_path / "saved")
 
 
 def test_the_config_of_a_model_that_was_trained_padding_free_on_a_gpu_will_do(tmp_path):
     """transformers looks for a package where the name of an attention has "flash" in it."""
-    case = Case.make("qwen3_5", tmp_path, weights=False)
+    case = Case.make("qwen3_5", tmp_path)
     case.model_config._attn_implementation = PACKED_FLASH
-    assert find_ignored(str(case.folder), case.model_config) == []
+    writer = ModelWriter(case.config.model, case.model_config, case.encoder.processor, {})
+    assert writer.base_weights
     assert case.model_config._attn_implementation == PACKED_FLASH

@@ -181,7 +181,7 @@ FAULTS = {
     ),
     "tensors of the base are changed": (Merge, "make", blank_copies, r"is not what base and adapter make of it"),
     "PEFT merges nothing": (LoraLinear, "merge", merge_nothing, "the layer does not give what base and adapter give"),
-    "a setting is lost": (export, "copy_files", lose_setting, r"its logits differ by [\d.]+% of the largest"),
+    "a setting is lost": (export, "write_files", lose_setting, r"its logits differ by [\d.]+% of the largest"),
 }
 
 

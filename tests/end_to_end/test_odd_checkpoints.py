@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, GenerationConfig
+from transformers import AutoProcessor
 
 import tuning
 from tuning import cli
@@ -78,24 +78,20 @@ def test_training_saving_and_reading_back_agree_on_the_template(place, given, me
 
 
 @pytest.mark.parametrize(
-    ("flags", "dropped"),
+    "flags",
     [
-        ({"temperature": 0.9, "top_p": 0.6}, {"temperature", "top_p"}),
-        ({"do_sample": False, "min_p": 0.1, "typical_p": 0.5}, {"min_p", "typical_p"}),
-        ({"length_penalty": 2.0, "top_k": 5}, {"length_penalty", "top_k"}),
-        ({"do_sample": True, "temperature": 0.9}, set()),
+        {"temperature": 0.9, "top_p": 0.6},
+        {"do_sample": False, "min_p": 0.1, "typical_p": 0.5},
+        {"length_penalty": 2.0, "top_k": 5},
+        {"do_sample": True, "temperature": 0.9},
     ],
 )
-def test_a_greedy_model_stays_greedy(flags, dropped, model, make_options, capsys):
-    kept = {"repetition_penalty": 1.3, "max_new_tokens": 77, "eos_token_id": 0, "pad_token_id": 0}
+def test_how_a_model_answers_is_saved_as_it_is_published(flags, model, make_options):
+    """transformers refuses to save some of these, and `Trainer` changes the tokens."""
+    kept = {"repetition_penalty": 1.3, "max_new_tokens": 77, "eos_token_id": 0, "pad_token_id": 1}
     (model / "generation_config.json").write_text(json.dumps(flags | kept))
     result = tuning.train(make_options("granite_vision", model_name_or_path=str(model), **SHORT))
-    saved = json.loads((result.model_dir / "generation_config.json").read_text())
-    assert saved.get("do_sample", False) == flags.get("do_sample", False)
-    assert flags.keys() - saved.keys() - {"do_sample"} == dropped
-    assert {name: saved[name] for name in kept} == kept
-    GenerationConfig.from_pretrained(result.model_dir).validate(strict=True)
-    assert ("cannot affect how this model answers, so it is not saved" in capsys.readouterr().out) == bool(dropped)
+    assert json.loads((result.model_dir / "generation_config.json").read_text()) == flags | kept
 
 
 def test_settings_that_contradict_each_other_end_before_training(model, make_options, tmp_path):

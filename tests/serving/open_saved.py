@@ -25,7 +25,8 @@ def open_model(folder: str, base: str | None) -> tuple:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = PeftModel.from_pretrained(model, folder)
-        report |= {"warnings": said} if (said := [str(one.message) for one in caught if "issing" in str(one.message)]) else {}
+        if said := [str(one.message) for one in caught if "missing" in str(one.message)]:
+            report["missing"] = said
     return model.eval(), report
 
 

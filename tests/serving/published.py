@@ -14,6 +14,9 @@ from architectures.families.idefics import ROWS
 from architectures.families.qwen import QWEN_IMAGE, QWEN_SPECIAL
 from architectures.pieces import fill, tokenizer
 from architectures.styles import chatml, gemma, idefics
+from tokenizers import normalizers, pre_tokenizers
+
+from tuning.demo.tokenizer import train_tokenizer
 
 TEXT = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, rope_theta=500_000.0)
 VISION = dict(hidden_size=64, num_attention_heads=2)
@@ -27,15 +30,16 @@ def of_tokenizer(tok) -> dict:
     return {"vocab_size": len(tok)} | {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id")}
 
 
-def as_class(kind: type, tok):
-    """A tokenizer as one of its family's class."""
-    names = ("unk_token", "pad_token", "bos_token", "eos_token", "extra_special_tokens", "model_max_length")
-    return kind(tokenizer_object=tok.backend_tokenizer, **{name: tok.init_kwargs.get(name) for name in names})
+def as_class(kind: type, tok, named: dict):
+    """A tokenizer as one of its family's class. `named`: attribute → token."""
+    names = ("unk_token", "pad_token", "bos_token", "eos_token", "model_max_length")
+    settings = {name: tok.init_kwargs.get(name) for name in names}
+    return kind(tokenizer_object=tok.backend_tokenizer, extra_special_tokens=named, **settings)
 
 
 def qwen2_5_vl():
     style = chatml(QWEN_IMAGE)
-    tok = as_class(T.Qwen2TokenizerFast, tokenizer(style, **QWEN_SPECIAL))
+    tok = as_class(T.Qwen2TokenizerFast, tokenizer(style, **QWEN_SPECIAL), QWEN_SPECIAL)
     size = {"shortest_edge": 784, "longest_edge": 50176}
     sizes = dict(patch_size=14, merge_size=2, min_pixels=784, max_pixels=50176, size=size)
     image, video = T.Qwen2VLImageProcessorFast(**sizes), T.Qwen2VLVideoProcessor(**sizes)
@@ -57,7 +61,12 @@ def qwen2_5_vl():
 def gemma3():
     style = gemma("<start_of_image>")
     named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-    tok = as_class(T.GemmaTokenizerFast, tokenizer(style, **named))
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *style.specials, *named.values()]
+    tokens = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    tok = train_tokenizer(tiny_models.CORPUS, special_tokens=special, sentencepiece=True, **tokens)
+    tok.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")  # Gemma's adds no blank before a text
+    tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tok = as_class(T.GemmaTokenizerFast, tok, named)
     image = T.Gemma3ImageProcessor(size={"height": 32, "width": 32}, do_pan_and_scan=False)
     processor = T.Gemma3Processor(image, tok, image_seq_length=4, chat_template=style.jinja())
     text = SMALL | {"sliding_window": 32, "query_pre_attn_scalar": 32}

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from tuning.console import print0
 from tuning.errors import try_optional
+from tuning.files import is_local_path
 from tuning.hub import NOT_OF_THE_MODEL
 from tuning.model.load import find_template
 
@@ -31,8 +32,8 @@ NOT_COPIED = (".*", "*.index.json", "adapter_*", "*.md", *NOT_OF_THE_MODEL)
 PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
 """Part of a processor → the file with its settings. transformers 5 has them in `PROCESSOR_FILE` as well."""
 PROCESSOR_FILE, TEMPLATE_FILE = "processor_config.json", "chat_template.jinja"
-TEMPLATE_FILES = (TEMPLATE_FILE, "chat_template.json", "tokenizer_config.json", PROCESSOR_FILE)
-"""Where a chat template may be, in each version's way."""
+OTHER_TEMPLATE_FILES = ("chat_template.json", "tokenizer_config.json", PROCESSOR_FILE)
+"""Where a chat template may be, too: each version has had its own place."""
 PIXELS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 """Older names of the limits in an image processor's `size`. They win where a file has both."""
 
@@ -41,9 +42,8 @@ PIXELS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 class BaseFiles:
     """What a base model has beside its weights.
 
-    `files`: name → content. They are kept in memory, since the base may be moved while a run trains. `changes`: settings
-    of the image processor that are not the base's. `processor`: saved with transformers where the base's files cannot be
-    edited to give it.
+    `files`: name → content, in memory, since the base may be moved while a run trains. `changes`: settings of the image
+    processor that are not the base's. `processor`: saved with transformers where edited files cannot give it.
     """
 
     files: Mapping[str, bytes]
@@ -92,6 +92,8 @@ def read_base_files(name: str, processor: Any, *, trust_remote_code: bool = Fals
     published = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     template, changes = find_template(processor), changed_settings(processor, published, "image_processor")
     edits = put_template(files, template) if isinstance(template, str) else {}
+    if isinstance(template, str) and not getattr(published, "chat_template", None):
+        edits[TEMPLATE_FILE] = template.encode()  # the tokenizer alone has one: a processor does not look there
     for part, file in PARTS.items():
         edits |= put_settings(files | edits, part, file, changed_settings(processor, published, part))
     if own := changed_settings(processor, published):
@@ -112,7 +114,7 @@ def read_base_files(name: str, processor: Any, *, trust_remote_code: bool = Fals
 def find_folder(name: str) -> Path:
     """The folder of a model: a local one, or the Hub's in the cache with all that is beside the weights."""
     local = Path(name).expanduser()
-    if local.is_dir():
+    if local.is_dir() or is_local_path(name):
         return local
     attempt = try_optional(lambda: snapshot_download(name, allow_patterns=list(COPIED), ignore_patterns="*/*"))
     return Path(attempt.value or Path(cached_file(name, "config.json")).parent)
@@ -151,21 +153,18 @@ def changed_settings(processor: Any, published: Any, part: str = "") -> dict[str
 
 
 def put_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
-    """The edited texts of those of `files` that have another chat template; a new file where none has one."""
-    edits, found = dict[str, bytes](), False
-    for name in TEMPLATE_FILES:
-        if name not in files:
-            continue
-        raw = {"chat_template": files[name].decode()} if name == TEMPLATE_FILE else read_settings(files[name])
-        current = raw.get("chat_template")
-        found = found or current is not None
-        if isinstance(current, list):  # named ones: training takes the default
-            new: Any = [{**one, "template": template} if one["name"] == "default" else one for one in current]
-        else:
-            new = template
+    """The edited texts of those of `files` that have another chat template."""
+    edits = dict[str, bytes]()
+    if TEMPLATE_FILE in files and files[TEMPLATE_FILE].decode() != template:
+        edits[TEMPLATE_FILE] = template.encode()
+    for name in OTHER_TEMPLATE_FILES:
+        settings = read_settings(files.get(name, b"{}"))
+        new: Any = template
+        if isinstance(current := settings.get("chat_template"), list):  # named ones: training takes the default
+            new = [{**one, "template": template} if one["name"] == "default" else one for one in current]
         if current is not None and current != new:
-            edits[name] = template.encode() if name == TEMPLATE_FILE else to_json(raw | {"chat_template": new})
-    return edits if found else {TEMPLATE_FILE: template.encode()}
+            edits[name] = to_json(settings | {"chat_template": new})
+    return edits
 
 
 def put_settings(files: Mapping[str, bytes], part: str, file: str, changes: Mapping[str, Any]) -> dict[str, bytes]:

@@ -5,15 +5,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from tuning.export.checkpoint_keys import KeyRules
 from tuning.export.merge import find_tied
-from tuning.files import read_json, write_json
 from tuning.model.saved_weights import FORMATS, SavedWeights, StoredTensor, TensorHeader, write_tensors
 
 
@@ -41,14 +38,11 @@ class Place:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Where a model's weights lie in its base. `places`: in the order of the files and of the tensors in them.
+    """Where a model's weights lie in its base. `places`: in the order of the files and of the tensors in them."""
 
-    `index`: the metadata of the base's index, if it has one.
-    """
-
+    base: SavedWeights
     rules: KeyRules
     places: list[Place]
-    index: Mapping[str, Any] | None
 
     @property
     def copied(self) -> list[StoredTensor]:
@@ -67,11 +61,8 @@ class BaseWeights:
             files.setdefault(place.file, []).append(tensors.header(place))
         for file, headers in files.items():
             write_tensors(folder / file, headers, (tensors[header.key] for header in headers))
-        if self.index is not None:
-            total = sum(header.nbytes for headers in files.values() for header in headers)
-            weight_map = dict(sorted((place.key, place.file) for place in self.places))
-            index = {"metadata": {**self.index, "total_size": total}, "weight_map": weight_map}
-            write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+        total = sum(header.nbytes for headers in files.values() for header in headers)
+        self.base.write_index_like(folder, {place.key: place.file for place in self.places}, total)
 
 
 @dataclass(frozen=True)
@@ -146,8 +137,7 @@ def plan_weights(base: SavedWeights, skeleton: PreTrainedModel) -> BaseWeights |
     for name in rules.weights.keys() - there - tied:
         if not any(pattern.search(name) for pattern in unsaved):
             places.append(Place(rules.new_key(name, targets), places[-1].file, name))
-    index = read_json(base.folder / SAFE_WEIGHTS_INDEX_NAME) if base.has_index else None
-    return BaseWeights(rules, places, index and index.get("metadata", {}))
+    return BaseWeights(base, rules, places)
 
 
 def names_of(place: Place) -> tuple[str, ...]:

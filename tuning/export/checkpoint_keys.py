@@ -20,8 +20,7 @@ from transformers.core_model_loading import (
 )
 
 from tuning.errors import UserError
-
-TOWER_LEVEL = "vision_model"
+from tuning.model.engine_names import name_for_engines, removed_levels
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class KeyRules:
         conversions = get_model_conversion_mapping(skeleton)
         self.renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
         self.converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
+        self.added_levels = removed_levels(self.renamings)
         self.prefix, self.weights = skeleton.base_model_prefix, skeleton.state_dict()
         saved_by = get_model_conversion_mapping(skeleton, add_legacy=False)
         saved_by = [rule for rule in saved_by if not isinstance(rule, PrefixChange)]  # as transformers saves the model
@@ -111,14 +111,8 @@ class KeyRules:
         return [(keys, list(self.convert({key: stored[key] for key in keys}))) for keys in by_first.values()]
 
     def key_for_engines(self, key: str) -> str:
-        """The key under which engines and transformers 4 look for what transformers 5 would store under `key`.
-
-        They know a level in the names of CLIP and SigLIP towers that transformers 5 removed.
-        """
-        new = key
-        for rule in self.renamings:
-            if isinstance(rule, PrefixChange) and rule.prefix_to_remove == TOWER_LEVEL and rule.scope_prefix:
-                new = rule.reverse_transform().rename_source_key(new)[0]
+        """The key under which engines look for what the base has under `key`."""
+        new = name_for_engines(key, self.added_levels)
         return new if self.target(new) == self.target(key) else key
 
     def new_key(self, name: str, targets: Mapping[str, WeightTarget]) -> str:

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from tuning.export.merge import Entry, Merge
 from tuning.export.proof import WeightProof
 from tuning.export.stored_group import added_to
-from tuning.files import write_json
 from tuning.model.saved_weights import write_tensors
 
 
@@ -29,8 +27,6 @@ def write_weights(merge: Merge, folder: Path) -> WeightProof:
         for file, entries in merge.shards.items():
             write_tensors(folder / file, entries, checked_tensors(entries))
     added_to.cache_clear()
-    if merge.base.has_index:
-        weight_map = {entry.key: file for file, entries in merge.shards.items() for entry in entries}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+    files = {entry.key: file for file, entries in merge.shards.items() for entry in entries}
+    merge.base.write_index_like(folder, files, total)
     return proof

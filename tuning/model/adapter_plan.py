@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tuning.config.options import LoraArguments
 from tuning.errors import UserError
-from tuning.model.lora import ADAPTER_NAME, PREFIX, add_lora, set_weights, stored_names
+from tuning.model.lora import ADAPTER_NAME, PREFIX, add_lora, set_weights, stored_for_engines, stored_names
 from tuning.model.lora_targets import LoraTargets
 
 
@@ -75,7 +75,9 @@ def find_unreadable(
     saved = get_peft_model_state_dict(adapted, state_dict=adapted.state_dict(keep_vars=True))
     numbers = {id(weight): float(number) for number, weight in enumerate(saved.values(), start=1)}
     weights = {key: torch.tensor(numbers[id(weight)]).expand(weight.shape) for key, weight in saved.items()}
-    lost, names = _lost_keys(build, adapted, weights, {}), dict[str, str]()
+    if (names := stored_for_engines(adapted, weights)) and not _lost_keys(build, adapted, weights, names):
+        return [], names
+    lost, names = _lost_keys(build, adapted, weights, {}), {}
     if lost and (other := stored_names(adapted, weights)):
         lost_then = _lost_keys(build, adapted, weights, other)
         if len(lost_then) < len(lost):

@@ -18,6 +18,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from tuning.config.options import LoraArguments, ModelSource
 from tuning.errors import UserError, describe_failure, first_line, try_optional
 from tuning.model import load
+from tuning.model.engine_names import names_for_engines
 from tuning.model.lora_targets import LoraTargets
 from tuning.model.saved_weights import open_weights
 
@@ -31,7 +32,11 @@ OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_f
 
 
 def add_lora(model: PreTrainedModel, lora: LoraArguments, targets: LoraTargets) -> PeftModel:
-    """Wrap `model` with LoRA on exactly `targets`. The saved adapter has these names."""
+    """Wrap `model` with LoRA on exactly `targets`.
+
+    The settings of the adapter name modules as transformers 5 and as transformers 4 does: PEFT takes those that exist.
+    """
+    older = names_for_engines(model, targets.modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -45,6 +50,7 @@ def add_lora(model: PreTrainedModel, lora: LoraArguments, targets: LoraTargets) 
         use_dora=lora.use_dora,
     )
     adapted = _wrap_with_peft(model, config)
+    adapted.peft_config[ADAPTER_NAME].target_modules = [*targets.modules, *older.values()]
     if lora.lora_dtype == "auto":
         for name, parameter in adapted.named_parameters():
             if ".lora_" in name:  # PEFT makes them in float32 where weights have 16 bits
@@ -111,6 +117,13 @@ def stored_names(model: PeftModel, keys: Iterable[str]) -> dict[str, str]:
     names = {key: rename(key) if ".lora_" in key else key for key in keys}
     is_new = any(name != key for key, name in names.items()) and len(set(names.values())) == len(names)
     return names if is_new else {}
+
+
+def stored_for_engines(model: PeftModel, keys: Iterable[str]) -> dict[str, str]:
+    """Name of a weight of the adapter → the name under which engines and transformers 4 find it; empty if all do."""
+    plain = {key: key.removeprefix(PREFIX) for key in keys}
+    new = names_for_engines(model.get_base_model(), plain.values())
+    return {key: PREFIX + new.get(name, name) for key, name in plain.items()} if new else {}
 
 
 def rename_saved(folder: Path, names: Mapping[str, str]) -> None:

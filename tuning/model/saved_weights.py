@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tuning.errors import UserError, first_line
+from tuning.files import write_json
 
 NOT_DOWNLOADED = ["*/*", "*.bin", "*.pth", "*.gguf"]
 
@@ -44,7 +45,7 @@ class SavedWeights(Mapping[str, torch.Tensor]):
     """The weights in a folder, by their keys in its files. A tensor is read when you ask for it.
 
     `shards`: file name → key → stored tensor, in the order in which the tensors lie in the file. `stored`: the same for
-    all files at once. `has_index`: whether an index names the files.
+    all files at once. `index`: what names the files, if they are several.
 
     Takes the first that is there: the weights of an adapter, of a model in one file, of a model with an index. Raises
     `OSError`, `SafetensorError`, `ValueError` or `KeyError` where a file is missing or damaged: see `open_weights`.
@@ -53,9 +54,17 @@ class SavedWeights(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path):
         self.folder = folder
         single = [name for name in (ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME) if (folder / name).is_file()][:1]
-        self.has_index = not single
-        self.shards = {name: _list_tensors(folder / name) for name in single or _files_of_index(folder)}
+        self.index = None if single else json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        files = single or sorted(set(self.index["weight_map"].values()))
+        self.shards = {name: _list_tensors(folder / name) for name in files}
         self.stored = {key: stored for shard in self.shards.values() for key, stored in shard.items()}
+
+    def write_index_like(self, folder: Path, files: Mapping[str, str], nbytes: int) -> None:
+        """Where these weights have an index, write one for others. `files`: by key. `nbytes`: of all tensors."""
+        if self.index:
+            metadata = {**self.index.get("metadata", {}), "total_size": nbytes}
+            index = {"metadata": metadata, "weight_map": dict(sorted(files.items()))}
+            write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self.stored[key].read()
@@ -120,11 +129,6 @@ def write_tensors(file: Path, headers: Sequence[TensorHeader], tensors: Iterable
         opened.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             opened.write(tensor_bytes(tensor))
-
-
-def _files_of_index(folder: Path) -> list[str]:
-    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-    return sorted(set(index["weight_map"].values()))
 
 
 def _list_tensors(file: Path) -> dict[str, StoredTensor]:

@@ -104,4 +104,4 @@ class ModelWriter:
 
     def _warn(self, reason: str) -> None:
         name = self.source.model_name_or_path
-        print0(f"Warning: {name} is not saved in the base's own layout, but as transformers writes it ({reason}).")
+        print0(f"Warning: the model is not saved like {name}, but as transformers writes it ({reason}).")

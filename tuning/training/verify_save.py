@@ -229,12 +229,21 @@ def find_setting_fault(trained: TrainedModel, folder: Path, *, trust_remote_code
         pairs["generation config"] = (read_json(folder / GENERATION_CONFIG_NAME), published and json.loads(published))
     if trained.is_adapter:
         configs = (PeftConfig.from_pretrained(str(folder)), model.peft_config[model.active_adapter])
-        first, second = ({**config.to_dict(), "inference_mode": True} for config in configs)
+        first, second = (describe_adapter_config(config, model) for config in configs)
         pairs["adapter config"] = (first, second)
     for name, (one, other) in pairs.items():
         if one != other:
             return f"its {name} differs{_first_difference(one, other)}"
     return ""
+
+
+def describe_adapter_config(config: PeftConfig, model: PeftModel) -> dict[str, Any]:
+    """An adapter's settings, with the modules of this model only: an earlier version named no others."""
+    settings = {**config.to_dict(), "inference_mode": True}
+    modules = {name for name, _ in model.get_base_model().named_modules()}
+    if isinstance(settings["target_modules"], (list, set)):
+        settings["target_modules"] = sorted(modules & set(settings["target_modules"]))
+    return settings
 
 
 def _first_difference(found: Any, expected: Any) -> str:

@@ -29,7 +29,7 @@ def test_every_layout_gives_the_same_mapping(name, tmp_path):
     assert weights.keys() == TENSORS.keys()
     assert len(weights) == 3
     assert all(torch.equal(weights[key], tensor) for key, tensor in TENSORS.items())
-    assert weights.has_index == (name == "index")
+    assert bool(weights.index) == (name == "index")
     assert len(weights.shards) == (3 if name == "index" else 1)
     stored = weights.stored["b"]
     assert (stored.format, stored.shape, stored.nbytes) == ("F32", (2, 3), 24)
