@@ -54,7 +54,8 @@ class SavedWeights(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path):
         self.folder = folder
         single = [name for name in (ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME) if (folder / name).is_file()][:1]
-        self.index = None if single else json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        self.index: dict[str, Any] = {} if single else json.loads(index.read_text(encoding="utf-8"))
         files = single or sorted(set(self.index["weight_map"].values()))
         self.shards = {name: _list_tensors(folder / name) for name in files}
         self.stored = {key: stored for shard in self.shards.values() for key, stored in shard.items()}
