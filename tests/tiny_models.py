@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from tuning.demo.tokenizer import train_tokenizer
@@ -301,8 +302,14 @@ def build_model(layout: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
 
 
 def save_layout(layout: str, folder: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write model and processor of `layout` to `folder` as a published checkpoint would be. Returns `folder`."""
+    """Write model and processor of `layout` to `folder` as a published checkpoint would be. Returns `folder`.
+
+    Its towers have a level, `vision_model`, that transformers 5 does not write.
+    """
     folder = Path(folder)
     build_model(layout, dtype=dtype).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    published = {key.replace("vision_tower.", "vision_tower.vision_model."): weight for key, weight in weights.items()}
+    save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
     build_processor(layout).save_pretrained(folder)
     return folder

@@ -65,9 +65,7 @@ def untrain(weights: dict) -> None:
 
 
 def write_base(target: Path, base: Path) -> None:
-    weights = load_file(base / "model.safetensors")
-    saved = {key.replace("vision_tower.", "vision_tower.vision_model."): tensor for key, tensor in weights.items()}
-    save_file(saved, target / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(base / "model.safetensors", target)
 
 
 def lose_template(target: Path, base: Path) -> None:
