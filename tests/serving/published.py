@@ -4,6 +4,7 @@
 no fewer.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def gemma3():
     tok.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")  # Gemma's adds no blank before a text
     tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tok = as_class(T.GemmaTokenizerFast, tok, named)
+    tok.add_tokens(["\n" * number for number in range(1, 5)])  # vLLM asks for them
     image = T.Gemma3ImageProcessor(size={"height": 32, "width": 32}, do_pan_and_scan=False)
     processor = T.Gemma3Processor(image, tok, image_seq_length=4, chat_template=style.jinja())
     text = SMALL | {"sliding_window": 32, "query_pre_attn_scalar": 32}
@@ -115,6 +117,10 @@ def save(name: str, folder: Path, shard: str = "400KB") -> None:
             torch.nn.init.constant_(parameter, 0.5)
     model.save_pretrained(folder, max_shard_size=shard)
     processor.save_pretrained(folder)
+    file = folder / "config.json"
+    settings = json.loads(file.read_text())
+    settings["architectures"] = [type(model).__name__]  # save_pretrained puts Qwen's into the settings of its text
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 if __name__ == "__main__":
