@@ -1,6 +1,8 @@
 """Servers on this machine: `transformers serve`, and one that says what a test tells it to."""
 
+import base64
 import contextlib
+import io
 import json
 import os
 import socket
@@ -14,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 Answer = tuple[int, Any]  # a status, and what is sent as JSON
 MODEL = "tiny"
@@ -114,3 +120,77 @@ def scripted_server(
 def says(text: str, **more: Any) -> Answer:
     """An answer in the form of OpenAI's API."""
     return 200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}], **more}
+
+
+class PlainModel:
+    """A model that plain transformers runs, behind the API of vLLM: with token ids and log probabilities.
+
+    `template`: another chat template. `first_token`: whether the tokenizer's first token is added unless a request says
+    so (vLLM adds none). `size`: another size of pictures. `tells`: what it adds to answers.
+    """
+
+    def __init__(
+        self, folder, *, adapter=None, template=None, first_token=True, dtype="auto", size=None, tells="ids logprobs"
+    ):
+        self.first_token, self.tells = first_token, tells.split()
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor.chat_template = template or self.processor.chat_template
+        if size:
+            self.processor.image_processor.size = {"shortest_edge": size}
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        if adapter:
+            self.model = PeftModel.from_pretrained(self.model, adapter)
+        self.lock = threading.Lock()
+
+    def render(self, body: dict) -> tuple[str, list]:
+        """The prompt as text, and its pictures."""
+        images, messages = [], []
+        for message in body["messages"]:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
+                if part["type"] == "image_url":
+                    data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+                    images.append(Image.open(io.BytesIO(data)).convert("RGB"))
+            bare = [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
+            messages.append({**message, "content": bare})
+        variables = body.get("chat_template_kwargs", {})
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, **variables), images
+
+    def answer(self, body: dict) -> Answer:
+        text, images = self.render(body)
+        adds = body.get("add_special_tokens", self.first_token)
+        inputs = self.processor(text=text, images=images or None, return_tensors="pt", add_special_tokens=adds)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        with self.lock, torch.no_grad():
+            made = self.model.generate(
+                **inputs,
+                max_new_tokens=body["max_tokens"],
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        prompt = inputs["input_ids"][0].tolist()
+        return self.reply(prompt, made.sequences[0, len(prompt) :].tolist(), made.logits, body)
+
+    def reply(self, prompt: list[int], ids: list[int], logits: Any, body: dict) -> Answer:
+        tokenizer = self.processor.tokenizer
+        choice = {"message": {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}}
+        made = {"choices": [choice], "usage": {"prompt_tokens": len(prompt)}}
+        if body.get("return_token_ids") and "ids" in self.tells:
+            made["prompt_token_ids"], choice["token_ids"] = prompt, ids
+        if body.get("logprobs") and "logprobs" in self.tells:
+            entries = []
+            for number, one in zip(ids, logits, strict=True):
+                values = torch.log_softmax(one[0].float(), dim=-1)
+                top = values.topk(body["top_logprobs"])
+                listed = [
+                    {"token": tokenizer.decode([token]), "logprob": value}
+                    for value, token in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+                ]
+                entries.append(
+                    {"token": tokenizer.decode([number]), "logprob": values[number].item(), "top_logprobs": listed}
+                )
+            choice["logprobs"] = {"content": entries}
+        return 200, made

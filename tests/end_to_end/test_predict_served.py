@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from served_models import MODEL, says, scripted_server, transformers_server
+from two_processes import run_two
 
 from tuning import cli
 from tuning.serving import server as client
@@ -272,6 +273,31 @@ def test_options_without_effect_are_named(predict, models):
         code, _, printed = predict(**options)
         assert code == 1
         assert words in printed.err
+
+
+def test_one_process_asks_the_server_before_several_answer_here(models, rows, tmp_path):
+    asked = []
+
+    def answer(body):
+        asked.append(number_of(body))
+        return says(asked[-1])
+
+    options = {"model_name_or_path": models["llava15"], "data_path": rows, "output": tmp_path / "two.jsonl"}
+    options |= {"max_rows": 4, "max_new_tokens": LIMIT}
+    with scripted_server(answer) as url:
+        words = ["predict", *flags_of(options | {"compare": url})]
+        codes, said, _ = run_two(words, tmp_path, {}, lambda rank: None)
+        assert codes == [1, 1]
+        assert f"{url}/models/{MODEL}: 4 rows are left, and one process asks a server, not 2." in "".join(said)
+        assert asked == []
+        words += ["--accelerate_launch_args", json.dumps({"num_processes": 2})]
+        done = subprocess.run([sys.executable, "-m", "tuning.cli", *words], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert len(asked) == 4
+    lines = read_lines(tmp_path / "two.jsonl")
+    assert sorted(line["compared"] for line in lines) == sorted(asked)
+    assert all(line["prediction"] for line in lines)
+    assert done.stdout.count("Done: ") == 1
 
 
 def test_tools_variables_and_options_reach_the_server(predict, tmp_path):

@@ -46,11 +46,6 @@ class PredictArguments(RowArguments, ServerArguments, ModelSource):
         """The model's name in the output: a path, a hub id, or the address of a server's model."""
         return f"{self.server_url}/models/{self.model}" if self.server_url else self.model_name_or_path
 
-    @property
-    def served_kwargs(self) -> dict[str, Any]:
-        """Variables for a server's chat template. The date is only sent where it is set: a server has its own."""
-        return ({"date_string": self.date_string} if self.date_string else {}) | self.chat_template_kwargs
-
     def models(self) -> dict[str, "PredictArguments"]:
         """The field of a model's answers → options that name this model only, as `model_name_or_path` or on a server.
 

@@ -13,7 +13,7 @@ from tuning.data.prompts import read_references
 from tuning.data.sources import Row, Source
 from tuning.errors import UserError
 from tuning.exit_codes import on_interrupt_say
-from tuning.serving.questions import ask_server
+from tuning.serving.questions import ask_server, template_kwargs_of
 from tuning.serving.server import Refused, Server, work_through
 
 
@@ -62,7 +62,7 @@ async def answer_row(server: Server, client: Any, options: PredictArguments, ind
 
 def describe(row: Row, options: PredictArguments) -> tuple[Line, dict[str, Any]]:
     """What the output says of a row, and the body of its request. Raises `UserError` for a bad row."""
-    question = ask_server(row, options, options.served_kwargs)
+    question = ask_server(row, options, template_kwargs_of(options))
     field = options.references_field
     line: Line = {"question": question.text, "reference": question.reference}
     line |= {"boxes": [asdict(box) for box in question.boxes]} if question.boxes else {}

@@ -27,6 +27,14 @@ class ServedQuestion:
     body: dict[str, Any]
 
 
+def template_kwargs_of(options: Any) -> dict[str, Any]:
+    """Variables for a server's chat template. The date is only sent where it is set: a server has its own.
+
+    `options`: a command's, with those of `RowArguments` and `ModelSource`.
+    """
+    return ({"date_string": options.date_string} if options.date_string else {}) | options.chat_template_kwargs
+
+
 def ask_server(row: Row, options: RowArguments, template_kwargs: Mapping[str, Any]) -> ServedQuestion:
     """The question before the last answer of a row, as `ask` takes it. Raises `UserError` with file, row and field."""
     whole = _ground(row, options)

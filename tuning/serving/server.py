@@ -24,24 +24,25 @@ MARKS = {VLLM: ("/version", "version"), LLAMA_CPP: ("/props", "default_generatio
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer: its text, its log probability, and the likeliest tokens in its place."""
+    """A token of an answer: its text, its log probability, and those of the likeliest tokens in its place, falling."""
 
     text: str
     logprob: float
-    top: Mapping[str, float]
+    top: list[float]
 
 
 @dataclass(frozen=True)
 class Reply:
     """An answer without outer blanks.
 
-    `prompt_tokens`: the number of tokens of the prompt. `prompt_ids`, `tokens`: where the server names them.
+    `prompt_tokens`: the number of tokens of the prompt. `prompt_ids`, `tokens`, `answer_ids`: if the server names them.
     """
 
     text: str
     prompt_tokens: int | None = None
     prompt_ids: list[int] | None = None
     tokens: list[Token] = field(default_factory=list)
+    answer_ids: list[int] | None = None
 
 
 class Refused(UserError):
@@ -107,11 +108,16 @@ def read_reply(made: Mapping[str, Any]) -> Reply:
     texts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or ()]
     entries = (choice.get("logprobs") or {}).get("content") or ()
     tokens = [
-        Token(one["token"], one["logprob"], {top["token"]: top["logprob"] for top in one.get("top_logprobs") or ()})
+        Token(
+            one["token"],
+            one["logprob"],
+            sorted((top["logprob"] for top in one.get("top_logprobs") or ()), reverse=True),
+        )
         for one in entries
     ]
     count = (made.get("usage") or {}).get("prompt_tokens")
-    return Reply("\n".join(filter(None, texts)).strip(), count, made.get("prompt_token_ids"), tokens)
+    text = "\n".join(filter(None, texts)).strip()
+    return Reply(text, count, made.get("prompt_token_ids"), tokens, choice.get("token_ids"))
 
 
 async def work_through(items: Iterable[Any], work: Callable[[Any], Awaitable[None]], at_once: int) -> None:
