@@ -125,6 +125,8 @@ def says(text: str, **more: Any) -> Answer:
 class PlainModel:
     """A model that plain transformers runs, behind the API of vLLM: with token ids and log probabilities.
 
+    vLLM scales Granite's logits, which `LlavaNextForConditionalGeneration` of transformers does not.
+
     `template`: another chat template. `first_token`: whether the tokenizer's first token is added unless a request says
     so (vLLM adds none). `size`: another size of pictures. `tells`: what it adds to answers.
     """
@@ -181,9 +183,9 @@ class PlainModel:
         if body.get("return_token_ids") and "ids" in self.tells:
             made["prompt_token_ids"], choice["token_ids"] = prompt, ids
         if body.get("logprobs") and "logprobs" in self.tells:
-            entries = []
+            entries, scaling = [], getattr(self.model.config.get_text_config(), "logits_scaling", 1.0)
             for number, one in zip(ids, logits, strict=True):
-                values = torch.log_softmax(one[0].float(), dim=-1)
+                values = torch.log_softmax(one[0].float() / scaling, dim=-1)
                 top = values.topk(body["top_logprobs"])
                 listed = [
                     {"token": tokenizer.decode([token]), "logprob": value}

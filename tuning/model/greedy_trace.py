@@ -8,7 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from tuning.errors import try_optional
 from tuning.model.generate import greedy_settings, prepare_prompts
+from tuning.model.head import StandIn, find_head
 
 TOP = 5
 
@@ -35,12 +37,25 @@ def trace_answer(
 ) -> Trace:
     """The answer to a batch of one prompt, `[1, T]`. `end_of_turn`: see `generate_texts`."""
     settings = greedy_settings(model, tokenizer, max_new_tokens=max_new_tokens, end_of_turn=end_of_turn)
+    settings.return_dict_in_generate = settings.output_logits = True
     batch = prepare_prompts(model, batch)
     with torch.no_grad():
-        made = model.generate(**batch, generation_config=settings, return_dict_in_generate=True, output_logits=True)
+        made = model.generate(**batch, generation_config=settings)
+        logits = put_back(model, torch.cat(made.logits)).float()
     ids = made.sequences[0, batch["input_ids"].shape[1] :].tolist()
-    top = []
-    for logits in made.logits:
-        values, tokens = torch.log_softmax(logits[0].float(), dim=-1).topk(TOP)
-        top.append(dict(zip(tokens.tolist(), values.tolist(), strict=True)))
+    values, tokens = torch.log_softmax(logits, dim=-1).topk(TOP)
+    top = [dict(zip(*pair, strict=True)) for pair in zip(tokens.tolist(), values.tolist(), strict=True)]
     return Trace(tokenizer.decode(ids, skip_special_tokens=True).strip(), ids, top)
+
+
+def put_back(model: PreTrainedModel | PeftModel, logits: torch.Tensor) -> torch.Tensor:
+    """The logits `[N, V]` of the stock forward with the arithmetic that it leaves out: see `OutputHead.left_out`.
+
+    Training and servers have it. It changes no order, and so no answer.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = try_optional(lambda: find_head(base), catch_user_errors=True).value
+    if head is None or not head.left_out:
+        return logits
+    hidden = logits.new_zeros(len(logits), base.config.get_text_config().hidden_size)
+    return head.logits(StandIn(head.used.head, lambda _: logits[:, None]), hidden)
