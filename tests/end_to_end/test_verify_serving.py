@@ -9,7 +9,7 @@ from served_models import PlainModel, scripted_server, transformers_server
 from tiny_models import VICUNA_TEMPLATE, build_model, build_processor, save_layout
 
 from tuning import cli, train
-from tuning.commands.verify_serving import built_in_rows
+from tuning.commands import verify_serving
 
 VLLM = {"/version": {"version": "0.30"}}
 
@@ -171,7 +171,11 @@ def test_an_answer_that_does_not_end(verify_plain, models, tmp_path):
 
 def first_tokens(folder):
     """The tokens that a model answers the first built-in question with."""
-    body = {"messages": built_in_rows()[0].columns["messages"], "max_tokens": 3, "return_token_ids": True}
+    body = {
+        "messages": verify_serving.built_in_rows()[0].columns["messages"],
+        "max_tokens": 3,
+        "return_token_ids": True,
+    }
     _, made = PlainModel(folder).answer(body)
     return made["choices"][0]["token_ids"]
 
@@ -220,6 +224,26 @@ def test_an_adapter_that_changes_nothing_is_named_before_any_request(verify, ada
         code, _, error = verify(url, folder)
     assert code == 1
     assert "the adapter changes nothing: base and adapter give the same log probabilities." in error
+
+
+def test_a_gpu_without_room_and_rows_that_cannot_be_used(verify, models, rows, tmp_path, monkeypatch):
+    path = rows.with_name("bad_to_verify.jsonl")
+    path.write_text(rows.read_text().splitlines()[0].replace("0.png", "none.png") + "\n")
+    with scripted_server(PlainModel(models["llava15"]).answer) as url:
+        code, _, error = verify(url, models["llava15"], data_path=path)
+        assert code == 1
+        assert "row 0, field 'images', image 0" in error
+        code, printed, error = verify(url, models["llava15"], data_path=path, on_bad_row="skip")
+        assert code == 0, error
+        assert len(table_of(printed)) == 2
+
+        def fail(*_, **__):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        monkeypatch.setattr(verify_serving, "load_answering", fail)
+        code, _, error = verify(url, models["llava15"])
+    assert code == 1
+    assert "Is the server on the same GPU? Compare on the CPU: start the command with CUDA_VISIBLE_DEVICES=" in error
 
 
 def test_a_weak_adapter_is_not_called_equal_without_a_warning(verify_plain, models, adapter, tmp_path):

@@ -3,9 +3,8 @@
 import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import httpx
@@ -18,9 +17,9 @@ from tuning.console import print0
 from tuning.data.collator import probe_collator
 from tuning.data.encode import Encoder
 from tuning.data.from_config import check_config_name, make_encoder, open_path
-from tuning.data.prompts import ask, join_on_the_right, without_answer
+from tuning.data.prompts import ask, ask_or_error, join_on_the_right, without_answer
 from tuning.data.sources import Row
-from tuning.errors import UserError, try_optional
+from tuning.errors import UserError, is_out_of_memory
 from tuning.model.answering import LoadedModel, load_answering
 from tuning.model.greedy_trace import TOP, Trace, trace_answer
 from tuning.model.lora import find_adapter, is_untrained
@@ -62,24 +61,27 @@ def run(options: VerifyArguments) -> None:
         raise changes_nothing(options, "every lora_B in it is 0.")
     server = connect(options)
     print0(f"{server.model} at {server.url}{f' ({server.engine})' if server.engine else ''}")
-    loaded = load_answering(options, device=PartialState().device)
-    encoder = make_encoder(
-        options,
-        loaded.processor,
-        loaded.config,
-        options.date_string,
-        template_kwargs=options.chat_template_kwargs,
-        tokens=loaded.tokens,
-    )
+    with beside_the_server():
+        loaded = load_answering(options, device=PartialState().device)
+        encoder = make_encoder(
+            options,
+            loaded.processor,
+            loaded.config,
+            options.date_string,
+            template_kwargs=options.chat_template_kwargs,
+            tokens=loaded.tokens,
+        )
+        asked = [ask_here(row, loaded, encoder, options) for row in choose_rows(options, encoder)]
+    if not asked:
+        raise UserError(where="config", problem="no row can be used.", fix="Give data_path.")
+    if all(one.here.base and one.here.base == one.here.answer for one in asked):
+        raise changes_nothing(options, "base and adapter give the same log probabilities.")
     chat = encoder.chat
     if chat.adds_end_token:
         print0(
             f"Warning: training writes {chat.end_of_turn} after every answer, and the chat template does not. On a"
             " server, chats of several turns differ, unless you serve a template that writes it."
         )
-    asked = [ask_here(row, loaded, encoder, options) for row in choose_rows(options, encoder)]
-    if all(one.here.base and one.here.base == one.here.answer for one in asked):
-        raise changes_nothing(options, "base and adapter give the same log probabilities.")
     replies = asyncio.run(ask_server_for(server, asked, options.max_new_tokens))
     tokenizer = loaded.processor.tokenizer
     rows = [RowComparison(one.here, reply, tokenizer.decode) for one, reply in zip(asked, replies, strict=True)]
@@ -97,6 +99,20 @@ def run(options: VerifyArguments) -> None:
     if doubt := finder.find_doubt(rows):
         print0(f"Warning: {doubt}")
     print0(f"Done: the server does with these rows what training does, within {finder.tolerance:g}.")
+
+
+@contextmanager
+def beside_the_server() -> Iterator[None]:
+    """Explain that the memory of the device has run out: a server on the same GPU takes most of it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            problem="there is not enough memory for the model here. Is the server on the same GPU?",
+            fix="Compare on the CPU: start the command with CUDA_VISIBLE_DEVICES= before it.",
+        ) from error
 
 
 def changes_nothing(options: VerifyArguments, reason: str) -> UserError:
@@ -117,11 +133,17 @@ def choose_rows(options: VerifyArguments, encoder: Encoder) -> list[Row]:
     A built-in row that the processor refuses is left out: some take none without a picture.
     """
     rows = list(read_rows(options)) if options.data_path else []
+    if options.on_bad_row == "skip":
+        rows = usable(rows, encoder)
     kinds = {has_pictures(row) for row in rows}
     ready = built_in_rows()[: 2 if encoder.chat.adds_end_token else None]  # those of several turns cannot be equal
     added = [row for row in ready if has_pictures(row) not in kinds]
-    taken = [try_optional(partial(ask, row, encoder), catch_user_errors=True).value for row in added]
-    return rows + [row for row, question in zip(added, taken, strict=True) if question]
+    return rows + usable(added, encoder)
+
+
+def usable(rows: Sequence[Row], encoder: Encoder) -> list[Row]:
+    """The rows that can be encoded."""
+    return [row for row in rows if not isinstance(ask_or_error(row, encoder), UserError)]
 
 
 def read_rows(options: VerifyArguments) -> Iterator[Row]:
