@@ -31,7 +31,7 @@ from tuning.data.sources import Row, Source
 from tuning.distributed.launch import DDP_SETTINGS, check_processes, choose_launch_options, launch
 from tuning.distributed.watch import watch_processes
 from tuning.errors import UserError, writing
-from tuning.exit_codes import on_interrupt_say
+from tuning.exit_codes import LAUNCHED, on_interrupt_say
 from tuning.files import to_lines, write_json, write_text
 from tuning.machine import default_workers
 from tuning.metrics import METRICS, check_metrics, check_references, score_rows
@@ -129,9 +129,12 @@ def open_task(options: PredictArguments) -> Task:
     check_references(options.metric_names, right_answers(map(data.__getitem__, indices), options.references_field))
     models = options.models()
     check_models_here(models)
-    output, overwrite = Path(options.output), options.overwrite
-    answers = {field: Answers(fingerprint(model, data), output, overwrite=overwrite) for field, model in models.items()}
-    check_output(output, {one.key for one in answers.values()}, overwrite=overwrite)
+    output, answers = Path(options.output), {}
+    for field, model in models.items():
+        just_asked = bool(model.server_url) and LAUNCHED in os.environ  # by the process that has started this one
+        overwrite = options.overwrite and not just_asked
+        answers[field] = Answers(fingerprint(model, data), output, overwrite=overwrite)
+    check_output(output, {one.key for one in answers.values()}, overwrite=options.overwrite)
     return Task(data, indices, models, answers)
 
 
