@@ -136,6 +136,21 @@ def test_a_server_that_recovers_is_asked_again(predict, fault):
     assert all(re.match(r"\(\d+, \d+\) ", line["prediction"]) for line in lines)
 
 
+def test_a_server_that_hangs_is_left_after_some_tries(predict, monkeypatch):
+    monkeypatch.setattr(client, "RETRIES", 1)
+    asked = []
+
+    def answer(body):
+        asked.append(time.monotonic())
+        time.sleep(3)
+        return says("late")
+
+    with scripted_server(answer) as url:
+        code, _, printed = predict(url, max_rows=1, request_timeout=1)
+    assert (code, len(asked)) == (1, 2)
+    assert f"row 0: the server {url} cannot be reached: no answer in time. Raise request_timeout" in printed.err
+
+
 def test_answers_are_kept_when_the_server_stays_away_and_only_the_others_are_asked_for(predict, monkeypatch, tmp_path):
     monkeypatch.setattr(client, "RETRIES", 1)
     asked, broken = [], [True]

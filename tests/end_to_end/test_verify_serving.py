@@ -188,7 +188,7 @@ def test_other_weights(verify_plain, models, tmp_path):
         code, _, error = verify_plain(models["llava15"], folder, tells=tells)
         assert code == 1
         assert f"all prompts agree, but {words}" in error
-        assert f"Has the server the weights of {models['llava15']}" in error
+        assert f"Does the server have the weights of {models['llava15']}" in error
 
 
 def test_an_adapter_that_the_server_uses_or_ignores(verify_plain, models, adapter):

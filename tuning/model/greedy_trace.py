@@ -17,13 +17,15 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Trace:
-    """A greedy answer without special tokens and outer blanks, and its N `ids`.
+    """A greedy answer without special tokens and outer blanks, and its N `ids` with their `logprobs`.
 
-    `top`: for each id the log probabilities of the `TOP` likeliest tokens by id, its own first.
+    `top`: for each id the log probabilities of the `TOP` likeliest tokens in its place by id, falling. A penalty in the
+    generation config may have chosen another token.
     """
 
     text: str
     ids: list[int]
+    logprobs: list[float]
     top: Sequence[Mapping[int, float]]
 
 
@@ -43,9 +45,11 @@ def trace_answer(
         made = model.generate(**batch, generation_config=settings)
         logits = put_back(model, torch.cat(made.logits)).float()
     ids = made.sequences[0, batch["input_ids"].shape[1] :].tolist()
-    values, tokens = torch.log_softmax(logits, dim=-1).topk(TOP)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, tokens = logprobs.topk(TOP)
     top = [dict(zip(*pair, strict=True)) for pair in zip(tokens.tolist(), values.tolist(), strict=True)]
-    return Trace(tokenizer.decode(ids, skip_special_tokens=True).strip(), ids, top)
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Trace(text, ids, logprobs[range(len(ids)), ids].tolist(), top)
 
 
 def put_back(model: PreTrainedModel | PeftModel, logits: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,7 @@ class Finder:
         return Difference(
             f"all prompts agree, but {shown}, first in {row.here.name}: {row.here.answer.text!r} here,"
             f" {row.served.text!r} on the server.",
-            f"Has the server the weights of {self.name}, unquantised, and no sampling settings of its own?",
+            f"Does the server have the weights of {self.name}, unquantised, and no sampling settings of its own?",
         )
 
     def find_doubt(self, rows: Sequence[RowComparison]) -> str:

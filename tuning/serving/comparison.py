@@ -1,6 +1,6 @@
 """What a server makes of a row beside what training makes of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tuning.model.greedy_trace import Trace
@@ -82,17 +82,16 @@ class RowComparison:
         None where the server gives none.
         """
         trace = trace or self.here.answer
-        differences, diverges = list[float](), False
-        for place, (token, top) in enumerate(zip(self.served.tokens, trace.top, strict=False)):
-            values, found = list(top.values()), self._find(trace, place)
-            if found is None:
-                return Gap(max([*differences, abs(token.logprob - values[0])]), diverges=True, unlikely=True)
-            diverges = found < values[0]
-            differences.append(max(abs(token.logprob - found), values[0] - found))
-            if diverges:
-                break
-            differences += [abs(one - other) for one, other in zip(values, token.top, strict=False)]
-        return Gap(max(differences), diverges, unlikely=False) if differences else None
+        differences = list[float]()
+        for place, (token, top, own) in enumerate(zip(self.served.tokens, trace.top, trace.logprobs, strict=False)):
+            if self._is_own(trace, place):
+                differences.append(abs(token.logprob - own))
+                differences += [abs(one - other) for one, other in zip(top.values(), token.top, strict=False)]
+                continue
+            found = self._find(trace, place)
+            differences += [abs(token.logprob - own)] if found is None else [abs(token.logprob - found), own - found]
+            return Gap(max(differences), diverges=True, unlikely=found is None)
+        return Gap(max(differences), diverges=False, unlikely=False) if differences else None
 
     def agrees_with(self, trace: Trace, tolerance: float) -> bool:
         """Whether the server's answer is that of `trace`, as far as it is known.
@@ -102,27 +101,29 @@ class RowComparison:
         gap, same = self.gap(trace), self.served.text == trace.text
         return same if gap is None else gap.largest <= tolerance and not gap.unlikely and (same or gap.diverges)
 
+    def _is_own(self, trace: Trace, place: int) -> bool:
+        """Whether the server's token at a place is that of `trace`."""
+        if self.served.answer_ids is not None:
+            return self.served.answer_ids[place] == trace.ids[place]
+        return self.served.text == trace.text or self._reads(trace.ids[place], place)
+
     def _find(self, trace: Trace, place: int) -> float | None:
         """The log probability in `trace` of the server's token at a place; None where it is not among the likeliest."""
         top, ids = trace.top[place], self.served.answer_ids
         if ids is not None:
             return top.get(ids[place])
-        text = self.served.tokens[place].text.strip()
-        if self.served.text == trace.text or self.decode(trace.ids[place : place + 1]).strip() == text:
-            return top[trace.ids[place]]
-        return next((value for token, value in top.items() if self.decode([token]).strip() == text), None)
+        return next((value for token, value in top.items() if self._reads(token, place)), None)
+
+    def _reads(self, token: int, place: int) -> bool:
+        """Whether a token has the text of the server's token at a place."""
+        return self.decode([token]).strip() == self.served.tokens[place].text.strip()
 
 
 def trace_distance(one: Trace, other: Trace) -> float:
     """The largest difference of log probabilities of two answers, up to the first token that differs."""
     differences = [0.0]
     for place, (left, right) in enumerate(zip(one.top, other.top, strict=False)):
-        pairs = zip(_values(left), _values(right), strict=False)
-        differences += [abs(first - second) for first, second in pairs]
+        differences += [abs(first - second) for first, second in zip(left.values(), right.values(), strict=True)]
         if one.ids[place] != other.ids[place]:
             break
     return max(differences)
-
-
-def _values(top: Mapping[int, float]) -> list[float]:
-    return list(top.values())
