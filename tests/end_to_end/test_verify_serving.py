@@ -78,7 +78,7 @@ def test_a_server_of_plain_transformers_is_equal_as_far_as_it_tells(verify, mode
         cells = table_of(printed)
         assert [row[:2] for row in cells] == [["built-in, row 0", "0"], ["built-in, row 1", "1"]]
         assert all(row[4:] == ["the same", "not given"] for row in cells)
-        assert "Done: the server does with these rows what training does" in printed
+        assert "Done: on these rows the server has the same number of prompt tokens and the same answers" in printed
         code, printed, error = verify(url, folder, data_path=rows, rows=2)
         assert code == 0, error
         assert [row[0].split("/")[-1] for row in table_of(printed)][:2] == ["rows.jsonl, row 0", "rows.jsonl, row 1"]
@@ -89,6 +89,7 @@ def test_a_server_of_plain_transformers_is_equal_as_far_as_it_tells(verify, mode
 def test_an_equal_server_is_equal_in_ids_and_log_probabilities(verify_plain, models, layout):
     code, printed, error = verify_plain(models[layout], first_token=layout != "mllama")  # its template begins with it
     assert code == 0, error
+    assert "the same prompt tokens and the same answers as training, with log probabilities within 0.002." in printed
     for row in table_of(printed):
         here, there = row[2].removesuffix(" tokens").split(" / ")
         assert here == there

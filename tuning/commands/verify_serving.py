@@ -98,7 +98,7 @@ def run(options: VerifyArguments) -> None:
         raise UserError(where=server.url, problem=difference.problem, fix=difference.fix)
     if doubt := finder.find_doubt(rows):
         print0(f"Warning: {doubt}")
-    print0(f"Done: the server does with these rows what training does, within {finder.tolerance:g}.")
+    print0(describe_success(rows, finder.tolerance))
 
 
 @contextmanager
@@ -232,6 +232,14 @@ def describe(rows: Sequence[RowComparison]) -> str:
     table = [HEADINGS, *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table)
+
+
+def describe_success(rows: Sequence[RowComparison], tolerance: float) -> str:
+    """What is equal, as far as the server tells."""
+    named = all(row.served.prompt_ids is not None for row in rows)
+    tokens = "prompt tokens" if named else "number of prompt tokens"
+    closeness = f", with log probabilities within {tolerance:g}" if all(row.gap() for row in rows) else ""
+    return f"Done: on these rows the server has the same {tokens} and the same answers as training{closeness}."
 
 
 def _cells(row: RowComparison) -> tuple[str, ...]:
