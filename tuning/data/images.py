@@ -84,12 +84,13 @@ def load_image(stored: Any, folder: Path | None, where: str, rules: ImageRules =
 
 def encode_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> str:
     """The image that `load_image` gives, as a data URL: its stored bytes if they show the same, else a PNG."""
-    image = load_image(stored, folder, where, rules)
     if not isinstance(stored, Image.Image):
-        content = find_image(stored, folder, where, rules).read()
-        with _open(content, where, rules) as opened:
+        stored = find_image(stored, folder, where, rules).read()
+    image = load_image(stored, folder, where, rules)
+    if isinstance(stored, bytes):
+        with _open(stored, where, rules) as opened:
             if opened.format in WEB_FORMATS and _shows_as_stored(opened):
-                return _data_url(content, WEB_FORMATS[opened.format])
+                return _data_url(stored, WEB_FORMATS[opened.format])
     data = io.BytesIO()
     image.save(data, "PNG", compress_level=1)
     return _data_url(data.getvalue(), "png")

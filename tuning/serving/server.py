@@ -85,13 +85,14 @@ class Server:
         try:
             create = client.chat.completions.with_raw_response.create
             made = await create(model=fields.pop("model"), messages=fields.pop("messages"), extra_body=fields)
-            return read_reply(made.http_response.json())
         except openai.APIStatusError as error:
             kind = Refused if error.status_code in REFUSED else UserError
             problem = f"the server answers {error.status_code}: {find_words(error.response)}."
             raise kind(where=where, problem=problem, fix=advise(error.status_code, self)) from error
         except openai.APIConnectionError as error:
             raise unreachable(self.url, error, where) from error
+        try:
+            return read_reply(made.http_response.json())
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(
                 where=where,
