@@ -32,6 +32,11 @@ COMMANDS = {
         "config.json | --flag value …",
         "Answer the questions of a dataset, and score the answers.",
     ),
+    "verify-serving": Command(
+        "tuning.commands.verify_serving",
+        "--server_url URL --model_name_or_path MODEL",
+        "Compare a server with training on a few rows, and name the first difference.",
+    ),
     "convert": Command("tuning.commands.convert", "IN OUT", "Convert a dataset to our format."),
     "export": Command(
         "tuning.commands.export", "--adapter DIR --output DIR", "Merge an adapter into a model, and verify the result."

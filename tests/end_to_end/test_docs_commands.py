@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 from docs_text import PROSE, ROOT, blocks, commands, why_not_run
 from PIL import Image
+from served_models import PlainModel, scripted_server
 from tiny_models import save_layout
 
 from tuning import cli
 
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 BASE = "ibm-granite/granite-vision-3.2-2b"
+SERVER = "http://localhost:8000/v1"
 OUTPUTS = {"train": "--output_dir", "check": "--output_dir", "predict": "--output"}
 
 
@@ -107,6 +109,14 @@ def test_the_quickstart_ends_with_a_model_scores_and_a_merged_model(finished):
     assert (finished / "my_model" / ".complete").exists()
 
 
+@pytest.fixture(scope="module")
+def server(finished):
+    """The address of a server with the base and the adapter of the quickstart."""
+    model = PlainModel(finished / BASE, adapter=finished / "my_adapter")
+    with scripted_server(model.answer, models=("base", "tuned"), pages={"/version": {"version": "0"}}) as url:
+        yield url
+
+
 def other_commands() -> list[str]:
     """Commands of all pages that are run, but for those of the quickstart."""
     done = {*commands(QUICKSTART)}
@@ -116,8 +126,10 @@ def other_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", other_commands())
 def test_a_command_of_the_docs(command, finished, request):
-    kind = shlex.split(command)[1]
     number = other_commands().index(command)
+    if SERVER in command:
+        command = command.replace(SERVER, request.getfixturevalue("server"))
+    kind = shlex.split(command)[1]
     if kind in OUTPUTS and OUTPUTS[kind] not in shlex.split(command):
         command += f" {OUTPUTS[kind]} out_{number}"
     assert run(command, finished) == 0

@@ -3,11 +3,9 @@
 Answers are written as they come: an interrupted command continues where it stopped.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +16,10 @@ from accelerate.utils import broadcast_object_list, gather_object, send_to_devic
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tuning.config.options import ModelSource, RowArguments, option
+from tuning.commands.kept_answers import Answers, Line, check_output, describe_files, describe_weights, scores_file
+from tuning.commands.predict_options import PredictArguments, check_models_named, name_served_models
+from tuning.commands.served_answers import answer_by_server
+from tuning.config.options import ModelSource, RowArguments
 from tuning.config.parse import to_flags
 from tuning.console import print0
 from tuning.data.collator import Collator, probe_collator
@@ -30,73 +31,54 @@ from tuning.data.sources import Row, Source
 from tuning.distributed.launch import DDP_SETTINGS, check_processes, choose_launch_options, launch
 from tuning.distributed.watch import watch_processes
 from tuning.errors import UserError, writing
-from tuning.exit_codes import on_interrupt_say
-from tuning.files import (
-    CONFIG_FILE,
-    PROGRESS_FILE,
-    RUN_INFO_FILE,
-    RUNS_FILE,
-    STATE_FILE,
-    read_json,
-    read_lines,
-    to_lines,
-    write_json,
-    write_text,
-)
+from tuning.exit_codes import LAUNCHED, on_interrupt_say
+from tuning.files import to_lines, write_json, write_text
 from tuning.machine import default_workers
 from tuning.metrics import METRICS, check_metrics, check_references, score_rows
 from tuning.model.answering import LoadedModel, load_answering
 from tuning.model.lora import find_adapter, load_base
 from tuning.pages.answers_page import render_answers
+from tuning.serving.server import connect
 from tuning.training.batch_check import find_batch_fault
 from tuning.training.evaluation import answer, share_out
 from tuning.training.optimizer import HALF
 
 PROGRAM = ("-m", "tuning.cli", "predict")  # what a launcher starts
 COLUMN = 2 + max(map(len, METRICS))  # width of a score on the terminal
-MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 NEW_OPTIONS = ("bbox_format", "chat_template_kwargs")  # answers of earlier versions were given without them
-OF_A_RUN = (CONFIG_FILE, RUN_INFO_FILE, PROGRESS_FILE, STATE_FILE, RUNS_FILE)
-Line = dict[str, Any]
-"""`index`, `file`, `row`, and `prompt`, `question`, `reference`, `references` and `prediction`, or `error`.
-
-`boxes` of a row that has some: see `BoxOnImage`.
-"""
-
-
-@dataclass(frozen=True)
-class PredictArguments(RowArguments, ModelSource):
-    data_path: str = option("", "Rows to answer: any file that training reads, a folder, or a hub id.", required=True)
-    output: str = option("predictions.jsonl", "File for the answers, one JSON object per line.")
-    metrics: list[str] | str | None = option(None, "Scores to compute, such as exact_match, anls or relaxed_accuracy.")
-    references_field: str | None = option(None, "Column with the right answers, if a row has several.")
-    compare: str | None = option(None, "A second model to compare with, such as the base.")
-    max_new_tokens: int = option(256, "Longest answer in tokens.", minimum=1)
-    batch_size: int = option(8, "Rows that each process answers at once.", minimum=1)
-    max_rows: int | None = option(None, "Answer at most N rows (default: all).", minimum=1)
-    overwrite: bool = option(False, "Answer all rows again, although an earlier run has answered them.")
-    accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch`, such as num_processes.")
-    device_map: str | None = option(
-        None,
-        "Share the layers of a model that is larger than one GPU out over all GPUs, in one process.",
-        choices=("auto", "balanced", "sequential"),
-    )
-
-    @property
-    def metric_names(self) -> list[str]:
-        return [self.metrics] if isinstance(self.metrics, str) else list(self.metrics or [])
-
-
 OPTIONS = PredictArguments
 
 
+@dataclass(frozen=True)
+class Task:
+    """The rows to answer, their `indices` in the data, and for each field of the output its model and its answers."""
+
+    data: Source
+    indices: range
+    models: Mapping[str, PredictArguments]
+    answers: Mapping[str, Answers]
+
+    def open_rows(self, field: str) -> list[int]:
+        """The rows that this model has yet to answer."""
+        return [index for index in self.indices if index not in self.answers[field].by_row]
+
+
 def run(options: PredictArguments) -> None:
-    """Answer in this process, or in as many as the options ask for."""
-    every_gpu_has_all = options.device_map is None
-    if launch_args := choose_launch_options(options.accelerate_launch_args, all_gpus=every_gpu_has_all):
-        launch(launch_args, [*PROGRAM, *to_flags(options)], settings=DDP_SETTINGS)
-    else:
+    """Answer in this process, or in as many as the options ask for. Servers are asked by this one."""
+    check_models_named(options)
+    options = name_served_models(options)
+    models = options.models().values()
+    if all(model.server_url for model in models):
         predict(options)
+        return
+    every_gpu_has_all = options.device_map is None
+    launch_args = choose_launch_options(options.accelerate_launch_args, all_gpus=every_gpu_has_all)
+    if not launch_args:
+        predict(options)
+        return
+    if any(model.server_url for model in models):
+        ask_servers(open_task(options))
+    launch(launch_args, [*PROGRAM, *to_flags(options)], settings=DDP_SETTINGS)
 
 
 def predict(options: PredictArguments) -> None:
@@ -104,9 +86,9 @@ def predict(options: PredictArguments) -> None:
 
     Raises `UserError` if the input is at fault. The answers until then are kept, and the next run continues there.
     """
-    check_metrics(options.metric_names)
     os.environ["ACCELERATE_USE_FSDP"] = "false"  # every process has the whole model
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    only_served = all(model.server_url for model in options.models().values())
+    state = PartialState(cpu=only_served or not torch.accelerator.is_available())
     watch_processes()
     check_processes(state.num_processes)
     if options.device_map and state.num_processes > 1:
@@ -115,6 +97,29 @@ def predict(options: PredictArguments) -> None:
             problem=f"shares one model out over all GPUs, and each of {state.num_processes} processes would do so.",
             fix="Start one process: leave accelerate_launch_args and the launcher out, or remove device_map.",
         )
+    task = open_task(options)
+    state.wait_for_everyone()  # until all have read which answers there are
+    if state.num_processes == 1:
+        ask_servers(task)
+    for field, model in task.models.items():
+        if state.is_main_process:
+            task.answers[field].check_writable()
+        (open_rows,) = broadcast_object_list([task.open_rows(field)])  # other machines may not see the first's files
+        if open_rows and model.server_url:
+            raise UserError(
+                where=model.name,
+                problem=f"{len(open_rows)} rows are left, and one process asks a server, not {state.num_processes}.",
+                fix="Start the command without a launcher: it starts other processes after that.",
+            )
+        if open_rows:
+            answer_rows(model, task.data, open_rows, task.answers[field], state)
+    if state.is_main_process:
+        write_results(task)
+
+
+def open_task(options: PredictArguments) -> Task:
+    """Open the rows, and find out which answers there are. Raises `UserError` for what can be known before any more."""
+    check_metrics(options.metric_names)
     check_config_name(options, [options.data_path])
     more_fields = [options.references_field] if options.references_field else []
     split = options.dataset_split
@@ -122,28 +127,22 @@ def predict(options: PredictArguments) -> None:
     print_formats(data.files, options)
     indices = range(min(len(data), options.max_rows or len(data)))
     check_references(options.metric_names, right_answers(map(data.__getitem__, indices), options.references_field))
-
-    models = {"prediction": options}  # the field of a model's answers → options with its name
-    if options.compare:
-        models["compared"] = replace(options, model_name_or_path=options.compare)
-    check_models(models)
-    answered = {field: Answers(model, data) for field, model in models.items()}
-    check_output(options, {answers.key for answers in answered.values()})
-    state.wait_for_everyone()  # until all have read which answers there are
-    for field, answers in answered.items():
-        if state.is_main_process:
-            answers.check_writable()
-        open_rows = [index for index in indices if index not in answers.by_row]
-        (open_rows,) = broadcast_object_list([open_rows])  # other machines may not see the first one's files
-        if open_rows:
-            answer_rows(models[field], data, open_rows, answers, state)
-    if state.is_main_process:
-        write_results(models, answered, data)
+    models = options.models()
+    check_models_here(models)
+    output, answers = Path(options.output), {}
+    for field, model in models.items():
+        just_asked = bool(model.server_url) and LAUNCHED in os.environ  # by the process that has started this one
+        overwrite = options.overwrite and not just_asked
+        answers[field] = Answers(fingerprint(model, data), output, overwrite=overwrite)
+    check_output(output, {one.key for one in answers.values()}, overwrite=options.overwrite)
+    return Task(data, indices, models, answers)
 
 
-def check_models(models: Mapping[str, PredictArguments]) -> None:
+def check_models_here(models: Mapping[str, PredictArguments]) -> None:
     """Raise `UserError` for what the configurations of all models show, before the first model is loaded."""
     for name, model in zip(("model_name_or_path", "compare"), models.values(), strict=False):
+        if model.server_url:
+            continue
         try:
             load_base(model, find_adapter(model.model_name_or_path))
         except UserError as error:
@@ -151,8 +150,20 @@ def check_models(models: Mapping[str, PredictArguments]) -> None:
             raise UserError(where=where, problem=error.problem, fix=error.fix) from error
 
 
+def ask_servers(task: Task) -> None:
+    """Let servers answer their rows. Raises `UserError` where one cannot be reached, before any is asked."""
+    asked = {field: model for field, model in task.models.items() if model.server_url and task.open_rows(field)}
+    servers = {
+        field: connect(model, "compare" if field == "compared" else "server_url") for field, model in asked.items()
+    }
+    for field, server in servers.items():
+        answers = task.answers[field]
+        answers.check_writable()
+        answer_by_server(server, task.models[field], task.data, task.open_rows(field), answers)
+
+
 def answer_rows(
-    options: PredictArguments, data: Source, open_rows: Sequence[int], answers: "Answers", state: PartialState
+    options: PredictArguments, data: Source, open_rows: Sequence[int], answers: Answers, state: PartialState
 ) -> None:
     """Add the answers to `open_rows`. Each of several processes takes its share of every round of batches."""
     loaded = load_answering(options, device=state.device, device_map=options.device_map)
@@ -222,98 +233,28 @@ class Questions(Dataset):
         return line | {"references": references}, question.sample
 
 
-class Answers:
-    """The lines of one model by index.
-
-    Until all are there they are in `.OUTPUT.KEY.partial`, where KEY is a hash of `fingerprint`. Then they are in
-    `output`, in the field that the file of scores names for the key.
-    """
-
-    def __init__(self, options: PredictArguments, data: Source):
-        same, output = json.dumps(fingerprint(options, data), sort_keys=True, default=str), Path(options.output)
-        self.key = hashlib.sha256(same.encode()).hexdigest()[:12]
-        self.path = output.with_name(f".{output.name}.{self.key}.partial")
-        lines = [] if options.overwrite else [*self._of_finished_run(output), *read_lines(self.path)]
-        self.by_row: dict[int, Line] = {line["index"]: line for line in lines}
-        self._is_new = True
-
-    def _of_finished_run(self, output: Path) -> list[Line]:
-        field = ((read_json(scores_file(output)) or {}).get("keys") or {}).get(self.key)
-        lines = list(read_lines(output)) if field else []
-        return [line | {"prediction": line[field]} if field in line else line for line in lines]
-
-    def check_writable(self) -> None:
-        """Raise `UserError` if lines could not be written."""
-        self.add(())
-        if not self.by_row:
-            self.path.unlink()
-
-    def add(self, lines: Iterable[Line]) -> None:
-        """Write more lines to the disk at once. Raises `UserError` if that fails."""
-        new = {line["index"]: line for line in lines}
-        self.by_row |= new
-        with writing(self.path):
-            if self._is_new:  # the last line of an interrupted run may be cut off
-                write_text(self.path, to_lines(self.by_row.values()))
-            else:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(to_lines(new.values()))
-        self._is_new = False
-
-
 def fingerprint(options: PredictArguments, data: Source) -> dict[str, Any]:
     """What must be the same for the answers of an earlier run to be kept. Nothing of it is read from the Hub."""
     path = Path(options.data_path).expanduser()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     same = {entry.name: getattr(options, entry.name) for entry in (*fields(ModelSource), *fields(RowArguments))}
     same = {name: value for name, value in same.items() if value or name not in NEW_OPTIONS}
+    served = ("server_url", "model", "request_options")
+    if options.server_url:
+        same |= {name: getattr(options, name) for name in served}
     return same | {
-        "weights": describe_weights(options.model_name_or_path),
+        "weights": [] if options.server_url else describe_weights(options.model_name_or_path),
         "rows": [data.fingerprint(), describe_files(files)],
         "references_field": options.references_field,
         "max_new_tokens": options.max_new_tokens,
     }
 
 
-def describe_weights(name: str) -> list[list]:
-    """The local files of a model and its processor, and of the base of an adapter, with sizes and times."""
-    folder = Path(name).expanduser()
-    files = sorted(file for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES) if folder.is_dir() else []
-    own = describe_files(file for file in files if file.name not in OF_A_RUN)
-    base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
-    return [*own, *(describe_weights(base) if base and base != name else [])]
-
-
-def describe_files(files: Iterable[Path]) -> list[list]:
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def scores_file(output: Path) -> Path:
-    return output.with_name(f"{output.stem}.scores.json")
-
-
-def check_output(options: PredictArguments, keys: set[str]) -> None:
-    """Raise `UserError` if the output exists and holds something else than answers with one of `keys`."""
-    output = Path(options.output)
-    if not output.exists():
-        return
-    summary = read_json(scores_file(output)) or {}
-    if not summary.get("keys"):
-        raise UserError(where=str(output), problem="the file exists, but has no answers.", fix="Give another output.")
-    lost = [summary["models"].get(field, "a model") for key, field in summary["keys"].items() if key not in keys]
-    if lost and not options.overwrite:
-        raise UserError(
-            where=str(output),
-            problem=f"the file holds answers of {' and '.join(lost)}: another model, other rows or other settings.",
-            fix="Give another output, name that model as compare, or set overwrite true.",
-        )
-
-
-def write_results(models: Mapping[str, PredictArguments], answered: Mapping[str, Answers], data: Source) -> None:
+def write_results(task: Task) -> None:
     """Write the answers of all models side by side, their scores and a page, and print a summary."""
-    options, lines = models["prediction"], []
-    for index, line in sorted(answered["prediction"].by_row.items()):
-        texts = {field: answers.by_row.get(index, {}).get("prediction") for field, answers in answered.items()}
+    models, options, lines = task.models, task.models["prediction"], []
+    for index, line in sorted(task.answers["prediction"].by_row.items()):
+        texts = {field: answers.by_row.get(index, {}).get("prediction") for field, answers in task.answers.items()}
         lines.append(line if "error" in line else line | texts)
     output, metrics = Path(options.output), options.metric_names
     scored = score_lines(lines, list(models), metrics) if metrics else []
@@ -322,20 +263,20 @@ def write_results(models: Mapping[str, PredictArguments], answered: Mapping[str,
     summary: dict[str, Any] = {
         "rows": len(lines),
         "rows_left_out": sum("error" in line for line in lines),
-        "models": {field: model.model_name_or_path for field, model in models.items()},
+        "models": {field: model.name for field, model in models.items()},
         "scores": {},
-        "keys": {answers.key: field for field, answers in answered.items()},
+        "keys": {answers.key: field for field, answers in task.answers.items()},
         "rows_scored": len(scored),
     }
     for field in models if scored else ():
         of_rows = [line["scores"][field] for line in scored]
         summary["scores"][field] = {metric: fmean(scores[metric] for scores in of_rows) for metric in metrics}
-    page = render_answers(lines, summary, lambda index: show_images(data[index], options))
+    page = render_answers(lines, summary, lambda index: show_images(task.data[index], options))
     with writing(output):
         write_text(output, to_lines(lines))
         write_json(scores_file(output), summary)
         write_text(output.with_suffix(".html"), page)
-    for answers in answered.values():
+    for answers in task.answers.values():
         answers.path.unlink(missing_ok=True)
     print0(describe_results(summary, output))
 

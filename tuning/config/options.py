@@ -65,6 +65,20 @@ class ModelSource:
 
 
 @dataclass(frozen=True)
+class ServerArguments:
+    """Which model of a server, and how it is asked."""
+
+    server_url: str | None = option(
+        None, "OpenAI-compatible server (vLLM, SGLang, llama.cpp, Ollama, …), such as http://localhost:8000/v1."
+    )
+    model: str | None = option(None, "Name of the model on the server (default: its only one).")
+    request_options: dict[str, Any] = option(
+        {}, 'Fields to add to every request, as a JSON object, such as {"add_special_tokens": true}.'
+    )
+    request_timeout: float = option(600.0, "Seconds that the server may take for one answer.", above=0)
+
+
+@dataclass(frozen=True)
 class ModelArguments(ModelSource):
     keep_master_weights: bool = option(
         True, "Keep a float32 copy of trained 16-bit weights; false: half the memory, but small updates are lost."

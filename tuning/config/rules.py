@@ -152,6 +152,8 @@ def find_path_problems(values: Mapping[str, Any]) -> Iterator[str]:
     for name, path in [*((name, values.get(name)) for name in PATHS), *paths]:
         if not isinstance(path, str) or not path or _why_no_path(path) or (name == "chat_template" and "{" in path):
             continue
+        if name == "compare" and path.startswith(("http://", "https://")):  # a server
+            continue
         is_local = name == "image_folder" or is_local_path(path) or path.endswith((*DATA_SUFFIXES, ".jinja"))
         if is_local and not os.path.exists(os.path.expanduser(path)):
             yield f"{name}: {path} does not exist"

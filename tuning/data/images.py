@@ -23,6 +23,7 @@ T = TypeVar("T")
 THUMBNAIL = (320, 320)
 ORIENTATION = 0x0112  # the EXIF tag; with 5 to 8, width and height change places (CIPA DC-008)
 URL_SAFE = str.maketrans("-_", "+/")
+WEB_FORMATS = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}  # what every server decodes
 PNG_EXIF = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 
@@ -79,6 +80,30 @@ def load_image(stored: Any, folder: Path | None, where: str, rules: ImageRules =
         return to_rgb(ImageOps.exif_transpose(image))
 
     return _read_or_explain(decode, where)
+
+
+def encode_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> str:
+    """The image that `load_image` gives, as a data URL: its stored bytes if they show the same, else a PNG."""
+    if not isinstance(stored, Image.Image):
+        stored = find_image(stored, folder, where, rules).read()
+    image = load_image(stored, folder, where, rules)
+    if isinstance(stored, bytes):
+        with _open(stored, where, rules) as opened:
+            if opened.format in WEB_FORMATS and _shows_as_stored(opened):
+                return _data_url(stored, WEB_FORMATS[opened.format])
+    data = io.BytesIO()
+    image.save(data, "PNG", compress_level=1)
+    return _data_url(data.getvalue(), "png")
+
+
+def _shows_as_stored(image: Image.Image) -> bool:
+    """Whether `load_image` only decodes the image: it is upright and opaque, has 8 bits a channel and one frame."""
+    is_plain = image.mode in ("RGB", "L") and not image.has_transparency_data and getattr(image, "n_frames", 1) == 1
+    return is_plain and image.getexif().get(ORIENTATION, 1) == 1
+
+
+def _data_url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def measure_image(stored: Any, folder: Path | None, where: str, rules: ImageRules = ImageRules()) -> tuple[int, int]:
@@ -288,4 +313,4 @@ def thumbnail(image: Image.Image) -> str:
     small.thumbnail(THUMBNAIL)
     data = io.BytesIO()
     small.save(data, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+    return _data_url(data.getvalue(), "jpeg")

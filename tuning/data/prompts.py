@@ -7,7 +7,7 @@ from typing import Any
 from tuning.data.collator import Collator
 from tuning.data.encode import Encoder, Sample
 from tuning.data.grounding import BOX_MARK, BoxOnImage
-from tuning.data.messages import Message, count_images
+from tuning.data.messages import Conversation, Message, count_images
 from tuning.data.sources import Row
 from tuning.errors import UserError
 
@@ -40,16 +40,14 @@ def ask(row: Row, encoder: Encoder) -> Question:
     """
     grounded = encoder.ground(row, row.format.read(row.columns, row.where, needs_answer=False))
     whole = grounded.conversation
-    asked, _ = split_answer(whole.messages)
     _, reference = split_answer([encoder.chat.escaper.as_decoded(whole.messages[-1])])
-    images = whole.images[: len(whole.images) - count_images(whole.messages[len(asked) :])]
-    prepared = encoder.prepare_conversation(row, replace(whole, messages=asked, images=images), prompt=True)
+    asked = without_answer(whole)
+    prepared = encoder.prepare_conversation(row, asked, prompt=True)
     sample = encoder.encode_untrained(prepared)
-    words = [part["text"] for message in asked[-1:] for part in message["content"] if part["type"] == "text"]
     return Question(
         row.file,
         row.number,
-        text="\n".join(words),
+        text=last_words(asked.messages),
         prompt=encoder.chat.escaper.unescape_text(prepared.chat.text),
         reference=reference,
         references=[] if reference is None else [reference],
@@ -63,6 +61,18 @@ def split_answer(messages: list[Message]) -> tuple[list[Message], str | None]:
     if messages[-1]["role"] != "assistant":
         return messages, None
     return messages[:-1], "\n".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
+
+
+def without_answer(conversation: Conversation) -> Conversation:
+    """The conversation before its last answer, with the images of these messages."""
+    asked, _ = split_answer(conversation.messages)
+    answered = count_images(conversation.messages[len(asked) :])
+    return replace(conversation, messages=asked, images=conversation.images[: len(conversation.images) - answered])
+
+
+def last_words(messages: Sequence[Message]) -> str:
+    """The text of the last message."""
+    return "\n".join(part["text"] for message in messages[-1:] for part in message["content"] if part["type"] == "text")
 
 
 def join_on_the_right(samples: Sequence[Sample], collator: Collator) -> dict[str, Any]:

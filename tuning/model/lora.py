@@ -210,6 +210,14 @@ def read_adapter_config(folder: Path) -> PeftConfig:
     return attempt.value
 
 
+def is_untrained(adapter: Adapter) -> bool:
+    """Whether an adapter has LoRA's matrices only, and every B is 0, as before the first step: it changes nothing."""
+    weights = dict(open_weights(adapter.folder))
+    parts = [name for name in weights if ".lora_B" in name or ".lora_embedding_B" in name]
+    is_lora = all(".lora_" in name for name in weights)
+    return bool(parts) and is_lora and not any(bool(weights[name].any()) for name in parts)
+
+
 def has_processor(folder: Path) -> bool:
     """Whether a processor was saved with an adapter."""
     return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
