@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -140,6 +141,11 @@ STYLES = {
 }
 
 
+def for_engines(key: str) -> str:
+    """The key with the level that transformers 5 leaves out, and engines look for."""
+    return re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", key)
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_files_and_names_stay_as_they_were_published(style, tmp_path):
     base = tmp_path / "base"
@@ -154,10 +160,11 @@ def test_files_and_names_stay_as_they_were_published(style, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=[*QV, "linear_1"])
     assert run("--adapter", adapter, "--output", tmp_path / "out") == 0
     before, after = read_files(base), read_files(tmp_path / "out")
+    before = {name: {for_engines(key): tensor for key, tensor in shard.items()} for name, shard in before.items()}
     assert len(before) > 2
     assert {name: set(shard) for name, shard in before.items()} == {name: set(shard) for name, shard in after.items()}
     written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert written["weight_map"] == index["weight_map"]
+    assert written["weight_map"] == {for_engines(key): file for key, file in index["weight_map"].items()}
     changed = 0
     for name, shard in before.items():
         for key, tensor in shard.items():

@@ -72,7 +72,7 @@ def gemma3():
     image = T.Gemma3ImageProcessor(size={"height": 32, "width": 32}, do_pan_and_scan=False)
     processor = T.Gemma3Processor(image, tok, image_seq_length=4, chat_template=style.jinja())
     text = SMALL | {"sliding_window": 32, "query_pre_attn_scalar": 32}
-    vision = dict(VISION, intermediate_size=64, num_hidden_layers=2, image_size=32, patch_size=8, vision_use_head=False)
+    vision = dict(VISION, intermediate_size=64, num_hidden_layers=2, image_size=32, patch_size=4, vision_use_head=False)
     image_id, boi, eoi = tok.convert_tokens_to_ids(list(named.values()))
     config = T.Gemma3Config(
         text_config={**text, **of_tokenizer(tok), "layer_types": ["sliding_attention", "full_attention"]},
