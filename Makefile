@@ -44,3 +44,4 @@ docs: install
 
 clean:
 	rm -rf .venv .cuda_stand_in .deepspeed demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .transformers4 .vllm .llama_cpp .llm_compressor .mlx .lmms_eval

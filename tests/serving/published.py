@@ -1,7 +1,7 @@
 """Tiny base models as they are published: this runs under transformers 4, whose names and settings they have.
 
 `python published.py FOLDER [NAME …]` writes each model into a folder of its own. Heads have 32 numbers: engines take
-no fewer.
+no fewer. A tower's layers are wider inside than outside: llama.cpp takes the one for the other where both are equal.
 """
 
 import json
@@ -20,7 +20,7 @@ from tokenizers import normalizers, pre_tokenizers
 from tuning.demo.tokenizer import train_tokenizer
 
 TEXT = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, rope_theta=500_000.0)
-VISION = dict(hidden_size=64, num_attention_heads=2)
+VISION = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2)
 SMALL = dict(TEXT, intermediate_size=64, num_hidden_layers=2, head_dim=32, max_position_embeddings=4096)
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 tiny_models._TEXT.update(TEXT)
@@ -46,7 +46,7 @@ def qwen2_5_vl():
     image, video = T.Qwen2VLImageProcessorFast(**sizes), T.Qwen2VLVideoProcessor(**sizes)
     processor = T.Qwen2_5_VLProcessor(image, tok, video, chat_template=style.jinja())
     text = SMALL | {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "tie_word_embeddings": True}
-    vision = dict(depth=2, hidden_size=64, num_heads=2, intermediate_size=64, out_hidden_size=64, window_size=56)
+    vision = dict(depth=4, hidden_size=64, num_heads=2, intermediate_size=96, out_hidden_size=64)
     image_id, video_id, start, end = tok.convert_tokens_to_ids(list(QWEN_SPECIAL.values()))
     tokens = dict(image_token_id=image_id, video_token_id=video_id, vision_start_token_id=start)
     config = T.Qwen2_5_VLConfig(
@@ -54,7 +54,7 @@ def qwen2_5_vl():
         **of_tokenizer(tok),
         **tokens,
         vision_end_token_id=end,
-        vision_config={**vision, "fullatt_block_indexes": [1]},
+        vision_config={**vision, "fullatt_block_indexes": [1, 3]},
     )
     return config, processor
 
@@ -71,11 +71,12 @@ def gemma3():
     tok.add_tokens(["\n" * number for number in range(1, 5)])  # vLLM asks for them
     image = T.Gemma3ImageProcessor(size={"height": 32, "width": 32}, do_pan_and_scan=False)
     processor = T.Gemma3Processor(image, tok, image_seq_length=4, chat_template=style.jinja())
-    text = SMALL | {"sliding_window": 32, "query_pre_attn_scalar": 32}
-    vision = dict(VISION, intermediate_size=64, num_hidden_layers=2, image_size=32, patch_size=4, vision_use_head=False)
+    layers = ["sliding_attention"] * 5 + ["full_attention"]  # llama.cpp knows no other pattern
+    text = SMALL | {"sliding_window": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 6, "layer_types": layers}
+    vision = dict(VISION, num_hidden_layers=2, image_size=32, patch_size=4, vision_use_head=False)
     image_id, boi, eoi = tok.convert_tokens_to_ids(list(named.values()))
     config = T.Gemma3Config(
-        text_config={**text, **of_tokenizer(tok), "layer_types": ["sliding_attention", "full_attention"]},
+        text_config={**text, **of_tokenizer(tok)},
         vision_config=vision,
         mm_tokens_per_image=4,
         image_token_index=image_id,
@@ -92,7 +93,7 @@ def smolvlm():
     sizes = dict(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     image, video = T.SmolVLMImageProcessor(**sizes), T.SmolVLMVideoProcessor(**sizes)
     processor = T.SmolVLMProcessor(image, tok, video, image_seq_len=4, chat_template=style.jinja())
-    vision = dict(VISION, intermediate_size=64, num_hidden_layers=2, image_size=32, patch_size=8)
+    vision = dict(VISION, num_hidden_layers=2, image_size=32, patch_size=8)
     text = {**SMALL, **of_tokenizer(tok), "pad_token_id": tok.pad_token_id, "model_type": "llama"}
     image_id = tok.convert_tokens_to_ids("<image>")
     return T.SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=image_id, scale_factor=2), processor
