@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-slow test-all lint docs clean
+.PHONY: install demo test test-slow serving test-serving test-all lint docs clean
 
 install: .venv/installed
 
@@ -22,7 +22,7 @@ demo: install
 
 # A file's tests stay together, and files in their order: the long ones come first.
 test: install
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow and not serving" --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Minutes more: the rest of the architectures, then twenty random kills, processes that hang. It ends at the first
 # failure, which is printed then.
@@ -30,7 +30,17 @@ test-slow: install
 	$(BIN)/python -m pytest tests/architectures -m slow --exitfirst --numprocesses $(PROCESSES)
 	$(BIN)/python -m pytest --ignore tests/architectures -m slow --exitfirst
 
-test-all: test test-slow
+# vLLM in an environment of its own, for processors with AVX2. On a GPU, install vLLM as its own pages say.
+serving: .vllm/ready
+
+.vllm/ready:
+	PYTHON=$(PYTHON) bash tests/serving/setup.sh vllm .vllm
+
+test-serving: install
+	@if grep -q avx2 /proc/cpuinfo; then $(MAKE) serving && $(BIN)/python -m pytest -m serving; \
+	else echo "The tests of serving were left out: vLLM for CPUs needs a processor with AVX2."; fi
+
+test-all: test test-slow test-serving
 
 lint: install
 	$(BIN)/ruff check .

@@ -326,7 +326,7 @@ def test_a_full_disk_is_reported_once_and_the_run_continues(train, tmp_path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     expected = train("llava15", **LORA)
-    monkeypatch.setattr(feature_cache.Path, "write_bytes", full)
+    monkeypatch.setattr(feature_cache, "Path", type("FullDisk", (type(tmp_path),), {"write_bytes": full}))
     found = train("llava15", **LORA, cache_vision_features=str(tmp_path / "features"))
     assert_equal_runs(found, expected, rtol=1e-5, atol=1e-6)
     assert len(attempts) == 1

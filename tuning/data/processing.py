@@ -82,6 +82,14 @@ class RowProcessor:
         bos = self.processor.tokenizer.bos_token
         return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
+    @functools.cached_property
+    def added_start(self) -> str:
+        """The first token of each prompt, where the tokenizer adds it because the template writes none; else ""."""
+        tokenizer = self.processor.tokenizer
+        bos = tokenizer.bos_token
+        adds = bool(bos) and tokenizer("?")["input_ids"][:1] == [tokenizer.bos_token_id]
+        return bos if adds and not self.question([]).startswith(bos) else ""
+
     def question(self, images: Sequence[Image.Image], question: str = "?") -> str:
         """The text of a prompt of `images` and a question."""
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]

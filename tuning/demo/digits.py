@@ -1,7 +1,7 @@
 """`vlm-tuning demo`: a tiny LLaVA learns to read scikit-learn's handwritten digits, then a second question by LoRA.
 
 The demo does what a user does: it writes a dataset in our format and JSON configs, and runs `vlm-tuning train`,
-`export` and `predict`.
+`export` and `predict`. Where vLLM is installed, it serves the model and runs `verify-serving`, too.
 """
 
 import json
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from tuning.config.options import option
+from tuning.demo.serving import find_vllm, serve
 from tuning.errors import UserError
 from tuning.files import read_lines
 from tuning.pages.demo_page import Answered, write_demo_page
 
 HELD_OUT_SHARE = 0.2
+SERVED = "served"  # folder of what the server answered
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def run_demo(output_dir: Path) -> dict[str, float]:
     shutil.rmtree(merged, ignore_errors=True)
     run_command("export", "--adapter", output_dir / "lora", "--output", merged)
     parity = predict(merged, full, ODD_OR_EVEN, output_dir)
+    served = serve_and_verify(merged, ODD_OR_EVEN, output_dir)
 
     sections = {
         f"{WHICH_DIGIT.question} Full fine-tuning: {digits.before:.1%} → {digits.after:.1%} right": digits,
@@ -71,6 +74,8 @@ def run_demo(output_dir: Path) -> dict[str, float]:
         "Answers of both models to the first question": f"{WHICH_DIGIT.name}/predictions.html",
         "Answers of both models to the second question": f"{ODD_OR_EVEN.name}/predictions.html",
     }
+    if served is not None:
+        links["Answers of the served model to the second question"] = f"{SERVED}/predictions.html"
     write_demo_page(output_dir / "index.html", {title: task.show(pictures) for title, task in sections.items()}, links)
     print(f"Held-out images with the model's answers: {output_dir / 'index.html'}")
     return {
@@ -78,6 +83,7 @@ def run_demo(output_dir: Path) -> dict[str, float]:
         "after": digits.after,
         "lora_before": parity.before,
         "lora_after": parity.after,
+        **({"served": served} if served is not None else {}),
     }
 
 
@@ -170,6 +176,25 @@ def predict(model: Path, before: Path, task: Task, output_dir: Path) -> Predicti
     return Predictions(scores["compared"]["exact_match"], scores["prediction"]["exact_match"], lines)
 
 
+def serve_and_verify(model: Path, task: Task, output_dir: Path) -> float | None:
+    """Serve a model, compare the server with training, and score its answers; None where vLLM is not installed."""
+    python = find_vllm()
+    if python is None:
+        print("\nvLLM is not installed here. To serve the model and verify it, too: make serving demo")
+        return None
+    rows, folder = output_dir / task.name / "held_out.parquet", output_dir / SERVED
+    folder.mkdir(exist_ok=True)
+    with serve(python, model, "digits", folder / "server.log") as url:
+        where = ("--server_url", url, "--model", "digits", "--data_path", rows)
+        run_command("verify-serving", *where, "--model_name_or_path", model)
+        run_command(
+            *("predict", *where, "--output", folder / "predictions.jsonl", "--metrics", "exact_match", "--overwrite"),
+            *("--max_new_tokens", "16"),
+        )
+    scores = json.loads((folder / "predictions.scores.json").read_text())["scores"]
+    return scores["prediction"]["exact_match"]
+
+
 def run(options: DemoArguments) -> None:
-    """Run the demo; the last line is JSON with the four scores."""
+    """Run the demo; the last line is JSON with the scores."""
     print(json.dumps(run_demo(Path(options.output_dir))))

@@ -42,7 +42,11 @@ def save_tiny_llava(folder: str | os.PathLike, texts: list[str], *, seed: int = 
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    shape = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_attention_heads": 3,
+    }  # of 32 numbers each: vLLM takes no smaller ones
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(
             **shape,

@@ -1,8 +1,8 @@
 """Whether an engine loads an adapter itself, under which names, and with which options.
 
-The rules of vLLM are those of its source, version 0.33.0: vllm/lora/peft_helper.py (`PEFTHelper.validate_legal`),
-lora/utils.py (`parse_fine_tuned_lora_name`), lora/lora_model.py, lora/model_manager.py, config/lora.py, and
-model_executor/models/{llava,llava_next,registry}.py.
+What vLLM takes is what version 0.32.0 was seen to do with the models of `VLLM_RUN` (tests/serving/test_vllm.py), and
+for the others what its source says: lora/peft_helper.py (`PEFTHelper.validate_legal`), lora/utils.py
+(`parse_fine_tuned_lora_name`), config/lora.py, and `supports_tower_connector_lora` in model_executor/models.
 """
 
 import shutil
@@ -19,22 +19,30 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from tuning.export.checkpoint_keys import WeightTarget
 from tuning.export.merge import AdaptedSkeleton, changes_base
+from tuning.model.engine_names import name_for_engines
 from tuning.model.load import build_skeleton, silent_transformers
 from tuning.model.lora import ADAPTER_NAME
 from tuning.model.parts import LANGUAGE_MODEL, find_parts
+from tuning.model.saved_weights import open_weights
 
 PEFT_PREFIX = "base_model.model."
+VLLM = "0.32.0"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
-VLLM_PREFIXES = {
-    "model.language_model.": "language_model.model.",
-    "model.vision_tower.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "lm_head.": "language_model.lm_head.",
+VLLM_RUN = {
+    "Gemma3ForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
 }
-VLLM_READ = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
-"""Models whose prefixes these are, and which take LoRA in tower and projector."""
-VLLM_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Models that vLLM was run with. It finds adapters under the names that training gives them."""
+VLLM_NO_TOWER = {
+    "LlavaForConditionalGeneration": "With --enable-tower-connector-lora vLLM fails at every picture of this model.",
+    "Granite4VisionForConditionalGeneration": "vLLM adapts the language model of this model only.",
+    "Mistral3ForConditionalGeneration": "vLLM adapts the language model of this model only.",
+}
+"""Models whose tower and projector vLLM does not adapt, and why."""
 VLLM_REMOVED = {"MllamaForConditionalGeneration": "0.10.2"}
 """Models that vLLM no longer has, and the last version that had them."""
 
@@ -44,38 +52,48 @@ class Serving:
     """How an engine takes an adapter.
 
     `obstacles`: what it would refuse or leave out. `options`: what to start it with. `notes`: what to tell the user.
-    `renamed`: module of the model → the name that it must have in the adapter, where the two differ.
+    `names`: module of the model → the name that it must have in the adapter. `renamed`: those of them that the adapter
+    does not have.
     """
 
     obstacles: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
 
 
 def plan_vllm(adapted: AdaptedSkeleton, keys: Iterable[str]) -> Serving:
-    """How vLLM 0.33 takes an adapter. `keys`: of the base checkpoint's tensors."""
+    """How vLLM takes an adapter. `keys`: of the base checkpoint's tensors."""
     base, serving = adapted.model.get_base_model(), Serving()
     architecture, layers = type(base).__name__, lora_layers(adapted.model)
     serving.obstacles += find_vllm_refusals(adapted.model.peft_config[ADAPTER_NAME])
     if architecture in VLLM_REMOVED:
-        serving.obstacles.append(f"vLLM has no {architecture} after {VLLM_REMOVED[architecture]}.")
-    if architecture not in VLLM_READ:
+        serving.obstacles.append(
+            f"vLLM has no {architecture} after {VLLM_REMOVED[architecture]}. `transformers serve` has it."
+        )
+    elif architecture not in VLLM_RUN:
         serving.notes.append(
-            f"vLLM's code for {architecture} was not read for this check; names are as in the base checkpoint."
+            f"vLLM {VLLM} was not run with {architecture}. We take the names of the base checkpoint, which it reads."
+            " Compare its answers: vlm-tuning verify-serving."
         )
     targets = adapted.key_rules.targets(keys)
     for name, layer in layers.items():
         if obstacle := find_vllm_obstacle(name, layer, base, targets):
             serving.obstacles.append(f"{name}: {obstacle}")
-    serving.renamed = rename_for_vllm(layers, base, targets)
+    stored = {key.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for key in open_weights(adapted.adapter.folder)}
+    serving.names = names_for_vllm(layers, adapted, targets)
+    serving.renamed = {name: new for name, new in serving.names.items() if new not in stored}
     rank = max(layer.r[ADAPTER_NAME] for layer in layers.values())
     if rank > VLLM_RANKS[-1]:
         serving.obstacles.append(f"rank {rank} is more than vLLM's largest, {VLLM_RANKS[-1]}.")
     elif rank > VLLM_DEFAULT_RANK:
         serving.options.append(f"--max-lora-rank {next(r for r in VLLM_RANKS if r >= rank)}")
     parts = find_parts(base)
-    if outside := [name for name in layers if parts.of(name) != LANGUAGE_MODEL]:
+    outside = [name for name in layers if parts.of(name) != LANGUAGE_MODEL]
+    if outside and architecture in VLLM_NO_TOWER:
+        serving.obstacles.append(f"{VLLM_NO_TOWER[architecture]} {len(outside)} adapted layers are not in it.")
+    elif outside:
         serving.options.append("--enable-tower-connector-lora")
         serving.notes.append(
             f"{len(outside)} adapted layers are in the vision tower or projector. Without"
@@ -104,16 +122,14 @@ def find_vllm_obstacle(
     return None
 
 
-def rename_for_vllm(
-    layers: Iterable[str], base: PreTrainedModel, targets: Mapping[str, WeightTarget]
+def names_for_vllm(
+    layers: Iterable[str], adapted: AdaptedSkeleton, targets: Mapping[str, WeightTarget]
 ) -> dict[str, str]:
-    """Module → the name that vLLM looks for, where it would not find the module under its own."""
-    if type(base).__name__ in VLLM_READ:
-        names = {name: vllm_module(name, base.config) for name in layers}
-        return {name: new for name, new in names.items() if _map_prefix(name) != new}
+    """Module → the name under which vLLM looks for what adapts it."""
+    if type(adapted.model.get_base_model()).__name__ in VLLM_RUN:
+        return {name: name_for_engines(name, adapted.key_rules.added_levels) for name in layers}
     keys = {target.name: key for key, target in targets.items()}
-    names = {name: keys.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in layers}
-    return {name: new for name, new in names.items() if name != new}
+    return {name: keys.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in layers}
 
 
 def find_vllm_refusals(config: LoraConfig) -> list[str]:
@@ -133,21 +149,6 @@ def find_vllm_refusals(config: LoraConfig) -> list[str]:
     if changes_base(config.init_lora_weights):
         found.append(f"init_lora_weights {config.init_lora_weights}: it changed the base model.")
     return found
-
-
-def vllm_module(name: str, config: PreTrainedConfig) -> str:
-    """What vLLM's LLaVA models call a module. Their towers have a level that transformers 5 removed."""
-    mapped, tower = _map_prefix(name), "vision_tower."
-    has_level = config.vision_config.model_type in VLLM_TOWERS and not mapped.startswith(f"{tower}vision_model.")
-    return mapped.replace(tower, f"{tower}vision_model.", 1) if has_level and mapped.startswith(tower) else mapped
-
-
-def _map_prefix(name: str) -> str:
-    """Where `hf_to_vllm_mapper` of the LLaVA models looks for a module."""
-    for prefix, new in VLLM_PREFIXES.items():
-        if f"{name}.".startswith(prefix):
-            return (new + f"{name}."[len(prefix) :]).removesuffix(".")
-    return name
 
 
 def plan_transformers(adapted: AdaptedSkeleton, config: PreTrainedConfig) -> Serving:
@@ -171,7 +172,7 @@ def plan_transformers(adapted: AdaptedSkeleton, config: PreTrainedConfig) -> Ser
 def write_renamed(adapted: AdaptedSkeleton, serving: Serving, folder: Path) -> None:
     """Write the adapter and its settings under the names in `serving`."""
     layers = lora_layers(adapted.model)
-    new_names = {name: serving.renamed.get(name, name) for name in layers}
+    new_names = {name: serving.names.get(name, name) for name in layers}
     tensors = {}
     for key, tensor in get_peft_model_state_dict(adapted.model).items():
         if tensor.is_meta:

@@ -120,9 +120,12 @@ def stored_names(model: PeftModel, keys: Iterable[str]) -> dict[str, str]:
 
 
 def stored_for_engines(model: PeftModel, keys: Iterable[str]) -> dict[str, str]:
-    """Name of a weight of the adapter → the name under which engines and transformers 4 find it; empty if all do."""
+    """Name of a weight of the adapter → the name under which engines and transformers 4 find it; empty if all do.
+
+    Modules that are saved in full keep their names: PEFT looks for no others.
+    """
     plain = {key: key.removeprefix(PREFIX) for key in keys}
-    new = names_for_engines(model.get_base_model(), plain.values())
+    new = names_for_engines(model.get_base_model(), (name for name in plain.values() if ".lora_" in name))
     return {key: PREFIX + new.get(name, name) for key, name in plain.items()} if new else {}
 
 

@@ -72,6 +72,7 @@ def describe_run(
         processes=training.world_size,
         precision="bf16" if training.bf16 else "fp16" if training.fp16 else None,
         versions=find_versions(),
+        added_start=data.encoder.row_processor.added_start,
         base_metadata=read_metadata(config.model.model_name_or_path),
     )
 
