@@ -315,21 +315,34 @@ def test_an_adapter_that_vllm_loads_as_it_is(make_adapter, run):
 
 
 def test_layers_of_the_tower_are_renamed_for_vllm(make_adapter, run, tmp_path):
-    folder = make_adapter(target_modules=[*QV, "linear_1"], rank_pattern={"vision_tower.*q_proj": 2})
+    """PEFT saved this one. Training gives its adapters these names from the start."""
+    lora = {"target_modules": [*QV, "linear_1"], "rank_pattern": {"vision_tower.*q_proj": 2}}
+    folder = make_adapter("granite_vision", **lora)
     code, said = run("--adapter", folder, "--target", "vllm", output="")
     assert (code, "8 modules have another name in vllm" in said) == (1, True)
     code, said = run("--adapter", folder, "--target", "vllm")
     assert code == 0
     assert "--enable-tower-connector-lora" in said
     before, after = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "out"))
-    inner = "base_model.model.model.vision_tower."
-    inserted = {name.replace(inner, "base_model.model.vision_tower.vision_model."): t for name, t in before.items()}
+    inserted = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in before.items()}
     assert inserted.keys() == after.keys() != before.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in inserted.items())
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    towers = ("model.vision_tower", "model.vision_tower.vision_model")
     assert config["rank_pattern"] == {
-        f"vision_tower.vision_model.encoder.layers.{layer}.self_attn.q_proj": 2 for layer in range(4)
+        f"{tower}.encoder.layers.{layer}.self_attn.q_proj": 2 for tower in towers for layer in range(4)
     }
+    code, said = run("--adapter", tmp_path / "out", "--target", "vllm", output="")
+    assert (code, "vLLM loads it" in said) == (0, True)
+
+
+def test_a_tower_that_vllm_does_not_adapt_is_merged_instead(make_adapter, run):
+    folder = make_adapter(target_modules=["q_proj"])
+    code, said = run("--adapter", folder, "--target", "vllm", output="")
+    assert (
+        code,
+        "vLLM fails at every picture of this model. 4 adapted layers are in its tower or projector." in said,
+    ) == (1, True)
 
 
 def test_transformers_finds_a_place_for_every_tensor(make_adapter, run, tmp_path):

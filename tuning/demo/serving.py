@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -30,13 +30,13 @@ def find_vllm() -> Path | None:
 
 
 @contextlib.contextmanager
-def serve(python: Path, model: Path, name: str, log: Path) -> Iterator[str]:
+def serve(python: Path, model: Path, name: str, log: Path, *, options: Sequence[str] = ()) -> Iterator[str]:
     """Serve `model` under `name`; gives the address of the API. `log`: a file for what the server prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", name]
-    command = [*map(str, words), "--host", "127.0.0.1", "--port", str(port), *OPTIONS]
+    command = [*map(str, words), "--host", "127.0.0.1", "--port", str(port), *OPTIONS, *options]
     print(f"\n$ vllm serve {' '.join(command[4:])}", flush=True)
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **VARIABLES})

@@ -43,6 +43,11 @@ VLLM_NO_TOWER = {
     "Mistral3ForConditionalGeneration": "vLLM adapts the language model of this model only.",
 }
 """Models whose tower and projector vLLM does not adapt, and why."""
+VLLM_NOTES = {
+    "Gemma3ForConditionalGeneration": (
+        "On a CPU, vLLM lets the tokens of a picture see only those before them. Training lets them see each other."
+    )
+}
 VLLM_REMOVED = {"MllamaForConditionalGeneration": "0.10.2"}
 """Models that vLLM no longer has, and the last version that had them."""
 
@@ -77,6 +82,7 @@ def plan_vllm(adapted: AdaptedSkeleton, keys: Iterable[str]) -> Serving:
             f"vLLM {VLLM} was not run with {architecture}. We take the names of the base checkpoint, which it reads."
             " Compare its answers: vlm-tuning verify-serving."
         )
+    serving.notes += [VLLM_NOTES[architecture]] if architecture in VLLM_NOTES else []
     targets = adapted.key_rules.targets(keys)
     for name, layer in layers.items():
         if obstacle := find_vllm_obstacle(name, layer, base, targets):
@@ -92,7 +98,9 @@ def plan_vllm(adapted: AdaptedSkeleton, keys: Iterable[str]) -> Serving:
     parts = find_parts(base)
     outside = [name for name in layers if parts.of(name) != LANGUAGE_MODEL]
     if outside and architecture in VLLM_NO_TOWER:
-        serving.obstacles.append(f"{VLLM_NO_TOWER[architecture]} {len(outside)} adapted layers are not in it.")
+        serving.obstacles.append(
+            f"{VLLM_NO_TOWER[architecture]} {len(outside)} adapted layers are in its tower or projector."
+        )
     elif outside:
         serving.options.append("--enable-tower-connector-lora")
         serving.notes.append(
@@ -187,11 +195,16 @@ def write_renamed(adapted: AdaptedSkeleton, serving: Serving, folder: Path) -> N
 
 
 def rename_config(config: LoraConfig, layers: Mapping[str, LoraLayer], new_names: Mapping[str, str]) -> LoraConfig:
-    """An adapter's settings for new names. Each layer's rank and scaling stand under its full name."""
+    """An adapter's settings for new names. Each layer's rank and scaling stand under its full name.
+
+    The names of transformers stay beside them: PEFT takes those that exist.
+    """
     changed = LoraConfig(**{**config.to_dict(), "runtime_config": config.runtime_config})
-    ranks = {name: layer.r[ADAPTER_NAME] for name, layer in layers.items()}
-    alphas = {name: layer.lora_alpha[ADAPTER_NAME] for name, layer in layers.items()}
-    changed.target_modules = sorted(new_names.values())
-    changed.rank_pattern = {new_names[name]: rank for name, rank in ranks.items() if rank != config.r}
-    changed.alpha_pattern = {new_names[name]: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+    ranks, alphas = dict[str, int](), dict[str, float]()
+    for name, layer in layers.items():
+        ranks |= dict.fromkeys((name, new_names[name]), layer.r[ADAPTER_NAME])
+        alphas |= dict.fromkeys((name, new_names[name]), layer.lora_alpha[ADAPTER_NAME])
+    changed.target_modules = sorted(ranks)
+    changed.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+    changed.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
     return changed
