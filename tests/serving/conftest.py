@@ -1,5 +1,6 @@
 """Environments of what opens the saved models, and what the tests save for them."""
 
+import functools
 import json
 import os
 import subprocess
@@ -97,8 +98,9 @@ class Saved:
 
 @pytest.fixture(scope="session")
 def save(published, rows, tmp_path_factory) -> Callable[[str], dict[str, Saved]]:
-    """All that training and export write of a base: what → `Saved`."""
+    """All that training and export write of a base, once: what → `Saved`."""
 
+    @functools.cache
     def train(name: str) -> dict[str, Saved]:
         root, base, picture = tmp_path_factory.mktemp(name), published / name, rows.parent / "square.png"
         Image.open(rows.parent / "1.png").resize((32, 32)).save(picture)  # towers take it as it is

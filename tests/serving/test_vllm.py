@@ -39,15 +39,11 @@ def vllm() -> Path:
 
 
 @pytest.fixture(scope="session")
-def saved(save) -> dict[str, dict[str, Saved]]:
-    return {name: save(name) for name in NAMES}
-
-
-@pytest.fixture(scope="session")
-def answers(saved, vllm, tmp_path_factory) -> dict[tuple[str, str], dict]:
+def answers(save, vllm, tmp_path_factory) -> dict[tuple[str, str], dict]:
     """(base, what was saved) → what vLLM answers. All in one process: it takes long to start."""
     jobs, asked = [], []
-    for name, kinds in saved.items():
+    for name in NAMES:
+        kinds = save(name)
         models = {what: one for what, one in kinds.items() if one.base is None and "checkpoint" not in what}
         adapters = {what: one for what, one in kinds.items() if one.base and "checkpoint" not in what}
         if name in NO_TOWER:
@@ -80,11 +76,11 @@ def answer(one: Saved) -> tuple[list[int], list[float]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_vllm_answers_as_transformers_does(name, saved, answers):
+def test_vllm_answers_as_transformers_does(name, save, answers):
     kinds = {what: line for (base, what), line in answers.items() if base == name}
     assert len(kinds) == 4 - (name in NO_TOWER)
     for what, line in kinds.items():
-        one = saved[name][what]
+        one = save(name)[what]
         tokens, scores = answer(one)
         assert line["prompt"] == one.inputs["input_ids"][0].tolist(), what
         assert line["answer"] == tokens, what
@@ -98,9 +94,9 @@ def test_export_says_what_was_run():
 
 
 @pytest.fixture(scope="module")
-def server(saved, vllm, tmp_path_factory):
+def server(save, vllm, tmp_path_factory):
     """The address of a server of LLaVA-1.5 and its adapter `tuned`. Its tokenizer adds a `<s>`, its template none."""
-    adapter = saved["llava15"]["language model"]
+    adapter = save("llava15")["language model"]
     options = ("--enable-lora", "--lora-modules", f"tuned={adapter.folder}", "--max-model-len", "512")
     log = tmp_path_factory.mktemp("server") / "log"
     with serve(vllm, adapter.base, "base", log, options=options) as url:
@@ -112,8 +108,8 @@ def run_command(*words: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def test_a_served_chat_gives_what_predict_gives(server, saved, rows, tmp_path):
-    adapter = saved["llava15"]["language model"].folder
+def test_a_served_chat_gives_what_predict_gives(server, save, rows, tmp_path):
+    adapter = save("llava15")["language model"].folder
     common = ("--data_path", rows, "--metrics", "exact_match", "--max_new_tokens", "8")
     served = ("--server_url", server, "--model", "tuned", "--request_options", SENT)
     here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
@@ -133,8 +129,8 @@ def test_a_served_chat_gives_what_predict_gives(server, saved, rows, tmp_path):
         ("base", ("--request_options", SENT), "adapter"),
     ],
 )
-def test_verify_serving_tells_how_a_server_differs(model, options, told, server, saved, rows):
-    adapter = saved["llava15"]["language model"].folder
+def test_verify_serving_tells_how_a_server_differs(model, options, told, server, save, rows):
+    adapter = save("llava15")["language model"].folder
     where = ("--server_url", server, "--model", model, "--model_name_or_path", adapter, "--data_path", rows)
     done = run_command("verify-serving", *where, *options)
     assert (done.returncode == 0) == (told is None), done.stdout + done.stderr
