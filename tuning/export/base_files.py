@@ -20,7 +20,7 @@ from tuning.console import print0
 from tuning.errors import try_optional
 from tuning.files import is_local_path
 from tuning.hub import NOT_OF_THE_MODEL
-from tuning.model.load import find_template
+from tuning.model.load import PIXELS, find_template
 
 OF_A_PROCESSOR = (
     *("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*processor_config.json"),
@@ -34,8 +34,6 @@ PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "vide
 PROCESSOR_FILE, TEMPLATE_FILE = "processor_config.json", "chat_template.jinja"
 OTHER_TEMPLATE_FILES = ("chat_template.json", "tokenizer_config.json", PROCESSOR_FILE)
 """Where a chat template may be, too: each version has had its own place."""
-PIXELS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-"""Older names of the limits in an image processor's `size`. They win where a file has both."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BaseImageProcessor,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,6 +32,9 @@ from tuning.errors import UserError, describe_failure, first_line, try_optional
 from tuning.files import read_user_text
 from tuning.machine import has_c_compiler
 from tuning.model.quantize import Quantization, keep_bnb_weights_trainable
+
+PIXELS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+"""Older names of the limits in an image processor's `size`, as in Qwen2.5-VL's. They win where a file has both."""
 
 
 def patch_llama4_output() -> None:
@@ -72,9 +76,9 @@ def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
     A setting that the model's configuration also holds (`image_grid_pinpoints`) is changed in `config`, too: the model
     counts image tokens by it. Raises `UserError` for a setting that the processor does not have.
     """
-    name = model.model_name_or_path
+    name, settings = model.model_name_or_path, with_limits_of_pixels(model.model_name_or_path, model.processor_kwargs)
     attempt = try_optional(
-        lambda: AutoProcessor.from_pretrained(name, trust_remote_code=model.trust_remote_code, **model.processor_kwargs)
+        lambda: AutoProcessor.from_pretrained(name, trust_remote_code=model.trust_remote_code, **settings)
     )
     if attempt.error:
         raise UserError(
@@ -91,6 +95,14 @@ def load_processor(model: ModelSource, config: PreTrainedConfig) -> Any:
     _apply_settings(model.processor_kwargs, processor, config)
     _set_template(processor, _read_template(model.chat_template) if model.chat_template else "")
     return processor
+
+
+def with_limits_of_pixels(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` whose `size` has an effect where the processor's file has the older limits, which would win."""
+    if not isinstance(size := settings.get("size"), dict):
+        return dict(settings)
+    published = try_optional(lambda: BaseImageProcessor.get_image_processor_dict(name)[0]).value or {}
+    return {**settings, **{old: size[new] for old, new in PIXELS.items() if old in published and new in size}}
 
 
 def read_tokens(model: ModelSource, processor: Any, config: PreTrainedConfig) -> ModelTokens:
@@ -141,7 +153,10 @@ def _complete(processor: Any, config: PreTrainedConfig) -> None:
 
 def _apply_settings(settings: dict[str, Any], processor: Any, config: PreTrainedConfig) -> None:
     image_processor = processor.image_processor
-    unknown = [name for name in settings if not hasattr(image_processor, name)]
+    edges = [
+        old for old, new in PIXELS.items() if getattr(getattr(image_processor, "size", None), new, None) is not None
+    ]
+    unknown = [name for name in settings if not hasattr(image_processor, name) and name not in edges]
     if unknown:
         known = ", ".join(sorted(image_processor.to_dict()))
         kind = type(image_processor).__name__
