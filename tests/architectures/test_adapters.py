@@ -94,7 +94,7 @@ def test_an_adapter_is_read_back_by_peft_and_merges(name, root):
     merged.mkdir()
     proof = write_weights(merge, merged)
     files = read_base_files(str(case.folder), case.encoder.processor)
-    files.write(merged, beside_adapter=False)
+    files.write(merged, for_adapter=False)
     files.write_config(merged, case.model_config, None)
     proof.read_back(merge, merged)
     assert not proof.faults

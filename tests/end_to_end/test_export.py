@@ -20,9 +20,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tuning
 from tuning import cli
-from tuning.commands import export
 from tuning.config.options import ModelSource
 from tuning.export import merged_model
+from tuning.export.base_files import BaseFiles
 from tuning.export.merge import Merge
 from tuning.model.answering import load_answering
 from tuning.model.saved_weights import tensor_bytes
@@ -181,7 +181,7 @@ FAULTS = {
     ),
     "tensors of the base are changed": (Merge, "make", blank_copies, r"is not what base and adapter make of it"),
     "PEFT merges nothing": (LoraLinear, "merge", merge_nothing, "the layer does not give what base and adapter give"),
-    "a setting is lost": (export, "write_files", lose_setting, r"its logits differ by [\d.]+% of the largest"),
+    "a setting is lost": (BaseFiles, "write_config", lose_setting, r"its logits differ by [\d.]+% of the largest"),
 }
 
 

@@ -16,9 +16,10 @@ from tuning.console import print0
 from tuning.data.collator import probe_collator
 from tuning.data.dummy_samples import dummy_image_sample, dummy_samples
 from tuning.data.from_config import make_encoder, open_path
+from tuning.data.processing import find_added_start
 from tuning.errors import RunEnded, UserError, try_optional, writing
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
-from tuning.export.base_files import read_base_files
+from tuning.export.base_files import BaseFiles, read_base_files
 from tuning.export.merge import AdaptedSkeleton, Merge, adapt_skeleton, plan_merge
 from tuning.export.merged_model import write_weights
 from tuning.export.proof import Comparison, WeightProof, compare_logits, memory_for_logits
@@ -85,21 +86,23 @@ def write_merged(options: ExportOptions, base: BaseModel, adapted: AdaptedSkelet
     """Write the merged model to `output`, and prove it before it gets that name."""
     assert options.output is not None
     output, adapter = Path(options.output).expanduser(), adapted.adapter
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = None if options.dtype == "auto" else options.dtype
+    files = files_of(base)
     with partial_folder(output) as folder:
-        merge = plan_merge(open_weights(adapter.base), adapted, dtype)
+        merge = plan_merge(open_weights(adapter.base), adapted, dtype and getattr(torch, dtype))
         print_plan(merge, adapter)
         check_space(output, sum(entry.nbytes for entry in merge.entries))
         with writing(f"output {output}"):
             proof = write_weights(merge, folder)
-            write_files(merge, folder, base, dtype)
+            files.write(folder, for_adapter=False)
+            files.write_config(folder, base.config, dtype, untied=bool(merge.untied))
             write_card(adapter, folder, options.push_to_hub or output.name)
         proof.read_back(merge, folder)
         report_weights(proof)
         if has_memory_for_logits(merge):
             batches = sample_batches(options, base)
             report_logits(compare_logits(merge, folder, base, adapter, batches), len(batches))
-    print_start(options, base)
+    print_start(base.processor)
     print0(f"Done: {output} is a complete model.")
 
 
@@ -122,12 +125,10 @@ def partial_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_files(merge: Merge, folder: Path, base: BaseModel, dtype: torch.dtype | None) -> None:
-    """Write all that lies beside the weights: the base's files, with what training and the merge changed."""
+def files_of(base: BaseModel) -> BaseFiles:
+    """The base's files beside its weights, edited for the processor to save."""
     source = base.source
-    files = read_base_files(source.model_name_or_path, base.processor, trust_remote_code=source.trust_remote_code)
-    files.write(folder, beside_adapter=False)
-    files.write_config(folder, base.config, dtype and str(dtype).removeprefix("torch."), untied=bool(merge.untied))
+    return read_base_files(source.model_name_or_path, base.processor, trust_remote_code=source.trust_remote_code)
 
 
 def print_plan(merge: Merge, adapter: Adapter) -> None:
@@ -188,11 +189,11 @@ def report_logits(result: Comparison, rows: int) -> None:
         raise wrong_model(f"its logits differ by {result.difference:.2%} of the largest.")
 
 
-def print_start(options: ExportOptions, base: BaseModel) -> None:
+def print_start(processor: Any) -> None:
     """Print what to send to a server, where the chat template does not write the first token of a prompt."""
-    tokens = read_tokens(base.source, base.processor, base.config)
-    encoder = make_encoder(options, base.processor, base.config, options.run_date, tokens=tokens)
-    if start := encoder.row_processor.added_start:
+    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    prompt = try_optional(lambda: processor.apply_chat_template(question, add_generation_prompt=True)).value
+    if prompt is not None and (start := find_added_start(processor.tokenizer, prompt)):
         print0(
             f"In training every prompt begins with {start}, which the chat template does not write. vLLM adds it to a"
             ' chat where the request has "add_special_tokens": true.'
@@ -228,11 +229,11 @@ def serve(options: ExportOptions, base: BaseModel, adapted: AdaptedSkeleton) -> 
             fix=f"Merge it instead: vlm-tuning export --adapter {options.adapter} --output DIR",
         )
     if options.output:
-        output = Path(options.output).expanduser()
+        output, files = Path(options.output).expanduser(), files_of(base) if has_processor(adapter.folder) else None
         with partial_folder(output) as folder, writing(f"output {output}"):
             write_renamed(adapted, serving, folder)
-            if has_processor(adapter.folder):
-                read_base_files(adapter.base, base.processor).write(folder, beside_adapter=True)
+            if files:
+                files.write(folder, for_adapter=True)
         print0(f"Done: {output} is the adapter with {len(serving.renamed)} modules renamed.")
     elif serving.renamed:
         name, new_name = next(iter(serving.renamed.items()))
@@ -242,7 +243,7 @@ def serve(options: ExportOptions, base: BaseModel, adapted: AdaptedSkeleton) -> 
             fix="Add --output DIR to write the adapter under those names.",
         )
     if engine == "vllm":
-        print_start(options, base)
+        print_start(base.processor)
     print0(how_to_serve(options, serving, adapter))
 
 

@@ -84,11 +84,8 @@ class RowProcessor:
 
     @functools.cached_property
     def added_start(self) -> str:
-        """The first token of each prompt, where the tokenizer adds it because the template writes none; else ""."""
-        tokenizer = self.processor.tokenizer
-        bos = tokenizer.bos_token
-        adds = bool(bos) and tokenizer("?")["input_ids"][:1] == [tokenizer.bos_token_id]
-        return bos if adds and not self.question([]).startswith(bos) else ""
+        """See `find_added_start`."""
+        return find_added_start(self.processor.tokenizer, self.question([]))
 
     def question(self, images: Sequence[Image.Image], question: str = "?") -> str:
         """The text of a prompt of `images` and a question."""
@@ -218,6 +215,13 @@ def _tokenize(self: Any, text: Any = None, *args: Any, **options: Any) -> Any:
 def _is_reading_of(reading: Reading, made: Any, ids: np.ndarray) -> bool:
     """Whether the processor returned the ids of a reading: as they were (`made`), or changed into the array `ids`."""
     return reading.ids is made or np.array_equal(np.asarray(reading.ids).reshape(-1), ids)
+
+
+def find_added_start(tokenizer: Any, prompt: str) -> str:
+    """The first token, where the tokenizer adds it to a rendered `prompt` that does not begin with it; else ""."""
+    bos = tokenizer.bos_token
+    adds = bool(bos) and tokenizer("?")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return bos if adds and not prompt.startswith(bos) else ""
 
 
 def _append(inputs: dict[str, Any], tokenizer: Any, text: str, start: int) -> dict[str, Any]:

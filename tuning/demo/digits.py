@@ -16,7 +16,7 @@ from typing import Any
 
 from tuning.config.options import option
 from tuning.demo.serving import find_vllm, serve
-from tuning.errors import UserError
+from tuning.errors import RunEnded, UserError
 from tuning.files import read_lines
 from tuning.pages.demo_page import Answered, write_demo_page
 
@@ -184,13 +184,17 @@ def serve_and_verify(model: Path, task: Task, output_dir: Path) -> float | None:
         return None
     rows, folder = output_dir / task.name / "held_out.parquet", output_dir / SERVED
     folder.mkdir(exist_ok=True)
-    with serve(python, model, "digits", folder / "server.log") as url:
-        where = ("--server_url", url, "--model", "digits", "--data_path", rows)
-        run_command("verify-serving", *where, "--model_name_or_path", model)
-        run_command(
-            *("predict", *where, "--output", folder / "predictions.jsonl", "--metrics", "exact_match", "--overwrite"),
-            *("--max_new_tokens", "16"),
-        )
+    try:
+        with serve(python, model, "digits", folder / "server.log") as url:
+            where = ("--server_url", url, "--model", "digits", "--data_path", rows)
+            run_command("verify-serving", *where, "--model_name_or_path", model)
+            run_command(
+                *("predict", *where, "--output", folder / "predictions.jsonl", "--metrics", "exact_match"),
+                *("--overwrite", "--max_new_tokens", "16"),
+            )
+    except RunEnded as error:  # vLLM did not start
+        print(error.message)
+        return None
     scores = json.loads((folder / "predictions.scores.json").read_text())["scores"]
     return scores["prediction"]["exact_match"]
 

@@ -45,7 +45,9 @@ def serve(python: Path, model: Path, name: str, log: Path, *, options: Sequence[
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            process.kill()
 
 
 def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:

@@ -42,11 +42,8 @@ def save_tiny_llava(folder: str | os.PathLike, texts: list[str], *, seed: int = 
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    shape = {
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_attention_heads": 3,
-    }  # of 32 numbers each: vLLM takes no smaller ones
+    # Heads of 32 numbers: vLLM takes no fewer.
+    shape = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 3}
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(
             **shape,

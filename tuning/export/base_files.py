@@ -23,11 +23,11 @@ from tuning.hub import NOT_OF_THE_MODEL
 from tuning.model.load import PIXELS, find_template
 
 OF_A_PROCESSOR = (
-    *("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*processor_config.json"),
-    *("*chat_template*", "*.jinja", "generation_config.json", "*.py"),
+    *("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json"),
+    *("*processor_config.json", "*chat_template*", "*.jinja"),
 )
-"""What is saved beside an adapter: the tokenizer and the rest of the processor, and how the model answers."""
-COPIED = (*OF_A_PROCESSOR, "*.json", "*.txt", "LICENSE*", "USE_POLICY*")
+FOR_AN_ADAPTER = (*OF_A_PROCESSOR, "generation_config.json", "*.py")
+COPIED = (*FOR_AN_ADAPTER, "*.json", "*.txt", "LICENSE*", "USE_POLICY*")
 NOT_COPIED = (".*", "*.index.json", "adapter_*", "*.md", *NOT_OF_THE_MODEL)
 PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
 """Part of a processor → the file with its settings. transformers 5 has them in `PROCESSOR_FILE` as well."""
@@ -41,19 +41,24 @@ class BaseFiles:
     """What a base model has beside its weights.
 
     `files`: name → content, in memory, since the base may be moved while a run trains. `changes`: settings of the image
-    processor that are not the base's. `processor`: saved with transformers where edited files cannot give it.
+    processor that are not the base's. `processor_class`: what loads them. `processor`: saved with transformers where
+    edited files cannot give it.
     """
 
     files: Mapping[str, bytes]
     changes: Mapping[str, Any]
+    processor_class: str
     processor: Any | None = None
 
-    def write(self, target: Path, *, beside_adapter: bool) -> None:
-        """Write them into `target`. `beside_adapter`: only what belongs to a processor."""
+    def write(self, target: Path, *, for_adapter: bool) -> None:
+        """Write them into `target`. `for_adapter`: only what belongs to a processor."""
         for name, content in self.files.items():
-            if beside_adapter and not matches(name, OF_A_PROCESSOR):
+            if for_adapter and not matches(name, FOR_AN_ADAPTER):
                 continue
             (target / name).write_bytes(content)
+        if for_adapter and not any(b'"processor_class"' in content for content in self.files.values()):
+            settings = {"processor_class": self.processor_class} | read_settings(self.files.get(PROCESSOR_FILE, b"{}"))
+            (target / PROCESSOR_FILE).write_bytes(to_json(settings))  # config.json, which says it, is not there
         if self.processor is not None:
             self.processor.save_pretrained(target)
 
@@ -64,10 +69,10 @@ class BaseFiles:
         """
         raw = read_settings(self.files["config.json"])
         edited = json.loads(json.dumps(raw))
-        if dtype and raw.get("dtype", raw.get("torch_dtype")) != dtype:
+        text = next((name for name in config.sub_configs if getattr(config, name) is config.get_text_config()), "")
+        if dtype and (find_dtype(raw) or find_dtype(raw.get(text, {}))) != dtype:
             set_dtype(edited, dtype)
         if untied:
-            text = next((name for name in config.sub_configs if getattr(config, name) is config.get_text_config()), "")
             edited["tie_word_embeddings"] = edited.get(text, edited)["tie_word_embeddings"] = False
         if getattr(config, "quantization_config", None) is None:
             edited.pop("quantization_config", None)  # the weights were dequantised to be trained
@@ -76,7 +81,7 @@ class BaseFiles:
             (target / "config.json").write_bytes(to_json(edited))
 
 
-def read_base_files(name: str, processor: Any, *, trust_remote_code: bool = False) -> BaseFiles:
+def read_base_files(name: str | Path, processor: Any, *, trust_remote_code: bool = False) -> BaseFiles:
     """The files of the base model `name`, a folder or hub id, edited so that they give `processor`.
 
     `processor`: in memory, with the user's chat template and settings. Raises `OSError` where the base cannot be read.
@@ -87,6 +92,7 @@ def read_base_files(name: str, processor: Any, *, trust_remote_code: bool = Fals
         for file in sorted(folder.iterdir())
         if file.is_file() and matches(file.name, COPIED) and not matches(file.name, NOT_COPIED)
     }
+    kind = type(processor).__name__
     published = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     template, changes = find_template(processor), changed_settings(processor, published, "image_processor")
     edits = put_template(files, template) if isinstance(template, str) else {}
@@ -96,26 +102,24 @@ def read_base_files(name: str, processor: Any, *, trust_remote_code: bool = Fals
         edits |= put_settings(files | edits, part, file, changed_settings(processor, published, part))
     if own := changed_settings(processor, published):
         edits[PROCESSOR_FILE] = to_json(
-            read_settings((files | edits).get(PROCESSOR_FILE, b"{}"))
-            | {"processor_class": type(processor).__name__}
-            | own
+            read_settings((files | edits).get(PROCESSOR_FILE, b"{}")) | {"processor_class": kind} | own
         )
-    edited = BaseFiles(files | edits, changes)
-    if edits and not gives(edited, processor, trust_remote_code=trust_remote_code):
-        print0(
-            f"The processor of {name} is saved as transformers writes it: its files cannot be edited to your settings."
-        )
-        return BaseFiles(files, changes, processor)
+    edited = BaseFiles(files | edits, changes, kind)
+    is_named = isinstance(template, dict)  # several templates, which lie in a folder of their own
+    if is_named or (edits and not gives(edited, processor, trust_remote_code=trust_remote_code)):
+        print0(f"The processor of {name} is saved as transformers writes it: its files cannot hold your settings.")
+        others = {name: content for name, content in files.items() if not matches(name, OF_A_PROCESSOR)}
+        return BaseFiles(others, changes, kind, processor)
     return edited
 
 
-def find_folder(name: str) -> Path:
+def find_folder(name: str | Path) -> Path:
     """The folder of a model: a local one, or the Hub's in the cache with all that is beside the weights."""
     local = Path(name).expanduser()
-    if local.is_dir() or is_local_path(name):
+    if local.is_dir() or is_local_path(str(name)):
         return local
-    attempt = try_optional(lambda: snapshot_download(name, allow_patterns=list(COPIED), ignore_patterns="*/*"))
-    return Path(attempt.value or Path(cached_file(name, "config.json")).parent)
+    attempt = try_optional(lambda: snapshot_download(str(name), allow_patterns=list(COPIED), ignore_patterns="*/*"))
+    return Path(attempt.value or Path(cached_file(str(name), "config.json")).parent)
 
 
 def describe_processor(processor: Any) -> dict[str, Any]:
@@ -187,17 +191,23 @@ def with_changes(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
 def gives(files: BaseFiles, processor: Any, *, trust_remote_code: bool) -> bool:
     """Whether a processor that is loaded from the files is the one in memory."""
     with tempfile.TemporaryDirectory() as folder:
-        files.write(Path(folder), beside_adapter=False)
+        files.write(Path(folder), for_adapter=False)
         attempt = try_optional(lambda: AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code))
     return attempt.value is not None and describe_processor(attempt.value) == describe_processor(processor)
 
 
+def find_dtype(raw: Mapping[str, Any]) -> str | None:
+    """The precision that a configuration, or a part of one, names."""
+    return raw.get("dtype", raw.get("torch_dtype"))
+
+
 def set_dtype(raw: dict[str, Any], dtype: str) -> None:
     """Set the precision in a configuration and in those of its parts that name one."""
-    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
-    for part in raw.values():
-        if isinstance(part, dict) and ("torch_dtype" in part or "dtype" in part):
-            set_dtype(part, dtype)
+    parts = [part for part in raw.values() if isinstance(part, dict) and find_dtype(part)]
+    if find_dtype(raw) or not parts:
+        raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
+    for part in parts:
+        set_dtype(part, dtype)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -1,9 +1,8 @@
 """The weights of a trained model under the keys and in the files of its base."""
 
-import functools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,16 +37,31 @@ class Place:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Where a model's weights lie in its base. `places`: in the order of the files and of the tensors in them."""
+    """Where a model's weights lie in its base. `places`: in the order of the files and of the tensors in them.
+
+    `left_out`: keys of the base that the model has no place for.
+    """
 
     base: SavedWeights
     rules: KeyRules
     places: list[Place]
+    left_out: list[str]
 
     @property
     def copied(self) -> list[StoredTensor]:
         """The base's tensors that transformers does not load. They are saved as they are: engines use them."""
         return [place.source for place in self.places if isinstance(place.source, StoredTensor)]
+
+    @property
+    def keys(self) -> set[str]:
+        """Those of the saved model."""
+        return {place.key for place in self.places}
+
+    def without_lost(self) -> "BaseWeights":
+        """Without the base's tensors, if the base is gone: what was trained is worth more."""
+        if all(tensor.file.exists() for tensor in self.copied):
+            return self
+        return replace(self, places=[place for place in self.places if not isinstance(place.source, StoredTensor)])
 
     @property
     def renamed(self) -> list[Place]:
@@ -81,7 +95,7 @@ class TensorsToSave(Mapping[str, torch.Tensor]):
     def __init__(self, base: BaseWeights, weights: Mapping[str, torch.Tensor]):
         self.rules, self.weights = base.rules, weights
         self.places = {place.key: place for place in base.places}
-        self._revert = functools.lru_cache(maxsize=4)(self._revert_group)  # a layer's experts lie side by side
+        self._last: tuple[Group, dict[str, torch.Tensor]] | None = None  # a layer's experts lie side by side
 
     def header(self, place: Place) -> TensorHeader:
         source = place.source
@@ -97,7 +111,9 @@ class TensorsToSave(Mapping[str, torch.Tensor]):
             return place.source.read()
         if isinstance(place.source, str):
             return self.weights[place.source].cpu()
-        return self._revert(place.source)[place.base_key].cpu()
+        if self._last is None or self._last[0] is not place.source:
+            self._last = place.source, self._revert_group(place.source)
+        return self._last[1][place.base_key].cpu()
 
     def _revert_group(self, group: Group) -> dict[str, torch.Tensor]:
         weights = {name: self.weights[name] for name in group.names}
@@ -123,7 +139,7 @@ def plan_weights(base: SavedWeights, skeleton: PreTrainedModel) -> BaseWeights |
             return None
         groups |= dict.fromkeys(keys, group)
     ignored = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()]
-    places = list[Place]()
+    places, left_out = list[Place](), list[str]()
     for file, stored in base.shards.items():
         for key, tensor in stored.items():
             name = targets[key].name
@@ -131,13 +147,15 @@ def plan_weights(base: SavedWeights, skeleton: PreTrainedModel) -> BaseWeights |
                 places.append(Place(rules.key_for_engines(key), file, groups.get(key, name), key))
             elif any(pattern.search(name) for pattern in ignored):
                 places.append(Place(key, file, tensor))
+            else:
+                left_out.append(key)
     there = {name for place in places for name in names_of(place)}
     tied = {name for group in find_tied(skeleton) if group & there for name in group}
     unsaved = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_save or ()]
     for name in rules.weights.keys() - there - tied:
         if not any(pattern.search(name) for pattern in unsaved):
             places.append(Place(rules.new_key(name, targets), places[-1].file, name))
-    return BaseWeights(base, rules, places)
+    return BaseWeights(base, rules, places, left_out)
 
 
 def names_of(place: Place) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ def plan_vllm(adapted: AdaptedSkeleton, keys: Iterable[str]) -> Serving:
     serving.obstacles += find_vllm_refusals(adapted.model.peft_config[ADAPTER_NAME])
     if architecture in VLLM_REMOVED:
         serving.obstacles.append(
-            f"vLLM has no {architecture} after {VLLM_REMOVED[architecture]}. `transformers serve` has it."
+            f"vLLM has no {architecture} after {VLLM_REMOVED[architecture]}. Merge it and use transformers."
         )
     elif architecture not in VLLM_RUN:
         serving.notes.append(
@@ -136,7 +136,7 @@ def names_for_vllm(
     """Module → the name under which vLLM looks for what adapts it."""
     if type(adapted.model.get_base_model()).__name__ in VLLM_RUN:
         return {name: name_for_engines(name, adapted.key_rules.added_levels) for name in layers}
-    keys = {target.name: key for key, target in targets.items()}
+    keys = {target.name: adapted.key_rules.key_for_engines(key) for key, target in targets.items()}
     return {name: keys.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in layers}
 
 

@@ -45,7 +45,7 @@ class RowComparison:
 
     @property
     def same_answer(self) -> bool:
-        return self.served.text == self.here.answer.text
+        return reads_alike(self.served.text, self.here.answer.text)
 
     @property
     def prompt_lengths(self) -> tuple[int, int | None]:
@@ -98,14 +98,14 @@ class RowComparison:
 
         It may go on otherwise from a token on that is as likely as the one here.
         """
-        gap, same = self.gap(trace), self.served.text == trace.text
+        gap, same = self.gap(trace), reads_alike(self.served.text, trace.text)
         return same if gap is None else gap.largest <= tolerance and not gap.unlikely and (same or gap.diverges)
 
     def _is_own(self, trace: Trace, place: int) -> bool:
         """Whether the server's token at a place is that of `trace`."""
         if self.served.answer_ids is not None:
             return self.served.answer_ids[place] == trace.ids[place]
-        return self.served.text == trace.text or self._reads(trace.ids[place], place)
+        return reads_alike(self.served.text, trace.text) or self._reads(trace.ids[place], place)
 
     def _find(self, trace: Trace, place: int) -> float | None:
         """The log probability in `trace` of the server's token at a place; None where it is not among the likeliest."""
@@ -117,6 +117,11 @@ class RowComparison:
     def _reads(self, token: int, place: int) -> bool:
         """Whether a token has the text of the server's token at a place."""
         return self.decode([token]).strip() == self.served.tokens[place].text.strip()
+
+
+def reads_alike(one: str, other: str) -> bool:
+    """Whether two answers are the same but for bytes that are no characters: some servers leave them out."""
+    return one.replace("\ufffd", "") == other.replace("\ufffd", "")
 
 
 def trace_distance(one: Trace, other: Trace) -> float:

@@ -22,6 +22,11 @@ from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.files import COMPLETE_FILE, LOCK_FILE, NOT_OF_A_MODEL, SHARDED_MODEL, STATE_FILE, read_json
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+PROCESSOR_FILES = {
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+}
 MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 LOCK_PATIENCE = 120  # seconds; a network file system may keep the lock of a dead machine for 90
 WRITING, DELETING = ".incomplete-", ".leaving-"  # before the names of folders that are being written or deleted
@@ -88,6 +93,13 @@ def remove_oldest(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
 def copy_model(folder: Path, target: Path) -> None:
     """Copy the model, adapter and processor of a checkpoint, but not weights that FSDP sharded."""
     shutil.copytree(folder, target, ignore=_only_the_model, dirs_exist_ok=True)
+
+
+def load_checkpoint(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint, read by this process alone."""
+    if (folder / SHARDED_MODEL).is_dir():
+        return join_shards(folder)
+    return AutoModelForImageTextToText.from_pretrained(folder)
 
 
 def join_shards(folder: Path) -> PreTrainedModel:
@@ -171,14 +183,15 @@ def remove_earlier_run(output_dir: Path) -> None:
 def move_into_place(saved: Path, target: Path) -> list[str]:
     """Move every file of `saved` into `target`, weights last, and remove `saved`. Returns the files' names.
 
-    Weights of an earlier model in `target` are deleted where they would be loaded instead of these, or on top of them.
+    What is there of an earlier model is deleted where it would be loaded instead of these files, or on top of them.
     """
     target.mkdir(parents=True, exist_ok=True)
     files = sorted(saved.iterdir(), key=lambda file: file.suffix == ".safetensors")
     names = {file.name for file in files}
     if not names & ADAPTER_FILES:  # an adapter may be saved in the folder of its base
         for file in target.iterdir():
-            if file.name not in names and (file.name in ADAPTER_FILES or MODEL_FILE.fullmatch(file.name)):
+            old = file.name in ADAPTER_FILES | PROCESSOR_FILES or MODEL_FILE.fullmatch(file.name)
+            if old and file.name not in names:
                 file.unlink()
     for file in files:
         os.replace(file, target / file.name)

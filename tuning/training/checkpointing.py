@@ -37,7 +37,6 @@ from tuning.training.checkpoint_files import (
     commit_checkpoint,
     copy_model,
     find_complete,
-    join_shards,
     move_into_place,
     read_shards,
     remove_oldest,
@@ -272,8 +271,7 @@ class ResumableTrainer(Trainer):
                 self.save_model(str(temporary), _internal_call=True)
             elif self.args.should_save:
                 copy_model(source, temporary)
-                if (source / SHARDED_MODEL).is_dir():
-                    self.writer.write(join_shards(source), temporary, None)
+                self.writer.complete_copy(self._unwrapped, source, temporary)
             if self.args.should_save:
                 add(temporary)
         names = move_into_place(temporary, target) if self.args.should_save else []

@@ -33,7 +33,7 @@ def save_final_model(trainer: SupervisedTrainer, config: RunConfig, progress: Pr
     if config.run.verify_save is not False:
         verify_saved_model(trained, target, source, config.model, force=bool(config.run.verify_save))
     if trainer.args.should_save:
-        if notes := trainer.writer.describe(trained.is_adapter):
+        if not trained.is_adapter and (notes := trainer.writer.describe()):
             print0(notes)
         end = {"global_step": trainer.state.global_step, "files": files}
         write_json(output_dir / COMPLETE_FILE, {**trainer.fingerprint, **end})

@@ -15,9 +15,11 @@ from tuning.console import print0
 from tuning.errors import describe_failure, try_optional
 from tuning.export.base_files import BaseFiles, find_folder, read_base_files
 from tuning.export.base_weights import BaseWeights, TensorsToSave, plan_weights
+from tuning.files import SHARDED_MODEL
 from tuning.model.load import build_skeleton
 from tuning.model.lora import rename_saved
-from tuning.model.saved_weights import open_weights
+from tuning.model.saved_weights import SavedWeights, open_weights
+from tuning.training.checkpoint_files import load_checkpoint
 from tuning.training.trained_weights import repeated_names
 
 
@@ -33,6 +35,15 @@ class ModelWriter:
     ) -> None:
         self.source, self.config, self.processor, self.stored_names = source, config, processor, stored_names
 
+    def find_base(self) -> None:
+        """Find the base's folder now: the Hub may have another revision when a model is saved."""
+        assert self.folder
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        name = self.source.model_name_or_path
+        return try_optional(lambda: find_folder(name)).value or Path(name)
+
     def write(self, model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
         """Write the model, or the adapter, and its processor. `weights`: by name; None for those that `model` has."""
         if isinstance(model, PeftModel):
@@ -42,7 +53,7 @@ class ModelWriter:
         else:
             weights = model.state_dict(keep_vars=True) if weights is None else weights
             if self.base_weights:
-                self.base_weights.write(weights, folder)
+                self.base_weights.without_lost().write(weights, folder)
             else:
                 tied = repeated_names(model)  # transformers finds them by their storage, which sharded ones lack
                 model.save_pretrained(folder, state_dict={k: v for k, v in weights.items() if k not in tied})
@@ -56,16 +67,18 @@ class ModelWriter:
             self.processor.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)
             if not is_adapter:
-                model.config.save_pretrained(folder)
+                config = copy.deepcopy(model.config)
+                config.dtype = dtype or config.dtype
+                config.save_pretrained(folder)
             return
-        self.base_files.write(folder, beside_adapter=is_adapter)
+        self.base_files.write(folder, for_adapter=is_adapter)
         if not is_adapter:
             self.base_files.write_config(folder, model.config, dtype and str(dtype).removeprefix("torch."))
 
     @functools.cached_property
     def base_files(self) -> BaseFiles | None:
-        name, trust = self.source.model_name_or_path, self.source.trust_remote_code
-        attempt = try_optional(lambda: read_base_files(name, self.processor, trust_remote_code=trust))
+        folder, trust = self.folder, self.source.trust_remote_code
+        attempt = try_optional(lambda: read_base_files(folder, self.processor, trust_remote_code=trust))
         if attempt.error:
             self._warn(describe_failure(attempt.error))
         return attempt.value
@@ -74,32 +87,48 @@ class ModelWriter:
     def base_weights(self) -> BaseWeights | None:
         config = copy.deepcopy(self.config)
         config._attn_implementation = None  # that of a trained model may be one that transformers does not know
-        name = self.source.model_name_or_path
         attempt = try_optional(
-            lambda: plan_weights(open_weights(find_folder(name)), build_skeleton(config)), catch_user_errors=True
+            lambda: plan_weights(open_weights(self.folder), build_skeleton(config)), catch_user_errors=True
         )
         if attempt.value is None:
             self._warn(describe_failure(attempt.error) if attempt.error else "it stores some weights in another layout")
         return attempt.value
 
+    def complete_copy(self, model: Any, source: Path, folder: Path) -> None:
+        """Give the copy of the checkpoint `source` in `folder` the base's layout, where the checkpoint has another."""
+        if isinstance(model, PeftModel):
+            self.write_files(model, folder, None)
+        elif not self.wrote(source):
+            for file in folder.glob("*.safetensors*"):
+                file.unlink()
+            self.write(load_checkpoint(source), folder, None)
+
+    def wrote(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint has the weights as they are saved: not sharded, nor by an earlier version."""
+        if (checkpoint / SHARDED_MODEL).is_dir():
+            return False
+        return self.base_weights is None or SavedWeights(checkpoint).keys() == self.base_weights.keys
+
     def tensors_to_save(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor] | None:
         """The tensors of a saved model by key; None where transformers saves it."""
-        return TensorsToSave(self.base_weights, weights) if self.base_weights else None
+        return TensorsToSave(self.base_weights.without_lost(), weights) if self.base_weights else None
 
-    def describe(self, is_adapter: bool) -> str:
+    def describe(self) -> str:
         """What of the saved weights is not as the model in memory has it."""
-        lines = list[str]()
-        if is_adapter:
-            return ""
-        if copied := self.base_weights.copied if self.base_weights else []:
-            size = sum(tensor.nbytes for tensor in copied) / 1e6
-            lines.append(f"{len(copied)} tensors ({size:,.1f} MB) that transformers does not load stay as in the base.")
-        if renamed := self.base_weights.renamed if self.base_weights else []:
-            old, new = renamed[0].base_key, renamed[0].key
+        lines, base = list[str](), self.base_weights
+        if base and base.copied:
+            size = sum(tensor.nbytes for tensor in base.copied) / 1e6
             lines.append(
-                f"{len(renamed)} tensors of the vision tower get the names that engines look for, such as {new}: the"
-                f" base has {old}, as transformers 5 writes it."
+                f"{len(base.copied)} tensors ({size:,.1f} MB) that transformers does not load stay as in the base."
             )
+        if base and base.renamed:
+            old, new = base.renamed[0].base_key, base.renamed[0].key
+            lines.append(
+                f"{len(base.renamed)} tensors of the vision tower get the names that engines look for, such as {new}:"
+                f" the base has {old}, as transformers 5 writes it."
+            )
+        if base and base.left_out:
+            lines.append(f"The model has no place for {len(base.left_out)} tensors of its base: {base.left_out[0]}, …")
         return "\n".join(lines)
 
     def _warn(self, reason: str) -> None:

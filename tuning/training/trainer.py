@@ -87,6 +87,8 @@ class SupervisedTrainer(ResumableTrainer):
         self.config, self.trainable, self.data, self.progress = config, model, data, progress
         self.dtypes = model.dtypes
         self.writer = ModelWriter(config.model, model.model.config, data.encoder.processor, model.stored_names)
+        if self.args.should_save:
+            self.writer.find_base()
         self.learning_rates = part_learning_rates(config.run)
         self.processes, self.interruption = Processes(self.accelerator), Interruption(config.run.save_before_walltime)
         self.step, self.meter = StepState(progress.global_step + 1), StepMeter(find_peak(self.args.device))

@@ -23,7 +23,7 @@ from tuning.distributed.processes import Processes
 from tuning.errors import RunEnded, describe_failure, try_optional
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.export.base_files import describe_processor
-from tuning.files import SHARDED_MODEL, read_json
+from tuning.files import read_json
 from tuning.machine import free_device_memory
 from tuning.model.answering import load_answering, without_masked
 from tuning.model.attention import decoder_attention
@@ -33,7 +33,7 @@ from tuning.model.padding_free import HALF_TOLERANCE, TOLERANCE
 from tuning.model.parts import count_numbers
 from tuning.model.picture_dtype import patch_picture_dtype
 from tuning.model.saved_weights import SavedWeights
-from tuning.training.checkpoint_files import join_shards
+from tuning.training.checkpoint_files import load_checkpoint
 from tuning.training.evaluation import answering_mode
 from tuning.training.model_writer import ModelWriter
 from tuning.training.optimizer import HALF
@@ -184,9 +184,9 @@ def expected_tensors(writer: ModelWriter, model: Any, weights: dict[str, torch.T
 
 def checkpoint_weights(trained: TrainedModel, checkpoint: Path) -> Mapping[str, torch.Tensor]:
     """The weights of a checkpoint by their names on disk."""
-    if not (checkpoint / SHARDED_MODEL).is_dir():
+    if trained.is_adapter or trained.writer.wrote(checkpoint):
         return SavedWeights(checkpoint)
-    model = join_shards(checkpoint).requires_grad_(False)
+    model = load_checkpoint(checkpoint).requires_grad_(False)
     return expected_tensors(trained.writer, model, model.state_dict(keep_vars=True))
 
 

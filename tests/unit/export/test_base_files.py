@@ -53,7 +53,7 @@ def test_without_changes_all_is_the_bases_own(base, tmp_path):
     files, changed = read(base)
     assert changed == {}
     (tmp_path / "out").mkdir()
-    files.write(tmp_path / "out", beside_adapter=False)
+    files.write(tmp_path / "out", for_adapter=False)
     files.write_config(tmp_path / "out", AutoConfig.for_model("llava_next"), "float16")
     written = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     own = {file.name: file.read_bytes() for file in base.iterdir()}
@@ -83,7 +83,7 @@ def test_a_processor_finds_the_template_that_only_the_tokenizer_has(base, tmp_pa
     (base / "chat_template.json").unlink()
     files, _ = read(base)
     (tmp_path / "out").mkdir()
-    files.write(tmp_path / "out", beside_adapter=False)
+    files.write(tmp_path / "out", for_adapter=False)
     assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
     assert (
         AutoProcessor.from_pretrained(tmp_path / "out").chat_template == build_processor("granite_vision").chat_template
