@@ -67,9 +67,13 @@ def test_twenty_kills_of_one_process_or_both_change_nothing(
 
 
 def wait_for_step(processes, folder: Path, step: int) -> None:
-    """Until this step, or a later one, is logged: by this run, or by one before it."""
-    log, until = folder / "out" / "training_logs.jsonl", time.monotonic() + 120
-    while not (log.exists() and f'"step": {step},' in log.read_text()):
+    """Until this step is logged, by this run or by one before it, and this run trains.
+
+    Before that its processes find each other: one that is alone then waits as long as PyTorch does, unless a launcher
+    ends it.
+    """
+    log, began, until = folder / "out" / "training_logs.jsonl", time.time(), time.monotonic() + 120
+    while not (log.exists() and log.stat().st_mtime > began and f'"step": {step},' in log.read_text()):
         assert all(process.is_alive() for process in processes), (folder / "rank-0.log").read_text()[-3000:]
         assert time.monotonic() < until, "the run hangs"
         time.sleep(0.01)

@@ -45,7 +45,7 @@ class RowComparison:
 
     @property
     def same_answer(self) -> bool:
-        return reads_alike(self.served.text, self.here.answer.text)
+        return self._is_answer(self.here.answer)
 
     @property
     def prompt_lengths(self) -> tuple[int, int | None]:
@@ -93,19 +93,24 @@ class RowComparison:
             return Gap(max(differences), diverges=True, unlikely=found is None)
         return Gap(max(differences), diverges=False, unlikely=False) if differences else None
 
+    def _is_answer(self, trace: Trace) -> bool:
+        """Whether the server gave this answer: its tokens, if it tells them, or its text."""
+        ids = self.served.answer_ids
+        return (ids is not None and list(ids) == list(trace.ids)) or reads_alike(self.served.text, trace.text)
+
     def agrees_with(self, trace: Trace, tolerance: float) -> bool:
         """Whether the server's answer is that of `trace`, as far as it is known.
 
         It may go on otherwise from a token on that is as likely as the one here.
         """
-        gap, same = self.gap(trace), reads_alike(self.served.text, trace.text)
+        gap, same = self.gap(trace), self._is_answer(trace)
         return same if gap is None else gap.largest <= tolerance and not gap.unlikely and (same or gap.diverges)
 
     def _is_own(self, trace: Trace, place: int) -> bool:
         """Whether the server's token at a place is that of `trace`."""
         if self.served.answer_ids is not None:
             return self.served.answer_ids[place] == trace.ids[place]
-        return reads_alike(self.served.text, trace.text) or self._reads(trace.ids[place], place)
+        return self._is_answer(trace) or self._reads(trace.ids[place], place)
 
     def _find(self, trace: Trace, place: int) -> float | None:
         """The log probability in `trace` of the server's token at a place; None where it is not among the likeliest."""
