@@ -152,7 +152,7 @@ def plan_weights(base: SavedWeights, skeleton: PreTrainedModel) -> BaseWeights |
     there = {name for place in places for name in names_of(place)}
     tied = {name for group in find_tied(skeleton) if group & there for name in group}
     unsaved = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_save or ()]
-    for name in rules.weights.keys() - there - tied:
+    for name in sorted(rules.weights.keys() - there - tied):
         if not any(pattern.search(name) for pattern in unsaved):
             places.append(Place(rules.new_key(name, targets), places[-1].file, name))
     return BaseWeights(base, rules, places, left_out)

@@ -24,10 +24,11 @@ from tuning.training.trained_weights import repeated_names
 
 
 class ModelWriter:
-    """Saves what a run trains. It reads the base when the first model is saved.
+    """Saves what a run trains.
 
-    Where the base cannot be read any more, or stores weights in a way of its own, transformers saves the model: the
-    trained weights are worth more. `stored_names`: those of an adapter's weights on the disk, where they differ.
+    It finds the base's folder when the run starts (`find_base`), and reads it when the first model is saved. Where the
+    base cannot be read any more, or stores weights in a way of its own, transformers saves the model: the trained
+    weights are worth more. `stored_names`: those of an adapter's weights on the disk, where they differ.
     """
 
     def __init__(
