@@ -1,5 +1,6 @@
 """A saved model that is not the one that was trained is told from one that is, and the run is not finished."""
 
+import copy
 import json
 import re
 import shutil
@@ -15,11 +16,13 @@ from safetensors.torch import load_file, save_file
 import tuning
 from tuning import sft_trainer
 from tuning.config.options import ModelArguments
-from tuning.errors import RunEnded
+from tuning.errors import RunEnded, UserError
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, exit_code_of
 from tuning.files import SHARDED_MODEL
-from tuning.training import verify_save
+from tuning.training import checkpointing, verify_save
 from tuning.training.final_model import trained_model
+from tuning.training.model_writer import ModelWriter
+from tuning.training.read_back import find_shard_fault
 from tuning.training.trainer import SupervisedTrainer
 
 LORA = {"peft_method": "lora", "target_modules": ["q_proj", "v_proj"], "r": 4}
@@ -184,6 +187,61 @@ def test_a_run_whose_save_went_wrong_is_not_finished(method, make_options, monke
     assert "Traceback" not in said.err
     assert "Done" not in said.out
     assert not (folder / ".complete").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_that_went_wrong_is_deleted(method, make_options, monkeypatch, capsys, models):
+    """The one before it stays, and the same command continues there."""
+    write = ModelWriter.write
+
+    def broken(writer, model, folder, weights):
+        write(writer, model, folder, weights)
+        if folder.name.endswith("checkpoint-2"):
+            change_weights(halve)(folder, models["llava15"])
+
+    options = make_options("llava15", max_steps=3, save_strategy="steps", save_steps=1, **METHODS[method])
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelWriter, "write", broken)
+        assert exit_code_of(lambda: tuning.train(options)) == EXIT_INTERNAL_ERROR
+    folder, said = Path(options["output_dir"]), capsys.readouterr().err
+    assert re.search(r"The checkpoint of step 2 is not the model in memory: 1 of \d+ tensors differ", said)
+    assert f"the same command again: it continues from {folder / 'checkpoint-1'}." in said
+    assert "Traceback" not in said
+    assert [found.name for found in folder.glob("*checkpoint-*")] == ["checkpoint-1"]
+    tuning.train(options)
+    assert (folder / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(("fault", "told"), [(lose_template, "its chat template differs"), (cut_off, "cannot be ")])
+def test_other_faults_of_a_checkpoint_are_told(fault, told, make_options, monkeypatch, models):
+    write = ModelWriter.write
+    monkeypatch.setattr(
+        ModelWriter,
+        "write",
+        lambda writer, model, folder, weights: (
+            write(writer, model, folder, weights),
+            fault(folder, models["llava15"]),
+        ),
+    )
+    options = make_options("llava15", max_steps=1)
+    with pytest.raises((RunEnded, UserError), match=told):
+        tuning.train(options)
+    assert not list(Path(options["output_dir"]).glob("*checkpoint-*"))
+
+
+def test_with_verify_save_false_no_checkpoint_is_read(make_options, monkeypatch):
+    monkeypatch.setattr(checkpointing, "find_tensor_fault", None)
+    tuning.train(make_options("llava15", max_steps=1, verify_save=False))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_wrong_shard_is_told(finished, tmp_path):
+    model = finished["full"][1].model
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / SHARDED_MODEL, no_dist=True)
+    assert find_shard_fault(model, tmp_path) == ""
+    changed = copy.deepcopy(model)
+    halve(changed.state_dict())
+    assert re.search(r"1 of 1 tensors differ, by up to .*weight", find_shard_fault(changed, tmp_path))
 
 
 def test_the_same_command_saves_again_and_compares_with_the_checkpoint(finished, tmp_path, monkeypatch, capsys):

@@ -232,7 +232,7 @@ class RunArguments:
     )
     verify_save: bool | None = option(
         None,
-        "Read the saved model back and compare weights and logits (default: logits if a second model fits).",
+        "Read what is saved back and compare its weights, and the final logits (default: if a second model fits).",
     )
     logging_dir: str | None = option(None, "Folder for TensorBoard's files (default: output_dir/runs).")
     accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch`, as a JSON object.")

@@ -1,6 +1,7 @@
 """Messages for faults of the machine: no memory left, and killed data workers."""
 
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -56,8 +57,17 @@ def name_killed_worker() -> Iterator[None]:
         found = re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)([^.]*)", str(error))
         if not found:
             raise
-        raise UserError(
-            where="dataloader_num_workers",
-            problem=f"a process that reads data (pid {found[1].strip()}) {found[2].strip()}.",
-            fix="Often the machine has run out of memory: use fewer workers, or a lower dataloader_prefetch_factor.",
-        ) from error
+        raise _worker_error(f"(pid {found[1].strip()}) {found[2].strip()}") from error
+    except (OSError, EOFError) as error:  # PyTorch does not know yet that the worker which sent the batch is dead
+        modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if "multiprocessing.connection" not in modules:
+            raise
+        raise _worker_error("ended before it had sent all of a batch") from error
+
+
+def _worker_error(what: str) -> UserError:
+    return UserError(
+        where="dataloader_num_workers",
+        problem=f"a process that reads data {what}.",
+        fix="Often the machine has run out of memory: use fewer workers, or a lower dataloader_prefetch_factor.",
+    )

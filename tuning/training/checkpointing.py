@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from transformers.trainer_callback import ExportableState
 from tuning.console import print0
 from tuning.distributed.processes import Processes
 from tuning.distributed.zero3 import is_zero3_model
-from tuning.errors import UserError, first_line
+from tuning.errors import RunEnded, UserError, describe_failure, first_line, try_optional
+from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.files import (
     FINGERPRINT_FILE,
     OPTIMIZER_FILE,
@@ -33,6 +34,7 @@ from tuning.files import (
     write_json,
 )
 from tuning.hub import RunRepo
+from tuning.model.saved_weights import SavedWeights
 from tuning.training.checkpoint_files import (
     commit_checkpoint,
     copy_model,
@@ -43,6 +45,7 @@ from tuning.training.checkpoint_files import (
     temp_dir_for,
 )
 from tuning.training.model_writer import ModelWriter
+from tuning.training.read_back import find_setting_fault, find_shard_fault, find_tensor_fault, weights_on_disk
 from tuning.training.trained_weights import gather_trained
 from tuning.training.training_state import (
     gather_optimizer_state,
@@ -69,6 +72,7 @@ class ResumableTrainer(Trainer):
     hub: RunRepo | None = None
     writer: ModelWriter
     dtypes: dict[str, torch.dtype]  # of the weights before FSDP kept trained ones in float32, by name
+    reads_back = True  # every checkpoint, before it gets its name
     seconds_to_save = 0.0
     _last_saved: Path | None = None
 
@@ -120,11 +124,14 @@ class ResumableTrainer(Trainer):
     @contextmanager
     def _all_ranks_writing(self, folder: Path, temporary: Path) -> Iterator[None]:
         """Write on all processes. If one of them cannot, remove `temporary` and end all of them."""
-        error = None
+        error: Exception | None = None
         try:
             yield
+        except RunEnded as fault:
+            error = fault
         except DISK_ERRORS as failure:
             error = self._cannot_write(folder, failure)
+        if error:
             shutil.rmtree(temporary, ignore_errors=True)
         self.processes.raise_on_all_ranks(error)
 
@@ -132,24 +139,49 @@ class ResumableTrainer(Trainer):
         if isinstance(failure, CheckpointException):  # of all processes that failed
             failure = next(iter(failure.failures.values()))[0]
         reason = getattr(failure, "strerror", None) or first_line(failure)
-        complete = find_complete(Path(self.args.output_dir))
         return UserError(
             where=str(folder),
             problem=f"cannot be written: {reason}.",
             fix=(
-                "Make room (save_total_limit keeps fewer checkpoints) or check the permissions. Then run the same"
-                f" command again: it {f'continues from {complete[-1]}' if complete else 'starts from the beginning'}."
+                f"Make room (save_total_limit keeps fewer checkpoints) or check the permissions. {self._how_to_go_on()}"
             ),
         )
 
+    def _how_to_go_on(self) -> str:
+        complete = find_complete(Path(self.args.output_dir))
+        start = f"continues from {complete[-1]}" if complete else "starts from the beginning"
+        return f"Then run the same command again: it {start}."
+
     def _write_model(self, folder: Path) -> None:
-        if not self._saves_shards:
-            self.save_model(str(folder), _internal_call=True)
-            return
-        save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, str(folder))
-        if self.args.should_save:
-            self.writer.write_files(self._unwrapped, folder, next(iter(self.dtypes.values())))
-            self._write_extras(folder)
+        weights = None
+        if self._saves_shards:
+            save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, str(folder))
+            if self.args.should_save:
+                self.writer.write_files(self._unwrapped, folder, next(iter(self.dtypes.values())))
+                self._write_extras(folder)
+        else:
+            weights = self._write_whole_model(folder)
+        if self.reads_back:
+            attempt = try_optional(lambda: self._find_fault(folder, weights), catch_user_errors=True)
+            unreadable = attempt.error and f"it cannot be read back ({describe_failure(attempt.error)})"
+            if fault := unreadable or attempt.value:
+                raise RunEnded(
+                    f"The checkpoint of step {self.state.global_step} is not the model in memory: {fault}. It is"
+                    f" deleted. Look at the disk of {folder.parent}. {self._how_to_go_on()}",
+                    EXIT_INTERNAL_ERROR,
+                )
+
+    def _find_fault(self, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> str:
+        """How what this process wrote to `folder` differs from its model; "" if it does not.
+
+        `weights`: those that were written, by name; None for those of the model.
+        """
+        model, fault = self._unwrapped, ""
+        if self._saves_shards:
+            fault = find_shard_fault(self.model, folder)
+        elif self.args.should_save:
+            fault = find_tensor_fault(SavedWeights(folder), weights_on_disk(self.writer, model, weights))
+        return fault or (find_setting_fault(self.writer, model, folder) if self.args.should_save else "")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model or adapter as its base is published; under FSDP and ZeRO-3 gathered from all processes.
@@ -157,7 +189,10 @@ class ResumableTrainer(Trainer):
         The stock trainer saves nothing where FSDP's state dicts are sharded, and gathers all base weights with LoRA.
         Under ZeRO-3 it leaves the frozen weights of an adapter out, and depends on `zero3_save_16bit_model`.
         """
-        folder = Path(output_dir or self.args.output_dir)
+        self._write_whole_model(Path(output_dir or self.args.output_dir))
+
+    def _write_whole_model(self, folder: Path) -> Mapping[str, torch.Tensor] | None:
+        """Save model or adapter. Returns the gathered weights by name, or None where none had to be gathered."""
         if self.args.should_save:
             with suppress(OSError):  # writing meets it again, when no process waits for this one
                 folder.mkdir(parents=True, exist_ok=True)
@@ -167,6 +202,7 @@ class ResumableTrainer(Trainer):
         if main:
             self.writer.write(self._unwrapped, folder, weights)
             self._write_extras(folder)
+        return weights
 
     def _write_extras(self, folder: Path) -> None:
         torch.save(self.args, folder / TRAINING_ARGS_NAME)

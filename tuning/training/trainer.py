@@ -85,7 +85,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True  # our forward divides by num_items_in_batch
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # `compile_layers` compiles layer by layer
         self.config, self.trainable, self.data, self.progress = config, model, data, progress
-        self.dtypes = model.dtypes
+        self.dtypes, self.reads_back = model.dtypes, config.run.verify_save is not False
         self.writer = ModelWriter(config.model, model.model.config, data.encoder.processor, model.stored_names)
         if self.args.should_save:
             self.writer.find_base()

@@ -1,7 +1,6 @@
 """After the final save: is the model on the disk the one that was trained, and does it load?"""
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,10 +9,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import GENERATION_CONFIG_NAME
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
 
 from tuning.config.options import ModelArguments
 from tuning.console import print0
@@ -22,8 +19,6 @@ from tuning.data.encode import Sample
 from tuning.distributed.processes import Processes
 from tuning.errors import RunEnded, describe_failure, try_optional
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
-from tuning.export.base_files import describe_processor
-from tuning.files import read_json
 from tuning.machine import free_device_memory
 from tuning.model.answering import load_answering, without_masked
 from tuning.model.attention import decoder_attention
@@ -37,11 +32,11 @@ from tuning.training.checkpoint_files import load_checkpoint
 from tuning.training.evaluation import answering_mode
 from tuning.training.model_writer import ModelWriter
 from tuning.training.optimizer import HALF
+from tuning.training.read_back import find_setting_fault, find_tensor_fault, weights_on_disk
 from tuning.training.trained_weights import gather_trained, plain_name
 
 LAST_TOKENS = 8  # of each row, whose logits are compared: those of all tokens of large vocabularies take gigabytes
 ROOM = 1.3  # times the model, so that a second one fits comfortably
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number → integers of that size
 SECOND_ADAPTER = "saved"  # the name of the saved adapter, while it is loaded into the trained model
 
 
@@ -115,7 +110,7 @@ def verify_saved_model(
     def find_fault() -> str:
         expected = checkpoint_weights(trained, source) if source else weights
         fault = find_tensor_fault(SavedWeights(folder), expected)
-        fault = fault or find_setting_fault(trained, folder, trust_remote_code=settings.trust_remote_code)
+        fault = fault or find_setting_fault(trained.writer, trained.model, folder)
         if fault or not loads:
             return fault
         with without_zero3():  # this process loads the model alone
@@ -169,17 +164,7 @@ def weights_to_save(trained: TrainedModel, folder: Path) -> Mapping[str, torch.T
         gathered = gather_trained(trained.model, trained.dtypes, is_main_process=main, folder=folder)
         if not main:
             return {}
-    if not trained.is_adapter:
-        return expected_tensors(trained.writer, trained.model, gathered or {})
-    weights = get_peft_model_state_dict(trained.model, state_dict=gathered)
-    stored_names = trained.writer.stored_names
-    return {stored_names.get(name, name): weight for name, weight in weights.items()}
-
-
-def expected_tensors(writer: ModelWriter, model: Any, weights: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The tensors that the file of a model must hold, by key. `weights`: by name."""
-    tensors = writer.tensors_to_save(weights)
-    return revert_weight_conversion(model, weights) if tensors is None else tensors
+    return weights_on_disk(trained.writer, trained.model, gathered)
 
 
 def checkpoint_weights(trained: TrainedModel, checkpoint: Path) -> Mapping[str, torch.Tensor]:
@@ -187,70 +172,7 @@ def checkpoint_weights(trained: TrainedModel, checkpoint: Path) -> Mapping[str, 
     if trained.is_adapter or trained.writer.wrote(checkpoint):
         return SavedWeights(checkpoint)
     model = load_checkpoint(checkpoint).requires_grad_(False)
-    return expected_tensors(trained.writer, model, model.state_dict(keep_vars=True))
-
-
-def find_tensor_fault(saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
-    """How `saved` differs from `expected`, tensor by tensor; "" if it does not.
-
-    Where `expected` is a `dict`, tied weights are one tensor under several names, of which one need be saved.
-    """
-    if surplus := sorted(saved.keys() - expected.keys()):
-        return f"the file has {len(surplus)} tensors too many, first {surplus[0]}"
-    missing = [name for name in expected if name not in saved]
-    if isinstance(expected, dict):
-        there = {id(expected[name]) for name in saved}
-        missing = [name for name in missing if id(expected[name]) not in there]
-    if missing:
-        return f"the file lacks {len(missing)} tensors, first {missing[0]}"
-    differing, worst = [], 0.0
-    for name in saved:
-        found, right = saved[name], expected[name].cpu()
-        if (found.shape, found.dtype) != (right.shape, right.dtype):
-            kinds = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (found, right))
-            return f"{name} is {' instead of '.join(kinds)}"
-        bits = BITS[found.element_size()]
-        if not torch.equal(found.contiguous().view(bits), right.contiguous().view(bits)):
-            differing.append(name)
-            worst = max(worst, float((found.double() - right.double()).abs().max()))
-    if differing:
-        return f"{len(differing)} of {len(saved)} tensors differ, by up to {worst:.3g}, first {differing[0]}"
-    return ""
-
-
-def find_setting_fault(trained: TrainedModel, folder: Path, *, trust_remote_code: bool) -> str:
-    """Which setting of the saved processor, generation or adapter differs from the one in memory; "" if none does."""
-    model, mine = trained.model, trained.processor
-    saved = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    found, expected = describe_processor(saved), describe_processor(mine)
-    pairs: dict[str, tuple[Any, Any]] = {name: (found.get(name), expected[name]) for name in expected}
-    if files := trained.writer.base_files:
-        published = files.files.get(GENERATION_CONFIG_NAME)
-        pairs["generation config"] = (read_json(folder / GENERATION_CONFIG_NAME), published and json.loads(published))
-    if trained.is_adapter:
-        configs = (PeftConfig.from_pretrained(str(folder)), model.peft_config[model.active_adapter])
-        first, second = (describe_adapter_config(config, model) for config in configs)
-        pairs["adapter config"] = (first, second)
-    for name, (one, other) in pairs.items():
-        if one != other:
-            return f"its {name} differs{_first_difference(one, other)}"
-    return ""
-
-
-def describe_adapter_config(config: PeftConfig, model: PeftModel) -> dict[str, Any]:
-    """An adapter's settings, with the modules of this model only: an earlier version named no others."""
-    settings = {**config.to_dict(), "inference_mode": True}
-    modules = {name for name, _ in model.get_base_model().named_modules()}
-    if isinstance(settings["target_modules"], (list, set)):
-        settings["target_modules"] = sorted(modules & set(settings["target_modules"]))
-    return settings
-
-
-def _first_difference(found: Any, expected: Any) -> str:
-    if not (isinstance(found, dict) and isinstance(expected, dict)):
-        return ""
-    name = next(name for name in [*expected, *found] if found.get(name) != expected.get(name))
-    return f": {name} is {found.get(name)!r:.60}, not {expected.get(name)!r:.60}"
+    return weights_on_disk(trained.writer, model, None)
 
 
 def trained_logits(trained: TrainedModel) -> torch.Tensor | None:
