@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PROCESSES ?= 2
+SERVING = serving and not slow
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -28,7 +29,7 @@ test: install
 # failure, which is printed then.
 test-slow: install
 	$(BIN)/python -m pytest tests/architectures -m slow --exitfirst --numprocesses $(PROCESSES)
-	$(BIN)/python -m pytest --ignore tests/architectures -m slow --exitfirst
+	$(BIN)/python -m pytest --ignore tests/architectures -m "slow and not serving" --exitfirst
 
 # vLLM in an environment of its own, for processors with AVX2. On a GPU, install vLLM as its own pages say.
 serving: .vllm/ready
@@ -37,9 +38,10 @@ serving: .vllm/ready
 	PYTHON=$(PYTHON) bash tests/serving/setup.sh vllm .vllm
 
 test-serving: install
-	@if grep -q avx2 /proc/cpuinfo; then $(MAKE) serving && $(BIN)/python -m pytest -m serving; \
+	@if grep -q avx2 /proc/cpuinfo; then $(MAKE) serving && $(BIN)/python -m pytest -m "$(SERVING)"; \
 	else echo "The tests of serving were left out: vLLM for CPUs needs a processor with AVX2."; fi
 
+test-all: SERVING = serving
 test-all: test test-slow test-serving
 
 lint: install

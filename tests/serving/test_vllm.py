@@ -11,6 +11,7 @@ from launches import ROOT
 from serving.conftest import ADAPTED, Saved, make_environment, run_in
 
 import tuning
+from tuning import cli
 from tuning.demo.serving import serve
 from tuning.export.vllm import VLLM_RUN
 from tuning.files import read_lines
@@ -92,6 +93,34 @@ def test_vllm_answers_as_transformers_does(name, save, answers):
 
 def test_export_says_what_was_run():
     assert set(NAMES.values()) == VLLM_RUN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_is_served_over_http_as_training_runs_it(name, save, vllm, tmp_path, capsys):
+    kinds, log = save(name), tmp_path / "log"
+    adapters = ["language model"] + ["all parts"] * (name not in NO_TOWER)
+    for what in ("full", "merged"):
+        with serve(vllm, kinds[what].folder, "tuned", log, options=("--max-model-len", "512")) as url:
+            assert_served(name, url, "tuned", kinds[what].folder, capsys)
+    names = {what: what.replace(" ", "_") for what in adapters}
+    options = ["--enable-lora", "--lora-modules", *(f"{names[what]}={kinds[what].folder}" for what in adapters)]
+    options += ["--max-model-len", "512", *["--enable-tower-connector-lora"] * (name not in NO_TOWER)]
+    with serve(vllm, kinds[adapters[0]].base, "base", log, options=options) as url:
+        for what in adapters:
+            assert_served(name, url, names[what], kinds[what].folder, capsys)
+
+
+def assert_served(name: str, url: str, model: str, folder: Path, capsys) -> None:
+    """`verify-serving` finds no difference between a server and a folder, when we send what the card says."""
+    words = ["--server_url", url, "--model", model, "--model_name_or_path", str(folder)]
+    sent = ["--request_options", SENT] if "add_special_tokens" in (folder / "README.md").read_text() else []
+    done, told = cli.main(["verify-serving", *words, *sent]), capsys.readouterr()
+    if name in CAUSAL:
+        assert "rows without pictures agree, but those with pictures do not" in told.err
+        assert "On a CPU, vLLM lets the tokens of a picture see only those before them." in told.err
+    else:
+        assert done == 0, told.err
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from tuning.data.from_config import check_config_name, make_encoder, open_path
 from tuning.data.prompts import ask, ask_or_error, join_on_the_right, without_answer
 from tuning.data.sources import Row
 from tuning.errors import UserError, is_out_of_memory
+from tuning.export.vllm import VLLM_NOTES
 from tuning.model.answering import LoadedModel, load_answering
 from tuning.model.greedy_trace import TOP, Trace, trace_answer
 from tuning.model.lora import find_adapter, is_untrained
@@ -84,6 +85,7 @@ def run(options: VerifyArguments) -> None:
         )
     replies = asyncio.run(ask_server_for(server, asked, options.max_new_tokens))
     tokenizer = loaded.processor.tokenizer
+    base = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
     rows = [RowComparison(one.here, reply, tokenizer.decode) for one, reply in zip(asked, replies, strict=True)]
     print0(describe(rows))
     finder = Finder(
@@ -93,6 +95,7 @@ def run(options: VerifyArguments) -> None:
         tokenizer,
         adapter is not None,
         chat.end_of_turn if chat.adds_end_token else "",
+        VLLM_NOTES.get(type(base).__name__, "") if server.engine == VLLM else "",
     )
     if difference := finder.find(rows):
         raise UserError(where=server.url, problem=difference.problem, fix=difference.fix)

@@ -28,7 +28,8 @@ class Finder:
     """Compares what `server` does with `rows` with what a model does here.
 
     `name`: the model here; `dtype`: of its weights; `adapter`: whether it is one on a base. `added_end`: what training
-    writes after an answer and the chat template does not; "" if nothing.
+    writes after an answer and the chat template does not; "" if nothing. `engine_note`: what this engine is known to do
+    in another way with pictures.
     """
 
     server: Server
@@ -37,6 +38,7 @@ class Finder:
     tokenizer: Any
     adapter: bool
     added_end: str = ""
+    engine_note: str = ""
 
     @property
     def tolerance(self) -> float:
@@ -112,7 +114,9 @@ class Finder:
         if row.here.pictures and len(wrong) < len(rows):
             return Difference(
                 f"rows without pictures agree, but those with pictures do not: {shown}, first in {row.here.name}.",
-                self._serve_processor(),
+                f"{self.engine_note} Otherwise: {self._serve_processor()}"
+                if self.engine_note
+                else self._serve_processor(),
             )
         if gaps and largest <= self.tolerance and not any(gap.diverges for gap in gaps):
             return Difference(
