@@ -193,16 +193,25 @@ def test_other_weights(verify_plain, models, tmp_path):
 
 
 def test_an_adapter_that_the_server_uses_or_ignores(verify_plain, models, adapter):
-    base = models["llava15"]
-    code, printed, error = verify_plain(adapter, base, adapter=adapter)
+    base, template = models["llava15"], (adapter / "chat_template.jinja").read_text()
+    code, printed, error = verify_plain(adapter, base, adapter=adapter, template=template)
     assert code == 0, error
+    assert len(table_of(printed)) == 4  # two of them with several turns
     assert "Warning: The adapter" not in printed
-    code, _, error = verify_plain(adapter, base)
+    code, _, error = verify_plain(adapter, base, template=template)
     assert code == 1
     assert "the adapter has no effect on the server: tuned answers as the base model alone. Serve it with" in error
-    code, _, error = verify_plain(adapter, base, models=("base", "tuned"), options={"model": "base"})
+    code, _, error = verify_plain(adapter, base, template=template, models=("base", "tuned"), options={"model": "base"})
     assert code == 1
     assert "base answers as the base model alone. Name the adapter with --model: the server lists tuned." in error
+
+
+def test_the_bases_template_in_place_of_the_adapters(verify_plain, models, adapter):
+    """Training ended earlier answers. The base's template, which a server takes by default, does not."""
+    code, _, error = verify_plain(adapter, models["llava15"], adapter=adapter)
+    assert code == 1
+    assert "</s>  USER: Name' in training and " in error
+    assert f"Serve that of {adapter} (--chat-template)" in error
 
 
 def test_an_adapter_that_changes_nothing_is_named_before_any_request(verify, adapter, tmp_path):
@@ -256,7 +265,9 @@ def test_a_weak_adapter_is_not_called_equal_without_a_warning(verify_plain, mode
             (folder / file.name).write_bytes(file.read_bytes())
     weak = {name: weight * 1e-4 if ".lora_B" in name else weight for name, weight in weights.items()}
     save_file(weak, folder / "adapter_model.safetensors")
-    code, printed, error = verify_plain(folder, models["llava15"])
+    code, printed, error = verify_plain(
+        folder, models["llava15"], template=(adapter / "chat_template.jinja").read_text()
+    )
     assert code == 0, error
     assert "Warning: The adapter changes these answers too little" in printed
 

@@ -12,6 +12,7 @@ from serving.conftest import ADAPTED, Saved, make_environment, run_in
 
 import tuning
 from tuning import cli
+from tuning.commands.export import template_option
 from tuning.demo.serving import serve
 from tuning.export.vllm import VLLM_RUN
 from tuning.files import read_lines
@@ -106,7 +107,9 @@ def test_every_model_is_served_over_http_as_training_runs_it(name, save, vllm, t
     names = {what: what.replace(" ", "_") for what in adapters}
     options = ["--enable-lora", "--lora-modules", *(f"{names[what]}={kinds[what].folder}" for what in adapters)]
     options += ["--max-model-len", "512", *["--enable-tower-connector-lora"] * (name not in NO_TOWER)]
-    with serve(vllm, kinds[adapters[0]].base, "base", log, options=options) as url:
+    base = kinds[adapters[0]].base
+    options += " ".join(template_option(kinds[adapters[0]].folder, str(base))).split()
+    with serve(vllm, base, "base", log, options=options) as url:
         for what in adapters:
             assert_served(name, url, names[what], kinds[what].folder, capsys)
 
@@ -134,7 +137,9 @@ def adapter(published, rows, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(adapter, published, vllm, tmp_path_factory):
     """The address of a server of LLaVA-1.5, `base`, and its adapter, `tuned`."""
-    options = ("--enable-lora", "--lora-modules", f"tuned={adapter}", "--max-model-len", "512")
+    options = ["--enable-lora", "--lora-modules", f"tuned={adapter}", "--max-model-len", "512"]
+    (template,) = template_option(adapter, str(published / "llava15"))
+    options += template.split()
     log = tmp_path_factory.mktemp("server") / "log"
     with serve(vllm, published / "llava15", "base", log, options=options) as url:
         yield url

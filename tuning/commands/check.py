@@ -186,9 +186,9 @@ def find_warnings(findings: Findings, encoder: Encoder) -> list[str]:
         warnings.append(f"{len(rows)} rows are longer than max_seq_length and would be left out: {some}{more}.")
     if counts["rows_cut"]:
         warnings.append(f"The answers of {counts['rows_cut']} rows would be cut to fit max_seq_length.")
-    if encoder.chat.adds_end_token:
+    if encoder.chat.added_end:
         warnings.append(
-            f"The chat template writes no end token after an answer, so training adds {encoder.chat.end_of_turn}."
+            f"The chat template writes no end token after an answer, so training adds {encoder.chat.added_end}."
         )
     return warnings
 

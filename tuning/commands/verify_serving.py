@@ -78,9 +78,9 @@ def run(options: VerifyArguments) -> None:
     if all(one.here.base and one.here.base == one.here.answer for one in asked):
         raise changes_nothing(options, "base and adapter give the same log probabilities.")
     chat = encoder.chat
-    if chat.adds_end_token:
+    if chat.added_end:
         print0(
-            f"Warning: training writes {chat.end_of_turn} after every answer, and the chat template does not. On a"
+            f"Warning: training writes {chat.added_end} after every answer, and the chat template does not. On a"
             " server, chats of several turns differ, unless you serve a template that writes it."
         )
     replies = asyncio.run(ask_server_for(server, asked, options.max_new_tokens))
@@ -94,7 +94,7 @@ def run(options: VerifyArguments) -> None:
         loaded.model.dtype,
         tokenizer,
         adapter is not None,
-        chat.end_of_turn if chat.adds_end_token else "",
+        chat.added_end,
         VLLM_NOTES.get(type(base).__name__, "") if server.engine == VLLM else "",
     )
     if difference := finder.find(rows):
@@ -139,7 +139,7 @@ def choose_rows(options: VerifyArguments, encoder: Encoder) -> list[Row]:
     if options.on_bad_row == "skip":
         rows = usable(rows, encoder)
     kinds = {has_pictures(row) for row in rows}
-    ready = built_in_rows()[: 2 if encoder.chat.adds_end_token else None]  # those of several turns cannot be equal
+    ready = built_in_rows()[: 2 if encoder.chat.added_end else None]  # those of several turns cannot be equal
     added = [row for row in ready if has_pictures(row) not in kinds]
     return rows + usable(added, encoder)
 

@@ -41,6 +41,7 @@ class ChatFormat:
     - `end_of_turn`: the text after the last answer, without blanks. Where the template writes none, the model would
       never learn to stop. There the token that ends the earlier turns is added after the last answer, or the
       tokenizer's end token after every answer (`adds_end_token`).
+    - `added_end`: the end token that training writes after an answer and the published template does not.
     - `writes_placeholders`: whether the template renders an image part as the processor's image token.
     """
 
@@ -66,6 +67,7 @@ class ChatFormat:
         if self.adds_end_token:
             self.end_of_turn = earlier_end or self.tokenizer.eos_token or ""
             self.template.joined_roles |= {"assistant"}  # one end token for each answer, not for each part
+        self.added_end = self.end_of_turn if self.adds_end_token else ""
         self.end_of_call = (self._find_end_of_call(stop_tokens) if self.adds_end_token else "") or self.end_of_turn
         self.ends = sorted({self.end_of_turn, earlier_end, *stop_tokens} - {""}, key=len, reverse=True)
         with_image = Conversation([{"role": "user", "content": [{"type": "image"}, text_part("q")]}, answer("a")])

@@ -17,6 +17,7 @@ from tuning.config.families import find_family
 from tuning.config.model_tokens import ModelTokens
 from tuning.config.options import DataArguments, RowArguments, RunConfig, SourceArguments
 from tuning.console import print0
+from tuning.data.answer_ends import open_chat
 from tuning.data.batch_sampler import data_seed
 from tuning.data.chat_template import ChatFormat
 from tuning.data.collator import Collator, probe_collator
@@ -267,7 +268,7 @@ def make_encoder(
     `template_kwargs`: variables for the chat template. `tokens`: what the checkpoint says of its tokens. Raises
     `UserError` where the chat template cannot be used, or does not fit the processor.
     """
-    chat = ChatFormat(
+    chat = open_chat(
         processor,
         date_string=date_string,
         template_kwargs=template_kwargs,
@@ -315,10 +316,11 @@ def find_processor_options(processor: Any, model_config: PreTrainedConfig) -> di
 def describe_template(chat: ChatFormat, template_kwargs: Mapping[str, Any]) -> list[str]:
     """What the chat template does to answers that you may not expect."""
     sentences = []
-    if chat.adds_end_token:
+    if chat.added_end:
+        saved = "" if chat.adds_end_token else " The chat template that is saved writes it, too."
         sentences.append(
-            f"The chat template writes nothing after an answer. {chat.end_of_turn} is added, so that the model learns"
-            " to stop."
+            f"The chat template writes nothing after an answer. {chat.added_end} is added, so that the model learns"
+            f" to stop.{saved}"
         )
     if chat.empty_thought:
         treated = "trained" if chat.lead else "context and is not trained (see train_empty_thoughts)"

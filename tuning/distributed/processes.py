@@ -51,15 +51,16 @@ class Processes:
         return gathered
 
     def raise_on_all_ranks(self, error: Exception | None, *numbers: int) -> torch.Tensor:
-        """Raise this process's `error`; on the others a `RunEnded` without a message.
+        """Raise this process's `error`; on the others a `RunEnded` without a message, with the same exit code.
 
         If no process has an error, returns what `all_gather_ints(numbers)` does, in the same message.
         """
-        shared = self.all_gather_ints([error is not None, *numbers])
+        exit_code = error.exit_code if isinstance(error, RunEnded) else EXIT_USER_ERROR
+        shared = self.all_gather_ints([exit_code if error else 0, *numbers])
         if error is not None:
             raise error
-        if self.number > 1 and shared[:, 0].any():
-            raise RunEnded("", EXIT_USER_ERROR)
+        if self.number > 1 and (exit_code := int(shared[:, 0].max())):
+            raise RunEnded("", exit_code)
         return shared[:, 1:]
 
     def any_failed(self, error: Exception | None, *, together: bool) -> bool:

@@ -42,13 +42,15 @@ class BaseFiles:
 
     `files`: name → content, in memory, since the base may be moved while a run trains. `changes`: settings of the image
     processor that are not the base's. `processor_class`: what loads them. `processor`: saved with transformers where
-    edited files cannot give it.
+    edited files cannot give it. `template`: its chat template, if that is not the base's: an engine that serves the
+    base with an adapter takes this one from a file of its own.
     """
 
     files: Mapping[str, bytes]
     changes: Mapping[str, Any]
     processor_class: str
     processor: Any | None = None
+    template: str = ""
 
     def write(self, target: Path, *, for_adapter: bool) -> None:
         """Write them into `target`. `for_adapter`: only what belongs to a processor."""
@@ -59,6 +61,8 @@ class BaseFiles:
         if for_adapter and not any(b'"processor_class"' in content for content in self.files.values()):
             settings = {"processor_class": self.processor_class} | read_settings(self.files.get(PROCESSOR_FILE, b"{}"))
             (target / PROCESSOR_FILE).write_bytes(to_json(settings))  # config.json, which says it, is not there
+        if for_adapter and self.template:
+            (target / TEMPLATE_FILE).write_text(self.template, encoding="utf-8")
         if self.processor is not None:
             self.processor.save_pretrained(target)
 
@@ -96,6 +100,7 @@ def read_base_files(name: str | Path, processor: Any, *, trust_remote_code: bool
     published = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     template, changes = find_template(processor), changed_settings(processor, published, "image_processor")
     edits = put_template(files, template) if isinstance(template, str) else {}
+    changed = template if edits and isinstance(template, str) else ""
     if isinstance(template, str) and not getattr(published, "chat_template", None):
         edits[TEMPLATE_FILE] = template.encode()  # the tokenizer alone has one: a processor does not look there
     for part, file in PARTS.items():
@@ -104,7 +109,7 @@ def read_base_files(name: str | Path, processor: Any, *, trust_remote_code: bool
         edits[PROCESSOR_FILE] = to_json(
             read_settings((files | edits).get(PROCESSOR_FILE, b"{}")) | {"processor_class": kind} | own
         )
-    edited = BaseFiles(files | edits, changes, kind)
+    edited = BaseFiles(files | edits, changes, kind, template=changed)
     is_named = isinstance(template, dict)  # several templates, which lie in a folder of their own
     if is_named or (edits and not gives(edited, processor, trust_remote_code=trust_remote_code)):
         print0(f"The processor of {name} is saved as transformers writes it: its files cannot hold your settings.")

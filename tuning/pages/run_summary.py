@@ -14,7 +14,8 @@ class RunSummary:
     `name`: the trained model's. `model`, `training_data` and `validation_data`: names on the Hub or paths, as in the
     config. `on_hub`: those of them that are on the Hub. `options`: without secrets and paths of this machine. `dtypes`:
     of the weights, in the model's order. `adapter`: the LoRA options, or None. `rows`: None where rows are streamed.
-    `added_start`: the first token of each prompt, where the chat template does not write it.
+    `added_start`: the first token of each prompt, where the chat template does not write it. `added_end`: the last one
+    of each answer, where the base's template does not write it.
     `base_metadata`: the head of the base model's own card. `log_history`: the trainer's. `best_step`: the step of the
     saved model, where that is not the last one.
     """
@@ -42,6 +43,7 @@ class RunSummary:
     precision: str | None
     versions: dict[str, str]
     added_start: str = ""
+    added_end: str = ""
     base_metadata: dict[str, Any] = field(default_factory=dict)
     rows_left_out: int = 0
     steps: int = 0

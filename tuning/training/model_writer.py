@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,7 @@ class ModelWriter:
             else:
                 tied = repeated_names(model)  # transformers finds them by their storage, which sharded ones lack
                 model.save_pretrained(folder, state_dict={k: v for k, v in weights.items() if k not in tied})
-        floats = (weight.dtype for weight in (weights or {}).values() if weight.is_floating_point())
-        self.write_files(model, folder, next(floats, None))
+        self.write_files(model, folder, find_float_dtype((weights or {}).values()))
 
     def write_files(self, model: Any, folder: Path, dtype: torch.dtype | None) -> None:
         """Write all that is saved beside the weights, which have `dtype`."""
@@ -96,10 +95,12 @@ class ModelWriter:
         return attempt.value
 
     def complete_copy(self, model: Any, source: Path, folder: Path) -> None:
-        """Give the copy of the checkpoint `source` in `folder` the base's layout, where the checkpoint has another."""
+        """Give the copy of the checkpoint `source` in `folder` the base's layout: an earlier version had another."""
         if isinstance(model, PeftModel):
             self.write_files(model, folder, None)
-        elif not self.wrote(source):
+        elif self.wrote(source):
+            self.write_files(model, folder, find_float_dtype(SavedWeights(source).values()))
+        else:
             for file in folder.glob("*.safetensors*"):
                 file.unlink()
             self.write(load_checkpoint(source), folder, None)
@@ -135,3 +136,8 @@ class ModelWriter:
     def _warn(self, reason: str) -> None:
         name = self.source.model_name_or_path
         print0(f"Warning: the model is not saved like {name}, but as transformers writes it ({reason}).")
+
+
+def find_float_dtype(weights: Iterable[torch.Tensor]) -> torch.dtype | None:
+    """The dtype of the first weight that is not of integers; None without one."""
+    return next((weight.dtype for weight in weights if weight.is_floating_point()), None)
