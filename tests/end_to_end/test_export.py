@@ -314,6 +314,20 @@ def test_an_adapter_that_vllm_loads_as_it_is(make_adapter, run):
     assert f"--enable-lora --max-lora-rank 32 --lora-modules tuned={folder}" in said
 
 
+def test_vllm_is_told_of_a_chat_template_that_the_base_does_not_have(make_adapter, run, models):
+    folder = make_adapter(target_modules=r".*language_model.*\.q_proj")
+    processor = AutoProcessor.from_pretrained(models["llava15"])
+    for template, told in (
+        (processor.chat_template, ""),
+        ("{{ 1 }}", f" --chat-template {folder}/chat_template.jinja"),
+    ):
+        processor.chat_template = processor.tokenizer.chat_template = template
+        processor.save_pretrained(folder)
+        code, said = run("--adapter", folder, "--target", "vllm", output="")
+        assert code == 0
+        assert f"--enable-lora{told} --lora-modules tuned={folder}" in said
+
+
 def test_layers_of_the_tower_are_renamed_for_vllm(make_adapter, run, tmp_path):
     """PEFT saved this one. Training gives its adapters these names from the start."""
     lora = {"target_modules": [*QV, "linear_1"], "rank_pattern": {"vision_tower.*q_proj": 2}}

@@ -33,7 +33,7 @@ def test_the_saved_folder_is_that_of_its_base(saved, published):
             found, published_bytes = (one.folder / name).read_bytes(), (base / name).read_bytes()
             if name == "chat_template.jinja" and one.name in NO_END:
                 assert found.endswith(published_bytes)
-                assert found.startswith(b"{#- Training ends every answer with \"</s>\"")
+                assert found.startswith(b'{#- Training ends every answer with "</s>"')
             else:
                 assert found == published_bytes, f"{what}: {name}"
         if one.base is None:

@@ -68,6 +68,15 @@ def test_another_template_is_written_wherever_the_base_has_one(base):
         assert json.loads(text) == expected
 
 
+def test_an_adapter_has_another_template_in_a_file_of_its_own(base, tmp_path):
+    """An engine serves the base with the base's template, unless it is given this file."""
+    for name, settings in (("own", {"chat_template": OTHER}), ("plain", {})):
+        (tmp_path / name).mkdir()
+        read(base, **settings)[0].write(tmp_path / name, for_adapter=True)
+    assert (tmp_path / "own" / "chat_template.jinja").read_text() == OTHER
+    assert not (tmp_path / "plain" / "chat_template.jinja").exists()
+
+
 def test_of_named_templates_the_default_one_is_changed(base):
     tokenizer = json.loads((base / "tokenizer_config.json").read_text())
     named = [{"name": "default", "template": tokenizer["chat_template"]}, {"name": "tools", "template": "{{ 1 }}"}]
