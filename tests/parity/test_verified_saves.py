@@ -19,7 +19,7 @@ from tuning.config.options import ModelArguments
 from tuning.errors import RunEnded, UserError
 from tuning.exit_codes import EXIT_INTERNAL_ERROR, exit_code_of
 from tuning.files import SHARDED_MODEL
-from tuning.training import checkpointing, verify_save
+from tuning.training import checkpointing, read_back, verify_save
 from tuning.training.final_model import trained_model
 from tuning.training.model_writer import ModelWriter
 from tuning.training.read_back import find_shard_fault
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_went_wrong_is_deleted(method, make_options, monkeypat
         patch.setattr(ModelWriter, "write", broken)
         assert exit_code_of(lambda: tuning.train(options)) == EXIT_INTERNAL_ERROR
     folder, said = Path(options["output_dir"]), capsys.readouterr().err
-    assert re.search(r"The checkpoint of step 2 is not the model in memory: 1 of \d+ tensors differ", said)
+    assert re.search(r"The checkpoint of step 2 does not have the weights in memory: 1 of \d+ tensors differ", said)
     assert f"the same command again: it continues from {folder / 'checkpoint-1'}." in said
     assert "Traceback" not in said
     assert [found.name for found in folder.glob("*checkpoint-*")] == ["checkpoint-1"]
@@ -212,8 +212,8 @@ def test_a_checkpoint_that_went_wrong_is_deleted(method, make_options, monkeypat
     assert (folder / "checkpoint-2").is_dir()
 
 
-@pytest.mark.parametrize(("fault", "told"), [(lose_template, "its chat template differs"), (cut_off, "cannot be ")])
-def test_other_faults_of_a_checkpoint_are_told(fault, told, make_options, monkeypatch, models):
+@pytest.mark.parametrize(("fault", "told"), [(lose_processor, "cannot be read back"), (cut_off, "cannot be ")])
+def test_a_checkpoint_that_cannot_be_read_back_is_deleted(fault, told, make_options, monkeypatch, models):
     write = ModelWriter.write
     monkeypatch.setattr(
         ModelWriter,
@@ -229,19 +229,49 @@ def test_other_faults_of_a_checkpoint_are_told(fault, told, make_options, monkey
     assert not list(Path(options["output_dir"]).glob("*checkpoint-*"))
 
 
+def test_a_setting_that_a_checkpoint_does_not_give_back_is_named_once(make_options, monkeypatch, capsys):
+    """The weights are worth more. The final save is not excused."""
+    write = ModelWriter.write_files
+    monkeypatch.setattr(
+        ModelWriter,
+        "write_files",
+        lambda writer, model, folder, dtype: (write(writer, model, folder, dtype), lose_template(folder, folder)),
+    )
+    options = make_options("llava15", max_steps=2, save_strategy="steps", save_steps=1)
+    with pytest.raises(RunEnded, match="its chat template differs"):
+        tuning.train(options)
+    said = capsys.readouterr().out
+    assert said.count("does not load as it is in memory: its chat template differs") == 1
+    assert {found.name for found in Path(options["output_dir"]).glob("checkpoint-*")} == {
+        "checkpoint-1",
+        "checkpoint-2",
+    }
+
+
 def test_with_verify_save_false_no_checkpoint_is_read(make_options, monkeypatch):
     monkeypatch.setattr(checkpointing, "find_tensor_fault", None)
     tuning.train(make_options("llava15", max_steps=1, verify_save=False))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_wrong_shard_is_told(finished, tmp_path):
+def test_a_wrong_shard_is_told(finished, tmp_path, monkeypatch):
     model = finished["full"][1].model
     dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / SHARDED_MODEL, no_dist=True)
     assert find_shard_fault(model, tmp_path) == ""
     changed = copy.deepcopy(model)
     halve(changed.state_dict())
-    assert re.search(r"1 of 1 tensors differ, by up to .*weight", find_shard_fault(changed, tmp_path))
+    assert re.search(r"1 of \d+ tensors differ, by up to .*weight", find_shard_fault(changed, tmp_path))
+    reads, read = [], read_back.read_shards
+    monkeypatch.setattr(read_back, "read_shards", lambda *args, **kwargs: reads.append(read(*args, **kwargs)))
+    assert find_shard_fault(model, tmp_path) == ""
+    assert len(reads) == 1  # each reads the list of all shards
+    monkeypatch.setattr(read_back, "READ_AT_ONCE", 100_000)
+    assert find_shard_fault(model, tmp_path) == ""
+    assert 3 < len(reads) < len(model.state_dict())
+    monkeypatch.setattr(read_back, "PATIENCE", 0)
+    (tmp_path / SHARDED_MODEL / ".metadata").unlink()
+    with pytest.raises(FileNotFoundError):
+        find_shard_fault(model, tmp_path)
 
 
 def test_the_same_command_saves_again_and_compares_with_the_checkpoint(finished, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """`vlm-tuning export`: merge an adapter into a model that engines load, or check the adapter for one engine."""
 
 import itertools
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -10,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
 
 from tuning.config.options import DTYPES, ModelSource, RowArguments, option
 from tuning.console import print0
-from tuning.data.answer_ends import open_chat
 from tuning.data.collator import probe_collator
 from tuning.data.dummy_samples import dummy_image_sample, dummy_samples
 from tuning.data.from_config import make_encoder, open_path
@@ -29,7 +28,7 @@ from tuning.export.vllm import Serving, plan_transformers, plan_vllm, write_rena
 from tuning.files import CARD_FILE, CONFIG_FILE, read_json, write_text
 from tuning.hub import HubRepo
 from tuning.machine import check_space, free_memory
-from tuning.model.load import find_template, read_tokens
+from tuning.model.load import find_template, load_processor, read_tokens
 from tuning.model.lora import Adapter, BaseModel, find_adapter, has_processor, load_base
 from tuning.model.saved_weights import open_weights
 from tuning.pages.model_card import is_ours, merge_card
@@ -130,7 +129,6 @@ def partial_folder(output: Path) -> Iterator[Path]:
 def files_of(base: BaseModel) -> BaseFiles:
     """The base's files beside its weights, edited for the processor to save."""
     source = base.source
-    try_optional(lambda: open_chat(base.processor), catch_user_errors=True)  # ends answers, as training did
     return read_base_files(source.model_name_or_path, base.processor, trust_remote_code=source.trust_remote_code)
 
 
@@ -247,6 +245,7 @@ def serve(options: ExportOptions, base: BaseModel, adapted: AdaptedSkeleton) -> 
         )
     if engine == "vllm":
         print_start(base.processor)
+        serving.options += template_option(base, Path(options.output or adapter.folder).expanduser())
     print0(how_to_serve(options, serving, adapter))
 
 
@@ -254,20 +253,24 @@ def how_to_serve(options: ExportOptions, serving: Serving, adapter: Adapter) -> 
     folder = options.output or str(adapter.folder)
     if options.target == "transformers":
         return f'transformers loads it: PeftModel.from_pretrained(model, "{folder}")'
-    flags = "".join(f" {one}" for one in [*serving.options, *template_option(Path(folder), adapter.base)])
+    flags = "".join(f" {one}" for one in serving.options)
     return f"vLLM loads it: vllm serve {adapter.base} --enable-lora{flags} --lora-modules tuned={folder}"
 
 
-def template_option(folder: Path, base: str) -> list[str]:
-    """The option that has vLLM take the chat template of the adapter in `folder`, where `base` has another one.
+def template_option(base: BaseModel, folder: Path) -> list[str]:
+    """The option that has vLLM take the chat template of the adapter in `folder`, where its base has another one.
 
     vLLM reads that of the model that it serves, which is the base.
     """
-    file = (folder / TEMPLATE_FILE).expanduser()
-    published = try_optional(lambda: find_template(AutoProcessor.from_pretrained(base))).value
-    if not file.is_file() or file.read_text(encoding="utf-8") == published:
+    own, published = find_template(base.processor), find_template(load_processor(base.source, base.config))
+    if isinstance(published, dict):
+        published = published.get("default")
+    if own is None or own == published:
         return []
-    return [f"--chat-template {file}"]
+    if not (folder / TEMPLATE_FILE).is_file():
+        print0("vLLM needs the adapter's chat template in a file of its own: --output DIR writes it.")
+        return []
+    return [f"--chat-template {shlex.quote(str(folder / TEMPLATE_FILE))}"]
 
 
 def run(options: ExportOptions) -> None:

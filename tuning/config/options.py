@@ -232,7 +232,7 @@ class RunArguments:
     )
     verify_save: bool | None = option(
         None,
-        "Read what is saved back and compare its weights, and the final logits (default: if a second model fits).",
+        "Compare what is saved with the model in memory, and the final logits (default: those if a second model fits).",
     )
     logging_dir: str | None = option(None, "Folder for TensorBoard's files (default: output_dir/runs).")
     accelerate_launch_args: dict[str, Any] = option({}, "Options of `accelerate launch`, as a JSON object.")

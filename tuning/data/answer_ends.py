@@ -14,10 +14,10 @@ ENDS_ANSWERS = """\
 {%- for message in messages -%}
 {%- set content = message['content'] or '' if message['role'] == 'assistant' else '' -%}
 {%- if content is string -%}
-{%- set new = content + END if content and not content.endswith(END) else message['content'] -%}
+{%- set new = content + END if content and not content.rstrip().endswith(END) else message['content'] -%}
 {%- else -%}
 {%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') -%}
-{%- set text = text if text.endswith(END) else text + END -%}
+{%- set text = text if text.rstrip().endswith(END) else text + END -%}
 {%- set new = (content | rejectattr('type', 'equalto', 'text') | list) + [{'type': 'text', 'text': text}] -%}
 {%- endif -%}
 {%- set ended.messages = ended.messages + [dict(message, content=new)] -%}
@@ -36,7 +36,8 @@ def open_chat(processor: Any, **settings: Any) -> ChatFormat:
     """
     chat = ChatFormat(processor, **settings)
     published = getattr(processor, "chat_template", None)
-    if not chat.adds_end_token or not isinstance(published, str):
+    more_than_words = chat.template.takes_calls or chat.template.thought_key  # which the end must follow, too
+    if not chat.adds_end_token or more_than_words or not isinstance(published, str):
         return chat
     end = json.dumps(chat.end_of_turn, ensure_ascii=False)
     template = ENDS_ANSWERS.replace("END", end) + published
@@ -61,7 +62,7 @@ def render_probes(chat: ChatFormat) -> list[RenderedChat | None]:
 
     image: Message = {"role": "user", "content": [{"type": "image"}, text_part("What is it?")]}
     parts: Message = {"role": "assistant", "content": [text_part("One."), text_part("Two.")]}
-    turns = [image, answer("A cat."), ask("And?"), parts, ask("More?"), answer("No.")]
+    turns = [image, answer("A cat."), ask("And?"), parts, ask("More?"), answer(" No. \n")]
     system: Message = {"role": "system", "content": [text_part("Be brief.")]}
     prompt = try_optional(lambda: chat.render_prompt(Conversation(turns[:-1])), catch_user_errors=True).value
     return [render(turns[:2]), render(turns), render([system, *turns]), prompt]

@@ -317,7 +317,7 @@ def describe_template(chat: ChatFormat, template_kwargs: Mapping[str, Any]) -> l
     """What the chat template does to answers that you may not expect."""
     sentences = []
     if chat.added_end:
-        saved = "" if chat.adds_end_token else " The chat template that is saved writes it, too."
+        saved = "" if chat.adds_end_token else " Training saves a chat template that writes it, too."
         sentences.append(
             f"The chat template writes nothing after an answer. {chat.added_end} is added, so that the model learns"
             f" to stop.{saved}"

@@ -54,6 +54,8 @@ def name_killed_worker() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "Pin memory thread exited" in str(error):  # it met the error that is named below
+            raise _worker_error("ended before it had sent all of a batch") from error
         found = re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)([^.]*)", str(error))
         if not found:
             raise

@@ -15,7 +15,7 @@ class RunSummary:
     config. `on_hub`: those of them that are on the Hub. `options`: without secrets and paths of this machine. `dtypes`:
     of the weights, in the model's order. `adapter`: the LoRA options, or None. `rows`: None where rows are streamed.
     `added_start`: the first token of each prompt, where the chat template does not write it. `added_end`: the last one
-    of each answer, where the base's template does not write it.
+    of each answer, where the base's template does not write it and the saved one does.
     `base_metadata`: the head of the base model's own card. `log_history`: the trainer's. `best_step`: the step of the
     saved model, where that is not the last one.
     """

@@ -112,11 +112,10 @@ class Finder:
                 fix or "Serve it with the adapter, or merge it first: vlm-tuning export --adapter DIR --output DIR.",
             )
         if row.here.pictures and len(wrong) < len(rows):
+            place = f"{shown}, first in {row.here.name}."
+            note = f" {self.engine_note} If that is not why:" if self.engine_note else ""
             return Difference(
-                f"rows without pictures agree, but those with pictures do not: {shown}, first in {row.here.name}.",
-                f"{self.engine_note} Otherwise: {self._serve_processor()}"
-                if self.engine_note
-                else self._serve_processor(),
+                f"rows without pictures agree, but those with pictures do not: {place}{note}", self._serve_processor()
             )
         if gaps and largest <= self.tolerance and not any(gap.diverges for gap in gaps):
             return Difference(

@@ -114,7 +114,7 @@ def join_shards(folder: Path) -> PreTrainedModel:
 def read_shards(state: dict[str, Any], folder: Path, *, no_dist: bool = False) -> None:
     """Fill the tensors of `state` from a sharded checkpoint: all processes together, or with `no_dist` this one.
 
-    Raises `OSError` where that fails.
+    Raises `OSError` where that fails, `FileNotFoundError` where a file is missing.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is not needed
@@ -122,7 +122,8 @@ def read_shards(state: dict[str, Any], folder: Path, *, no_dist: bool = False) -
             dcp.load(state, checkpoint_id=folder, no_dist=no_dist or not dist.is_initialized())
         except CheckpointException as failed:  # not an `Exception`: it holds those of all processes
             error = next(iter(failed.failures.values()))[0]
-            raise OSError(f"{folder} cannot be read ({describe_failure(error)})") from failed
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            raise kind(f"{folder} cannot be read ({describe_failure(error)})") from failed
 
 
 def _only_the_model(folder: str, names: list[str]) -> list[str]:

@@ -74,6 +74,7 @@ class ResumableTrainer(Trainer):
     dtypes: dict[str, torch.dtype]  # of the weights before FSDP kept trained ones in float32, by name
     reads_back = True  # every checkpoint, before it gets its name
     seconds_to_save = 0.0
+    _warned = False  # of settings that a checkpoint does not give back
     _last_saved: Path | None = None
 
     @property
@@ -131,9 +132,11 @@ class ResumableTrainer(Trainer):
             error = fault
         except DISK_ERRORS as failure:
             error = self._cannot_write(folder, failure)
-        if error:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.processes.raise_on_all_ranks(error)
+        try:
+            self.processes.raise_on_all_ranks(error)
+        finally:
+            if error:  # not before: other processes may still read there
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _cannot_write(self, folder: Path, failure: BaseException) -> UserError:
         if isinstance(failure, CheckpointException):  # of all processes that failed
@@ -162,26 +165,38 @@ class ResumableTrainer(Trainer):
         else:
             weights = self._write_whole_model(folder)
         if self.reads_back:
-            attempt = try_optional(lambda: self._find_fault(folder, weights), catch_user_errors=True)
-            unreadable = attempt.error and f"it cannot be read back ({describe_failure(attempt.error)})"
-            if fault := unreadable or attempt.value:
-                raise RunEnded(
-                    f"The checkpoint of step {self.state.global_step} is not the model in memory: {fault}. It is"
-                    f" deleted. Look at the disk of {folder.parent}. {self._how_to_go_on()}",
-                    EXIT_INTERNAL_ERROR,
-                )
+            self._read_back(folder, weights)
 
-    def _find_fault(self, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> str:
-        """How what this process wrote to `folder` differs from its model; "" if it does not.
+    def _read_back(self, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
+        """Compare what this process wrote to `folder` with its model. Raises `RunEnded` where a weight is wrong.
 
         `weights`: those that were written, by name; None for those of the model.
         """
-        model, fault = self._unwrapped, ""
-        if self._saves_shards:
-            fault = find_shard_fault(self.model, folder)
-        elif self.args.should_save:
-            fault = find_tensor_fault(SavedWeights(folder), weights_on_disk(self.writer, model, weights))
-        return fault or (find_setting_fault(self.writer, model, folder) if self.args.should_save else "")
+        model, main = self._unwrapped, self.args.should_save
+
+        def compare() -> tuple[str, str]:
+            if self._saves_shards:
+                fault = find_shard_fault(self.model, folder)
+            else:
+                expected = weights_on_disk(self.writer, model, weights) if main else {}
+                fault = find_tensor_fault(SavedWeights(folder), expected) if main else ""
+            return fault, find_setting_fault(self.writer, model, folder) if main else ""
+
+        attempt = try_optional(compare, catch_user_errors=True)
+        fault, setting = attempt.value or ("", "")
+        problem = f"cannot be read back ({describe_failure(attempt.error)})" if attempt.error else ""
+        if problem := problem or (f"does not have the weights in memory: {fault}" if fault else ""):
+            raise RunEnded(
+                f"The checkpoint of step {self.state.global_step} {problem}. It is deleted. Look at the disk of"
+                f" {folder.parent}. {self._how_to_go_on()}",
+                EXIT_INTERNAL_ERROR,
+            )
+        if setting and not self._warned:
+            print0(
+                f"Warning: the checkpoint of step {self.state.global_step} does not load as it is in memory: {setting}."
+                " At the end of the run, such a model ends it with an error, unless verify_save is false."
+            )
+            self._warned = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model or adapter as its base is published; under FSDP and ZeRO-3 gathered from all processes.

@@ -19,7 +19,7 @@ from tuning.files import SHARDED_MODEL
 from tuning.model.load import build_skeleton
 from tuning.model.lora import rename_saved
 from tuning.model.saved_weights import SavedWeights, open_weights
-from tuning.training.checkpoint_files import load_checkpoint
+from tuning.training.checkpoint_files import PROCESSOR_FILES, load_checkpoint
 from tuning.training.trained_weights import repeated_names
 
 
@@ -96,6 +96,8 @@ class ModelWriter:
 
     def complete_copy(self, model: Any, source: Path, folder: Path) -> None:
         """Give the copy of the checkpoint `source` in `folder` the base's layout: an earlier version had another."""
+        for name in PROCESSOR_FILES:
+            (folder / name).unlink(missing_ok=True)
         if isinstance(model, PeftModel):
             self.write_files(model, folder, None)
         elif self.wrote(source):

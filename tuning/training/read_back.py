@@ -20,22 +20,44 @@ from tuning.files import SHARDED_MODEL, read_json
 from tuning.training.checkpoint_files import read_shards
 from tuning.training.model_writer import ModelWriter
 
-PATIENCE = 60  # seconds until a network file system shows other machines what the first one has written
+PATIENCE = 60  # seconds until a network file system shows other machines what one has written
+READ_AT_ONCE = 1e9  # bytes of shards in main memory, twice; the list of all shards is read each time
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number → integers of that size
 
 
 def find_shard_fault(model: nn.Module, folder: Path) -> str:
     """How the shards of this process in the checkpoint `folder` differ from those in memory; "" if they do not."""
-    metadata, deadline = folder / SHARDED_MODEL / ".metadata", time.monotonic() + PATIENCE
-    while not metadata.is_file() and time.monotonic() < deadline:
-        time.sleep(1)
-    for name, tensor in get_model_state_dict(model).items():
-        found = {"model": {name: torch.empty_like(tensor)}}
-        read_shards(found, folder / SHARDED_MODEL, no_dist=True)
-        saved, trained = (t.to_local() if isinstance(t, DTensor) else t for t in (found["model"][name], tensor))
-        if fault := find_tensor_fault({name: saved}, {name: trained}):
+    left = list(get_model_state_dict(model).items())
+    while left:
+        trained, nbytes = dict[str, torch.Tensor](), 0
+        while left and nbytes < READ_AT_ONCE:
+            name, tensor = left.pop()
+            trained[name] = tensor.detach().to("cpu")
+            nbytes += local_part(trained[name]).nbytes
+        saved = {name: torch.empty_like(tensor) for name, tensor in trained.items()}
+        read_written(saved, folder)
+        parts = ({name: local_part(tensor) for name, tensor in tensors.items()} for tensors in (saved, trained))
+        if fault := find_tensor_fault(*parts):
             return fault
     return ""
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def read_written(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Fill `tensors` from the shards in `folder`. Another machine may see what was just written later."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            (folder / SHARDED_MODEL / ".metadata").stat()  # without it, PyTorch raises an AssertionError
+            return read_shards({"model": tensors}, folder / SHARDED_MODEL, no_dist=True)
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def weights_on_disk(

@@ -73,7 +73,7 @@ def describe_run(
         precision="bf16" if training.bf16 else "fp16" if training.fp16 else None,
         versions=find_versions(),
         added_start=data.encoder.row_processor.added_start,
-        added_end=data.encoder.chat.added_end,
+        added_end="" if data.encoder.chat.adds_end_token else data.encoder.chat.added_end,
         base_metadata=read_metadata(config.model.model_name_or_path),
     )
 

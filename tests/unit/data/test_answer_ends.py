@@ -55,10 +55,22 @@ def test_every_family_renders_as_before(family):
         assert processor.chat_template == family.source
 
 
-def test_a_template_that_cannot_be_edited_stays():
-    """It leaves out what we would write."""
-    processor = build_processor("llava15")
-    template = VICUNA_TEMPLATE.replace("part['text'] + ' '", "part['text'].replace('</s>', '') + ' '", 1)
+NOT_EDITED = {
+    "leaves the end out": VICUNA_TEMPLATE.replace("part['text'] + ' '", "part['text'].replace('</s>', '') + ' '", 1),
+    "trims answers": VICUNA_TEMPLATE.replace("part['text'] + ' '", "part['text'] | trim + ' '", 1),
+    "writes calls": VICUNA_TEMPLATE.replace(
+        "{%- endfor %}\n{%- if add", "{{ message.tool_calls | tojson if message.tool_calls }}{%- endfor %}\n{%- if add"
+    ),
+    "writes thoughts": VICUNA_TEMPLATE.replace(
+        "{%- endfor %}\n{%- if add", "{{ message.thinking }}{%- endfor %}\n{%- if add"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_EDITED)
+def test_a_template_in_which_an_end_would_not_be_where_training_has_it_stays(name):
+    processor, template = build_processor("llava15"), NOT_EDITED[name]
+    assert template != VICUNA_TEMPLATE
     processor.chat_template = processor.tokenizer.chat_template = template
     chat = open_chat(processor)
     assert chat.adds_end_token

@@ -17,6 +17,11 @@ def test_a_worker_that_dies_while_it_sends_is_named():
         here.recv()
 
 
+def test_so_is_one_that_the_thread_for_pinned_memory_met():
+    with pytest.raises(UserError, match="ended before it had sent all of a batch"), name_killed_worker():
+        raise RuntimeError("Pin memory thread exited unexpectedly")  # as PyTorch's data loader words it
+
+
 @pytest.mark.parametrize("error", [EOFError("a short file"), ConnectionResetError("the Hub"), RuntimeError("shapes")])
 def test_other_errors_keep_their_name(error):
     with pytest.raises(type(error), match=str(error)), name_killed_worker():
