@@ -67,6 +67,13 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return alias._neg_view() if tensor.is_neg() else alias
 
 
+def _check_devices(name: str, args: tuple, kwargs: dict) -> None:
+    """Raise what CUDA does where a tensor lies elsewhere; single numbers of the CPU may."""
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if any(not leaf.is_cuda and leaf.dim() for leaf in leaves):
+        raise RuntimeError(f"Expected all tensors to be on the same device, in {name}")
+
+
 def all_on_cpu(tree):
     return tree_map_only(torch.Tensor, lambda tensor: on_cpu(tensor) if tensor.is_cuda else tensor, tree)
 
@@ -106,6 +113,7 @@ class CudaOnCpu(TorchDispatchMode):
             args, masks = _masks_to_positions(args)
         if inputs and name in SIZED_BY_VALUES | CPU_ALONE:
             kwargs.pop("device", None)
+            _check_devices(name, args, kwargs)
             self._note(name in SIZED_BY_VALUES, name)
             return tree_map_only(torch.Tensor, to_cuda, func(*all_on_cpu(args), **all_on_cpu(kwargs)))
         out = func(*args, **kwargs)
