@@ -1,6 +1,7 @@
 """vLLM serves what training and export write: full and merged models, adapters, through its class and over HTTP."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ from serving.conftest import ADAPTED, Saved, make_environment, run_in
 
 import tuning
 from tuning import cli
-from tuning.commands.export import template_option
 from tuning.demo.serving import serve
 from tuning.export.vllm import VLLM_RUN
 from tuning.files import read_lines
@@ -104,14 +104,20 @@ def test_every_model_is_served_over_http_as_training_runs_it(name, save, vllm, t
     for what in ("full", "merged"):
         with serve(vllm, kinds[what].folder, "tuned", log, options=("--max-model-len", "512")) as url:
             assert_served(name, url, "tuned", kinds[what].folder, capsys)
-    names = {what: what.replace(" ", "_") for what in adapters}
-    options = ["--enable-lora", "--lora-modules", *(f"{names[what]}={kinds[what].folder}" for what in adapters)]
-    options += ["--max-model-len", "512", *["--enable-tower-connector-lora"] * (name not in NO_TOWER)]
-    base = kinds[adapters[0]].base
-    options += " ".join(template_option(kinds[adapters[0]].folder, str(base))).split()
-    with serve(vllm, base, "base", log, options=options) as url:
-        for what in adapters:
-            assert_served(name, url, names[what], kinds[what].folder, capsys)
+    first, *others = (kinds[what].folder for what in reversed(adapters))
+    options = [*printed_options(first), *map(str, (f"{folder.name}={folder}" for folder in others))]
+    with serve(vllm, kinds["language model"].base, "base", log, options=["--max-model-len", "512", *options]) as url:
+        for model, folder in [("tuned", first), *((folder.name, folder) for folder in others)]:
+            assert_served(name, url, model, folder, capsys)
+
+
+def printed_options(adapter: Path) -> list[str]:
+    """Those of the command that `export --target vllm` prints for an adapter."""
+    done = run_command("export", "--adapter", adapter, "--target", "vllm")
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout.partition("vllm serve ")[2])
+    assert command[-2:] == ["--lora-modules", f"tuned={adapter}"]
+    return command[1:]
 
 
 def assert_served(name: str, url: str, model: str, folder: Path, capsys) -> None:
@@ -137,9 +143,7 @@ def adapter(published, rows, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(adapter, published, vllm, tmp_path_factory):
     """The address of a server of LLaVA-1.5, `base`, and its adapter, `tuned`."""
-    options = ["--enable-lora", "--lora-modules", f"tuned={adapter}", "--max-model-len", "512"]
-    (template,) = template_option(adapter, str(published / "llava15"))
-    options += template.split()
+    options = ["--max-model-len", "512", *printed_options(adapter)]
     log = tmp_path_factory.mktemp("server") / "log"
     with serve(vllm, published / "llava15", "base", log, options=options) as url:
         yield url
