@@ -128,6 +128,17 @@ def test_a_step_counts_all_processes():
     assert "| warmup | 10% of the steps |" in write_card(make_summary())
 
 
+def test_a_card_says_what_a_server_must_write():
+    assert "## Serve" not in write_card(make_summary())
+    start = write_card(make_summary(added_start="<s>"))
+    assert "began with `<s>`, which the chat template does not write" in start
+    assert "answer ended" not in start
+    both = write_card(make_summary(added_start="<s>", added_end="</s>"))
+    assert both.count("## Serve") == 1
+    assert "every answer ended with `</s>`" in both
+    assert "The chat template that is saved here writes it." in write_card(make_summary(added_end="</s>"))
+
+
 def test_the_card_of_a_merged_adapter_loads_a_whole_model():
     adapter = write_card(make_summary(options={"peft_method": "lora"}))
     merged = merge_card(adapter, "merged")

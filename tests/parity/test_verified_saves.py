@@ -289,6 +289,22 @@ def test_the_same_command_saves_again_and_compares_with_the_checkpoint(finished,
         assert (folder / ".complete").exists()
 
 
+def test_a_run_whose_template_an_earlier_version_saved_as_published_is_finished(finished, models, tmp_path):
+    """Its checkpoint has the base's template. The final model gets the one that ends answers."""
+    published = (models["llava15"] / "chat_template.jinja").read_text()
+    for method, (options, _) in finished.items():
+        folder = tmp_path / method
+        shutil.copytree(options["output_dir"], folder)
+        (folder / ".complete").unlink()
+        (folder / "checkpoint-1" / "chat_template.jinja").write_text(published)
+        (folder / "checkpoint-1" / "chat_template.json").write_text(json.dumps({"chat_template": published}))
+        tuning.train({**options, "output_dir": str(folder)})
+        saved = (folder / "chat_template.jinja").read_text()
+        assert saved.endswith(published)
+        assert saved != published
+        assert not (folder / "chat_template.json").exists()
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_that_cannot_be_read_is_told(finished, tmp_path):
     """One whole, and one that FSDP sharded."""

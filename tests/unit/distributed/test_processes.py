@@ -44,6 +44,17 @@ def test_a_process_whose_connection_closes_before_it_has_ended_is_named_as_gone(
         raise RuntimeError("Connection closed by peer")
 
 
+@pytest.mark.parametrize("code", [1, 203])
+def test_a_process_ends_with_the_code_of_the_one_that_failed(code, monkeypatch):
+    processes = beside(1)
+    monkeypatch.setattr(processes, "_all_gather", lambda mine: torch.tensor([[0, 5], [code, 6]]))
+    with pytest.raises(RunEnded) as ended:
+        processes.raise_on_all_ranks(None, 5)
+    assert (ended.value.message, ended.value.exit_code) == ("", code)
+    monkeypatch.setattr(processes, "_all_gather", lambda mine: torch.cat([mine, torch.tensor([[0, 6]])]))
+    assert processes.raise_on_all_ranks(None, 5).tolist() == [[5], [6]]
+
+
 def test_a_process_that_lives_is_named_with_its_state(other_process, monkeypatch):
     monkeypatch.setattr("tuning.distributed.processes._EXIT_SECONDS", 0.2)
     pid = other_process(60)
