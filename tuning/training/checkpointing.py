@@ -173,28 +173,31 @@ class ResumableTrainer(Trainer):
         `weights`: those that were written, by name; None for those of the model.
         """
         model, main = self._unwrapped, self.args.should_save
+        checkpoint = f"the checkpoint of step {self.state.global_step}"
 
-        def compare() -> tuple[str, str]:
+        def find_problem() -> str:
+            fault = ""
             if self._saves_shards:
                 fault = find_shard_fault(self.model, folder)
-            else:
-                expected = weights_on_disk(self.writer, model, weights) if main else {}
-                fault = find_tensor_fault(SavedWeights(folder), expected) if main else ""
-            return fault, find_setting_fault(self.writer, model, folder) if main else ""
+            elif main:
+                fault = find_tensor_fault(SavedWeights(folder), weights_on_disk(self.writer, model, weights))
+            return f"does not have the weights in memory: {fault}" if fault else ""
 
-        attempt = try_optional(compare, catch_user_errors=True)
-        fault, setting = attempt.value or ("", "")
-        problem = f"cannot be read back ({describe_failure(attempt.error)})" if attempt.error else ""
-        if problem := problem or (f"does not have the weights in memory: {fault}" if fault else ""):
+        attempt = try_optional(find_problem, catch_user_errors=True)
+        settings = try_optional(
+            lambda: find_setting_fault(self.writer, model, folder) if main else "", catch_user_errors=True
+        )
+        error = attempt.error or settings.error
+        if problem := attempt.value or (f"cannot be read back ({describe_failure(error)})" if error else ""):
             raise RunEnded(
-                f"The checkpoint of step {self.state.global_step} {problem}. It is deleted. Look at the disk of"
-                f" {folder.parent}. {self._how_to_go_on()}",
+                f"{checkpoint.capitalize()} {problem}. It is deleted. Look at the disk of {folder.parent}."
+                f" {self._how_to_go_on()}",
                 EXIT_INTERNAL_ERROR,
             )
-        if setting and not self._warned:
+        if settings.value and not self._warned:
             print0(
-                f"Warning: the checkpoint of step {self.state.global_step} does not load as it is in memory: {setting}."
-                " At the end of the run, such a model ends it with an error, unless verify_save is false."
+                f"Warning: {checkpoint} does not load as it is in memory: {settings.value}. At the end of the run, such"
+                " a model ends it with an error, unless verify_save is false."
             )
             self._warned = True
 
