@@ -172,23 +172,13 @@ class ResumableTrainer(Trainer):
 
         `weights`: those that were written, by name; None for those of the model.
         """
-        model, main = self._unwrapped, self.args.should_save
         checkpoint = f"the checkpoint of step {self.state.global_step}"
-
-        def find_problem() -> str:
-            fault = ""
-            if self._saves_shards:
-                fault = find_shard_fault(self.model, folder)
-            elif main:
-                fault = find_tensor_fault(SavedWeights(folder), weights_on_disk(self.writer, model, weights))
-            return f"does not have the weights in memory: {fault}" if fault else ""
-
-        attempt = try_optional(find_problem, catch_user_errors=True)
-        settings = try_optional(
-            lambda: find_setting_fault(self.writer, model, folder) if main else "", catch_user_errors=True
-        )
-        error = attempt.error or settings.error
-        if problem := attempt.value or (f"cannot be read back ({describe_failure(error)})" if error else ""):
+        found = try_optional(lambda: self._find_weight_fault(folder, weights), catch_user_errors=True)
+        settings = try_optional(lambda: self._find_setting_fault(folder), catch_user_errors=True)
+        problem = f"does not have the weights in memory: {found.value}" if found.value else ""
+        if error := found.error or settings.error:
+            problem = problem or f"cannot be read back ({describe_failure(error)})"
+        if problem:
             raise RunEnded(
                 f"{checkpoint.capitalize()} {problem}. It is deleted. Look at the disk of {folder.parent}."
                 f" {self._how_to_go_on()}",
@@ -200,6 +190,18 @@ class ResumableTrainer(Trainer):
                 " a model ends it with an error, unless verify_save is false."
             )
             self._warned = True
+
+    def _find_weight_fault(self, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> str:
+        if self._saves_shards:
+            return find_shard_fault(self.model, folder)
+        if not self.args.should_save:
+            return ""
+        return find_tensor_fault(SavedWeights(folder), weights_on_disk(self.writer, self._unwrapped, weights))
+
+    def _find_setting_fault(self, folder: Path) -> str:
+        if not self.args.should_save:
+            return ""
+        return find_setting_fault(self.writer, self._unwrapped, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model or adapter as its base is published; under FSDP and ZeRO-3 gathered from all processes.
