@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm.std import tqdm
 
 from tuning import sft_trainer
 
@@ -32,6 +34,7 @@ def start_run(options: dict, prepare: Callable[[], None] = lambda: None) -> mult
         sys.stdout = sys.stderr = open(folder / "run.log", "w", buffering=1)  # noqa: SIM115
         faulthandler.register(signal.SIGQUIT, file=sys.stderr)
         torch.set_num_threads(1)
+        give_progress_bars_their_own_lock()
         prepare()
         code = sft_trainer.main([str(config)])
         os._exit(code)
@@ -39,6 +42,15 @@ def start_run(options: dict, prepare: Callable[[], None] = lambda: None) -> mult
     process = FORK.Process(target=child)
     process.start()
     return process
+
+
+def give_progress_bars_their_own_lock() -> None:
+    """Forked processes share tqdm's lock, and one that was killed while it held it would block all that follow."""
+    kinds = [tqdm]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        if "_lock" in vars(kind):
+            kind.set_lock(threading.RLock())
 
 
 def finish(process: multiprocessing.Process, options: dict) -> tuple[int, str]:
