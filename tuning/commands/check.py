@@ -117,7 +117,8 @@ def estimate_step(memory: StepMemory, rows: int) -> tuple[RunConfig, MemoryEstim
     """
     config = memory.config
     if not left_to_memory(config):
-        return config, memory.estimate(count_rows(config, memory.longest)), {}
+        of_one_process = max(1, -(-rows // count_processes(config)))  # a batch never has more
+        return config, memory.estimate(min(count_rows(config, memory.longest), of_one_process)), {}
     limit = find_limit(config)
     plan = plan_memory(memory, limit, most_rows=max(1, rows // count_processes(config)))
     return plan.apply(config), plan.estimate, {"memory": plan.describe(config, limit)}
