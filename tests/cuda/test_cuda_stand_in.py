@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -145,10 +146,9 @@ def test_a_run_on_cuda_has_the_losses_of_the_cpu(name, stand_in, checkpoint, tmp
         assert result["losses"] == pytest.approx(expected, rel=1e-3)
         assert len(result["losses"]) == 3
         assert kernels <= result["attention"].keys()
-        of_saves = ("checkpointing.py", "read_back.py")  # the last step of a run may save
-        waits = Counter(
-            {place: number for place, number in result["waits"].items() if not any(s in place for s in of_saves)}
-        )
+        waits = Counter(result["waits"])
+        if launch.endswith("sharded"):  # its last step is one that saves
+            waits = Counter({place: n for place, n in waits.items() if not re.search("checkpointing|read_back", place)})
         allowed = MOST_WAITS + WAITS_OF_DDP * (launch == "ddp") + WAITS_OF_QWEN * (name == "Qwen2.5-VL")
         assert waits.total() <= allowed, waits
 

@@ -54,7 +54,6 @@ def trained_model(trainer: SupervisedTrainer) -> TrainedModel:
     model = trainer.accelerator.unwrap_model(trainer.model)
     return TrainedModel(
         model=model,
-        processor=trainer.processing_class,
         dtypes=trainer.dtypes,
         attention=trainer.trainable.attention.loaded,
         collator=trainer.data.collator,

@@ -49,7 +49,6 @@ class TrainedModel:
     """
 
     model: Any
-    processor: Any
     dtypes: Mapping[str, torch.dtype]
     attention: str
     collator: Collator
