@@ -204,12 +204,14 @@ def test_processes_to_launch_share_the_memory(make_options):
 def test_a_batch_has_no_more_rows_than_the_data(make_options, capsys):
     """However large its size: the estimate would encode and join that many."""
     peaks = []
-    for size in (16, 10**12):  # there are 16 rows
+    for size in (16, 2**63 - 1):  # there are 16 rows
         options = make_options("granite_vision", per_device_train_batch_size=size, overwrite_output_dir=True)
         code, report, printed = run_check(options, capsys)
         assert code == 0, printed
         peaks.append(report["estimates"]["peak_memory_gb_per_device"]["value"])
     assert peaks[0] == peaks[1]
+    options = make_options("granite_vision", per_device_train_batch_size=16, max_rows=2, overwrite_output_dir=True)
+    assert run_check(options, capsys)[1]["estimates"]["peak_memory_gb_per_device"]["value"] > peaks[0] / 4  # not of 2
 
 
 def test_a_prompt_that_ends_in_a_blank_is_warned_about(make_options, capsys):

@@ -119,7 +119,7 @@ def estimate_run(
     if memory.activations is not None:
         activations = f"{memory.activations / GIGABYTE:.3g}"
     budget = config.data.max_tokens_per_batch
-    heaviest = f"{budget:,} tokens" if budget else f"the {training.per_device_train_batch_size} longest rows"
+    heaviest = f"{budget:,} tokens" if budget else "a batch of the longest rows"
     how = (
         f"the tensors of one step on {heaviest}, run without weights:"
         f" weights {memory.weights / GIGABYTE:.3g}, gradients {memory.gradients / GIGABYTE:.3g}, optimizer"

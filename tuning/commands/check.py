@@ -22,7 +22,7 @@ from tuning.data.encode import Encoder, Sample
 from tuning.data.from_config import check_batch_is_filled, dummy_batch, make_encoder, open_rows
 from tuning.data.row_lengths import RowLengths, RowMeter
 from tuning.data.row_warnings import describe_ignored_keys, describe_unused_columns, find_prompt_gap
-from tuning.data.sources import Row
+from tuning.data.sources import Row, Stream
 from tuning.errors import UserError, writing
 from tuning.files import write_json, write_text
 from tuning.model import load
@@ -68,7 +68,8 @@ def check(config: RunConfig) -> Report:
     patch_optimizer = patch_master_weights if config.model.keep_master_weights else None
     step_memory = StepMemory(config, model_config, plan, collator, heaviest, patch_optimizer)
     settings = describe_settings(config, encoder, plan, step_memory.build_skeleton())
-    config, memory, decided = estimate_step(step_memory, len(lengths.tokens))
+    all_rows = None if isinstance(source, Stream) else len(source)
+    config, memory, decided = estimate_step(step_memory, len(lengths.tokens), all_rows)
     settings |= decided
     batches = count_batches(config, source, lengths, encoder, padded=not collator.padding_free)
 
@@ -110,15 +111,19 @@ def encode_good(findings: Findings, encoder: Encoder, row: Row) -> Sample | None
     return next(iter(findings.map_good(encoder.encode, [row])), None)
 
 
-def estimate_step(memory: StepMemory, rows: int) -> tuple[RunConfig, MemoryEstimate | None, dict[str, str]]:
+def estimate_step(
+    memory: StepMemory, rows: int, all_rows: int | None
+) -> tuple[RunConfig, MemoryEstimate | None, dict[str, str]]:
     """The config with numbers where it says auto, the memory of a step, and what was decided, by name.
 
-    `rows`: those of an epoch.
+    `rows`: those that were measured. `all_rows`: those of an epoch; None where they are streamed.
     """
     config = memory.config
     if not left_to_memory(config):
-        of_one_process = max(1, -(-rows // count_processes(config)))  # a batch never has more
-        return config, memory.estimate(min(count_rows(config, memory.longest), of_one_process)), {}
+        batch = count_rows(config, memory.longest)
+        if all_rows is not None:  # a batch has no more than a process has in an epoch
+            batch = min(batch, max(1, -(-all_rows // count_processes(config))))
+        return config, memory.estimate(batch), {}
     limit = find_limit(config)
     plan = plan_memory(memory, limit, most_rows=max(1, rows // count_processes(config)))
     return plan.apply(config), plan.estimate, {"memory": plan.describe(config, limit)}

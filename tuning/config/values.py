@@ -15,6 +15,7 @@ import torch
 
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 LONGEST = 200  # characters of a value in a message
+LARGEST = 2**63 - 1  # tensors have no larger whole numbers
 TYPE_NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -122,9 +123,12 @@ def _convert_number(value: Any, kind: type) -> Any:
         return None
     if kind is float:
         return number
-    if isinstance(value, int):  # a float would round a large one
-        return value
-    return int(number) if number.is_integer() else None
+    if not number.is_integer():
+        return None
+    try:
+        return int(value) if isinstance(value, (int, str)) else int(number)  # a float rounds large ones
+    except ValueError:  # "1e3"
+        return int(number)
 
 
 def _convert_json(value: Any, kind: type) -> Any:
@@ -154,6 +158,8 @@ def _find_value_problem(value: Any, limits: Mapping[str, Any]) -> str:
     lowest, highest, above, below = (limits.get(name) for name in ("minimum", "maximum", "above", "below"))
     if isinstance(value, float) and not math.isfinite(value):
         return f"must be finite, got {value}"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"must be at most {LARGEST}, got {shorten(value)}"
     if lowest is highest is above is below is None or isinstance(value, str):  # auto
         return ""
     is_inside = (

@@ -68,7 +68,7 @@ class RowOrder(Sampler[int]):
                 yield from rows.tolist()
             return
         whole, end = self.rows - self.rows % self.group, 0
-        for window in (*order[:whole].split(self.window), order[whole:]):
+        for window in (*order[:whole].split(min(self.window, max(1, self.rows))), order[whole:]):
             shuffled = torch.randperm(-(-len(window) // self.group), generator=generator)
             start, end = end, end + len(window)
             if first < end:
