@@ -12,6 +12,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memo
 DEVICE_FAULTS = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "NCCL error", "HIP error")
 REFUSED = ("no kernel image", "invalid device function", "_STATUS_NOT_SUPPORTED")
 DEVICE_ERRORS = {"AcceleratorError", "DistError"}  # PyTorch's classes by name: this file does not import it
+DEAD_WORKER = "DataLoader worker (pid"  # how PyTorch begins its words for a data worker that ended
 
 
 class UserError(Exception):
@@ -102,6 +103,18 @@ def is_device_fault(error: BaseException) -> bool:
     return is_one or any(words in str(error) for words in DEVICE_FAULTS)
 
 
+def find_dead_worker(error: BaseException | None) -> str:
+    """PyTorch's words for a data worker that ended, in an error or in those that led to it; "" if there are none.
+
+    PyTorch raises this in the main process at once, wherever that is: no later step can then be trusted to be whole.
+    """
+    while error is not None:
+        if DEAD_WORKER in str(error):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 @dataclass(frozen=True)
 class Attempt(Generic[T]):
     """How an optional step ended: with a `value`, or with the `error` that stopped it."""
@@ -114,8 +127,9 @@ def try_optional(action: Callable[[], T], *, catch_user_errors: bool = False) ->
     """Run an optional step whose failure the caller reports instead of ending the run.
 
     Such a step runs the code of a model, a processor or a tracker that we have never seen, and any exception may come
-    out of it. `UserError`, `RunEnded`, running out of memory and a fault of the device still end the run.
-    `catch_user_errors`: the caller reports a `UserError` as well. Set the log level DEBUG to see the traceback.
+    out of it. `UserError`, `RunEnded`, running out of memory, a fault of the device and a data worker that ended still
+    end the run. `catch_user_errors`: the caller reports a `UserError` as well. Set the log level DEBUG to see the
+    traceback.
     """
     try:
         return Attempt(value=action())
@@ -123,7 +137,7 @@ def try_optional(action: Callable[[], T], *, catch_user_errors: bool = False) ->
         raise
     except Exception as error:
         is_users = isinstance(error, UserError) and not catch_user_errors
-        if is_users or is_out_of_memory(error) or is_device_fault(error):
+        if is_users or is_out_of_memory(error) or is_device_fault(error) or find_dead_worker(error):
             raise
         logging.getLogger(__name__).debug("An optional step failed.", exc_info=error)
         return Attempt(error=error)

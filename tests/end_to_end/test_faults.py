@@ -1,6 +1,7 @@
 """Whatever ends a run early, the same command goes on and ends where an uninterrupted run does."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +90,16 @@ def die_at(owner: object, name: str, count: int, *, after: bool = False):
     return prepare
 
 
+def die_in_deletion(count: int):
+    """Kill this process before the `count`-th folder that `checkpoint_files` deletes; others delete folders, too."""
+
+    def prepare() -> None:
+        checkpoint_files.shutil = SimpleNamespace(**vars(shutil))
+        die_at(checkpoint_files.shutil, "rmtree", count)()
+
+    return prepare
+
+
 MOMENTS = {
     "in the first step": (die_at(SupervisedTrainer, "training_step", 1), None),
     "in a later step": (die_at(SupervisedTrainer, "training_step", 4), 2),
@@ -97,8 +109,8 @@ MOMENTS = {
     "before the last file": (die_at(ResumableTrainer, "_write_trainer_state", 2), 2),
     "before the checkpoint has its name": (die_at(checkpointing, "commit_checkpoint", 2), 2),
     "when the checkpoint has its name": (die_at(checkpointing, "commit_checkpoint", 2, after=True), 4),
-    "before an old checkpoint is deleted": (die_at(checkpoint_files.shutil, "rmtree", 1), 6),
-    "when an old checkpoint is no longer one": (die_at(checkpoint_files.shutil, "rmtree", 2), 6),
+    "before an old checkpoint is deleted": (die_in_deletion(1), 6),
+    "when an old checkpoint is no longer one": (die_in_deletion(2), 6),
     "before the final model is saved": (die_at(ResumableTrainer, "save_final", 1), 6),
     "before the final model is in its place": (die_at(checkpointing, "move_into_place", 1), 6),
     "before the run is marked as complete": (die_at(checkpointing, "move_into_place", 1, after=True), 6),
@@ -321,10 +333,33 @@ def test_a_killed_data_worker_is_named(options):
         encode.Encoder.encode = killed
 
     code, said = run_in_child({**options, "dataloader_num_workers": 1, "max_steps": 8}, prepare)
-    assert code == 1
+    assert_worker_is_named(code, said)
+
+
+def test_a_data_worker_that_dies_during_a_save_is_not_taken_for_a_broken_checkpoint(options):
+    """PyTorch raises its error wherever the main process is: here, where it reads a checkpoint back."""
+
+    def prepare() -> None:
+        read = checkpointing.find_tensor_fault
+
+        def kill_worker_and_read(*args):
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            time.sleep(HANGS)  # until the system tells this process
+            return read(*args)
+
+        checkpointing.find_tensor_fault = kill_worker_and_read
+
+    code, said = run_in_child({**options, "dataloader_num_workers": 1}, prepare)
+    assert "is killed by signal: Killed" in said
+    assert_worker_is_named(code, said)
+
+
+def assert_worker_is_named(code: int, said: str) -> None:
+    assert code == 1, said
     assert "Traceback" not in said
     last = said.splitlines()[-1]
-    assert last.startswith("Error: dataloader_num_workers: a process that reads data (pid ")
+    assert last.startswith("Error: dataloader_num_workers: a process that reads data ")
     assert "use fewer workers" in last
 
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from transformers import TrainingArguments
 
 from tuning.data.collator import BatchInfo
-from tuning.errors import UserError
+from tuning.errors import RunEnded, UserError, find_dead_worker
+
+RECEIVING = {"multiprocessing.connection", "multiprocessing.reduction"}  # where a process reads what another has sent
 
 
 def out_of_memory(
@@ -53,18 +55,17 @@ def name_killed_worker() -> Iterator[None]:
     """Turn the death of a data worker into a `UserError`."""
     try:
         yield
-    except RuntimeError as error:
+    except (UserError, RunEnded):
+        raise
+    except Exception as error:
+        modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if found := re.search(r"\(pid\(?s?\)? ?([\d, ]+)\)([^.]*)", find_dead_worker(error)):
+            raise _worker_error(f"(pid {found[1].strip()}) {found[2].strip()}") from error
         if "Pin memory thread exited" in str(error):  # it met the error that is named below
             raise _worker_error("ended before it had sent all of a batch") from error
-        found = re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)([^.]*)", str(error))
-        if not found:
-            raise
-        raise _worker_error(f"(pid {found[1].strip()}) {found[2].strip()}") from error
-    except (OSError, EOFError) as error:  # PyTorch does not know yet that the worker which sent the batch is dead
-        modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if "multiprocessing.connection" not in modules:
-            raise
-        raise _worker_error("ended before it had sent all of a batch") from error
+        if isinstance(error, (OSError, EOFError)) and modules & RECEIVING:  # PyTorch does not know yet that it is dead
+            raise _worker_error("ended before it had sent all of a batch") from error
+        raise
 
 
 def _worker_error(what: str) -> UserError:

@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 from tuning.console import print0
 from tuning.distributed.processes import Processes
 from tuning.distributed.zero3 import is_zero3_model
-from tuning.errors import RunEnded, UserError, describe_failure, first_line, try_optional
+from tuning.errors import RunEnded, UserError, describe_failure, find_dead_worker, first_line, try_optional
 from tuning.exit_codes import EXIT_INTERNAL_ERROR
 from tuning.files import (
     FINGERPRINT_FILE,
@@ -131,6 +131,10 @@ class ResumableTrainer(Trainer):
         except RunEnded as fault:
             error = fault
         except DISK_ERRORS as failure:
+            if isinstance(failure, CheckpointException):  # of all processes that failed
+                failure = next(iter(failure.failures.values()))[0]
+            if find_dead_worker(failure):
+                raise failure
             error = self._cannot_write(folder, failure)
         try:
             self.processes.raise_on_all_ranks(error)
@@ -139,8 +143,6 @@ class ResumableTrainer(Trainer):
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _cannot_write(self, folder: Path, failure: BaseException) -> UserError:
-        if isinstance(failure, CheckpointException):  # of all processes that failed
-            failure = next(iter(failure.failures.values()))[0]
         reason = getattr(failure, "strerror", None) or first_line(failure)
         return UserError(
             where=str(folder),
