@@ -5,15 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from predictions import read_lines
 from safetensors.torch import load_file
 from tiny_models import LAYOUTS
 
 from tuning import cli, train
 from tuning.errors import UserError
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -10,24 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from predictions import flags_of, make_predict, read_lines
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from two_processes import run_two
 
-from tuning import cli, train
+from tuning import train
 from tuning.data.images import load_image
 
 QUICK = {"max_new_tokens": 8, "batch_size": 3}
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def flags_of(options):
-    words = []
-    for name, value in options.items():
-        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +41,8 @@ def trained(models, rows, tmp_path_factory):
 
 @pytest.fixture
 def predict(rows, tmp_path, capsys):
-    """Run the command in this process; returns its exit code, the lines it wrote, and what it said."""
-
-    def run(model, **changes):
-        output = tmp_path / "predictions.jsonl"
-        options = {"model_name_or_path": model, "data_path": rows, "output": output, **QUICK, **changes}
-        code = cli.main(["predict", *flags_of({k: v for k, v in options.items() if v is not None})])
-        printed = capsys.readouterr()
-        return code, read_lines(options["output"]) if Path(options["output"]).exists() else [], printed
-
-    return run
+    run = make_predict(capsys, data_path=rows, output=tmp_path / "predictions.jsonl", **QUICK)
+    return lambda model, **changes: run(model_name_or_path=model, **changes)
 
 
 def answer_alone(model, processor, rows):

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from child_runs import FORK
 from PIL import Image
+from predictions import flags_of, make_predict, read_lines
 from served_models import MODEL, says, scripted_server, transformers_server
 from two_processes import run_two
 
@@ -22,17 +22,6 @@ from tuning import cli
 from tuning.serving import server as client
 
 LIMIT = 8
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def flags_of(options):
-    words = []
-    for name, value in options.items():
-        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +32,8 @@ def served(models):
 
 @pytest.fixture
 def predict(rows, tmp_path, capsys):
-    """Run the command in this process; returns its exit code, the lines it wrote, and what it said."""
-
-    def run(url=None, **changes):
-        output = tmp_path / "predictions.jsonl"
-        options = {"server_url": url, "data_path": rows, "output": output, "max_new_tokens": LIMIT, **changes}
-        code = cli.main(["predict", *flags_of({k: v for k, v in options.items() if v is not None})])
-        printed = capsys.readouterr()
-        return code, read_lines(options["output"]) if Path(options["output"]).exists() else [], printed
-
-    return run
+    run = make_predict(capsys, data_path=rows, output=tmp_path / "predictions.jsonl", max_new_tokens=LIMIT)
+    return lambda url=None, **changes: run(**{"server_url": url, **changes})
 
 
 def number_of(body) -> str:

@@ -35,15 +35,11 @@ class ModelWriter:
         self, source: ModelSource, config: PreTrainedConfig, processor: Any, stored_names: Mapping[str, str]
     ) -> None:
         self.source, self.config, self.processor, self.stored_names = source, config, processor, stored_names
+        self.folder = Path(source.model_name_or_path)
 
     def find_base(self) -> None:
-        """Find the base's folder now: the Hub may have another revision when a model is saved."""
-        assert self.folder
-
-    @functools.cached_property
-    def folder(self) -> Path:
-        name = self.source.model_name_or_path
-        return try_optional(lambda: find_folder(name)).value or Path(name)
+        """Find the folder of a base from the Hub now: there may be another revision when a model is saved."""
+        self.folder = try_optional(lambda: find_folder(self.source.model_name_or_path)).value or self.folder
 
     def write(self, model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
         """Write the model, or the adapter, and its processor. `weights`: by name; None for those that `model` has."""
