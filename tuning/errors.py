@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memo
 DEVICE_FAULTS = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "NCCL error", "HIP error")
 REFUSED = ("no kernel image", "invalid device function", "_STATUS_NOT_SUPPORTED")
 DEVICE_ERRORS = {"AcceleratorError", "DistError"}  # PyTorch's classes by name: this file does not import it
-DEAD_WORKER = "DataLoader worker (pid"  # how PyTorch begins its words for a data worker that ended
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)([^.]*)")  # PyTorch's words
+RECEIVING = {"multiprocessing.connection", "multiprocessing.reduction"}  # where a process reads what another has sent
 
 
 class UserError(Exception):
@@ -103,15 +106,26 @@ def is_device_fault(error: BaseException) -> bool:
     return is_one or any(words in str(error) for words in DEVICE_FAULTS)
 
 
-def find_dead_worker(error: BaseException | None) -> str:
-    """PyTorch's words for a data worker that ended, in an error or in those that led to it; "" if there are none.
+def find_dead_worker(error: BaseException | None) -> re.Match | None:
+    """PyTorch's words for the end of a data worker, in an error or in those that led to it.
 
-    PyTorch raises this in the main process at once, wherever that is: no later step can then be trusted to be whole.
+    PyTorch raises them in the main process at once, wherever that is: in a step, a save, another library.
     """
     while error is not None:
-        if DEAD_WORKER in str(error):
-            return str(error)
+        if found := DEAD_WORKER.search(str(error)):
+            return found
         error = error.__cause__ or error.__context__
+    return None
+
+
+def describe_dead_worker(error: Exception) -> str:
+    """What happened to a process that reads data, if its end is the cause of an error; "" if it is not."""
+    if found := find_dead_worker(error):
+        return f"a process that reads data (pid {found[1].strip()}) {found[2].strip()}."
+    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    is_closed = isinstance(error, (OSError, EOFError)) and modules & RECEIVING  # PyTorch takes the process for alive
+    if is_closed or "Pin memory thread exited" in str(error):
+        return "a process that reads data ended before it had sent all of a batch."
     return ""
 
 

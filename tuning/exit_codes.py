@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from tuning.console import close_progress_bars, print_error
-from tuning.errors import RunEnded, UserError
+from tuning.errors import RunEnded, UserError, describe_dead_worker
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 1
@@ -47,9 +47,10 @@ def run_command(
 def exit_code_of(command: Callable[[], object]) -> int:
     """Run `command` and turn how it ended into an exit code. This is where every exception is caught.
 
-    0: done. 1: `UserError`, one message on standard error. 130: Ctrl-C. 143, 203: `RunEnded`. 203: anything else, with
-    its traceback. Only the first failing process of a launch prints its error: the others fail as a result. The message
-    also goes to the file that the environment variable `TERMINATION_LOG_FILE` names.
+    0: done. 1: `UserError`, or a data worker that ended: one message on standard error. 130: Ctrl-C. 143, 203:
+    `RunEnded`. 203: anything else, with its traceback. Only the first failing process of a launch prints its error: the
+    others fail as a result. The message also goes to the file that the environment variable `TERMINATION_LOG_FILE`
+    names.
     """
     trace = ""
     if was_launched():
@@ -67,8 +68,12 @@ def exit_code_of(command: Callable[[], object]) -> int:
     except SystemExit as exit_request:
         return exit_request.code if isinstance(exit_request.code, int) else EXIT_OK
     except Exception as error:
-        trace = traceback.format_exc()
-        message, code = f"Internal error: {type(error).__name__}: {error}", EXIT_INTERNAL_ERROR
+        if dead := describe_dead_worker(error):
+            message = f"Error: {dead} Often the machine has run out of memory: run it where more is free."
+            code = EXIT_USER_ERROR
+        else:
+            trace = traceback.format_exc()
+            message, code = f"Internal error: {type(error).__name__}: {error}", EXIT_INTERNAL_ERROR
     else:
         return EXIT_OK
     if message and claim_error_output():

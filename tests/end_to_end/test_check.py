@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -174,6 +175,22 @@ def test_many_rows_are_read_by_several_processes_in_order(make_options, write_ro
     assert code == 1
     assert [p["row"] for p in report["problems"]] == [7, 130, 399]
     assert report["totals"]["rows"] == 400
+
+
+def test_a_killed_process_is_named(make_options, write_rows, monkeypatch, capsys):
+    measure, main = RowMeter.measure, os.getpid()
+
+    def killed(*args):
+        if os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return measure(*args)
+
+    monkeypatch.setattr(RowMeter, "measure", killed)
+    options = make_options("llava15", training_data_path=write_rows(*[GOOD] * 400))
+    assert cli.main(["check", *(f"--{name}={value}" for name, value in options.items())]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert re.fullmatch(r"Error: a process that reads data .* run it where more is free\.", printed.splitlines()[-1])
 
 
 def test_streamed_and_mixed_data_are_read_once(make_options, write_rows, rows, capsys):

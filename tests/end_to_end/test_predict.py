@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from two_processes import run_two
 
 from tuning import train
+from tuning.commands import predict as prediction
 from tuning.data.images import load_image
 
 QUICK = {"max_new_tokens": 8, "batch_size": 3}
@@ -96,9 +98,7 @@ def test_two_models_stand_side_by_side_with_their_scores(predict, trained, model
 
 
 def test_what_was_answered_before_an_interruption_is_kept(predict, trained, rows, tmp_path, monkeypatch):
-    from tuning.commands import predict as module
-
-    asked, answer = [], module.answer
+    asked, answer = [], prediction.answer
 
     def count(model, samples, *rest, **settings):
         if len(asked) == 2:
@@ -106,17 +106,17 @@ def test_what_was_answered_before_an_interruption_is_kept(predict, trained, rows
         asked.append(len(samples))
         return answer(model, samples, *rest, **settings)
 
-    monkeypatch.setattr(module, "answer", count)
+    monkeypatch.setattr(prediction, "answer", count)
     code, lines, printed = predict(trained / "full")
     assert (code, lines) == (130, [])
     assert "Interrupted. 6 answers are kept. Run the same command again to continue." in printed.err
     (partial,) = tmp_path.glob(".*partial")
     partial.write_text(partial.read_text() + '{"index": 6, "file": "ro')  # killed while it wrote
-    monkeypatch.setattr(module, "answer", answer)
+    monkeypatch.setattr(prediction, "answer", answer)
     _, whole, _ = predict(trained / "full", output=tmp_path / "whole.jsonl")
     asked.append(0)
     monkeypatch.setattr(
-        module, "answer", lambda m, samples, *r, **s: asked.append(len(samples)) or answer(m, samples, *r, **s)
+        prediction, "answer", lambda m, samples, *r, **s: asked.append(len(samples)) or answer(m, samples, *r, **s)
     )
     code, lines, _ = predict(trained / "full")
     assert code == 0
@@ -125,6 +125,24 @@ def test_what_was_answered_before_an_interruption_is_kept(predict, trained, rows
     _, lines, _ = predict(trained / "full", metrics="token_f1")  # only scores anew
     assert asked == [3, 3, 0, 3, 3, 3, 1]
     assert lines[0]["scores"]["prediction"]["token_f1"] >= 0
+
+
+def test_a_killed_process_is_named_and_answers_are_kept(predict, trained, rows, tmp_path, monkeypatch):
+    read = prediction.Questions.__getitem__
+
+    def killed(questions, index):
+        if index == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(questions, index)
+
+    whole = predict(trained / "full", output=tmp_path / "whole.jsonl")[1]
+    monkeypatch.setattr(prediction.Questions, "__getitem__", killed)
+    code, _, printed = predict(trained / "full")
+    assert code == 1
+    assert "Traceback" not in printed.err
+    assert printed.err.splitlines()[-1].startswith("Error: a process that reads data ")
+    monkeypatch.undo()
+    assert predict(trained / "full")[:2] == (0, whole)
 
 
 def test_a_model_may_be_compared_on_some_of_the_rows(predict, trained, models):
@@ -331,9 +349,7 @@ def test_scores_without_right_answers_are_missed_aloud(predict, trained, rows):
 
 
 def test_what_would_fail_in_the_end_is_said_before_anything_is_answered(predict, trained, rows, monkeypatch):
-    from tuning.commands import predict as module
-
-    monkeypatch.setattr(module, "load_answering", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(prediction, "load_answering", lambda *_, **__: pytest.fail("a model is loaded"))
     code, lines, printed = predict(trained / "full", metrics="json_field_accuracy")
     assert (code, lines) == (1, [])
     assert (

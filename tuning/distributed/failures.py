@@ -1,16 +1,12 @@
 """Messages for faults of the machine: no memory left, and killed data workers."""
 
-import re
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from transformers import TrainingArguments
 
 from tuning.data.collator import BatchInfo
-from tuning.errors import RunEnded, UserError, find_dead_worker
-
-RECEIVING = {"multiprocessing.connection", "multiprocessing.reduction"}  # where a process reads what another has sent
+from tuning.errors import RunEnded, UserError, describe_dead_worker
 
 
 def out_of_memory(
@@ -52,25 +48,16 @@ def _remedies(training: TrainingArguments, lora: bool, recomputes_all: bool, max
 
 @contextmanager
 def name_killed_worker() -> Iterator[None]:
-    """Turn the death of a data worker into a `UserError`."""
+    """Turn an error that a data worker's end has caused into a `UserError`."""
     try:
         yield
     except (UserError, RunEnded):
         raise
     except Exception as error:
-        modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
-        if found := re.search(r"\(pid\(?s?\)? ?([\d, ]+)\)([^.]*)", find_dead_worker(error)):
-            raise _worker_error(f"(pid {found[1].strip()}) {found[2].strip()}") from error
-        if "Pin memory thread exited" in str(error):  # it met the error that is named below
-            raise _worker_error("ended before it had sent all of a batch") from error
-        if isinstance(error, (OSError, EOFError)) and modules & RECEIVING:  # PyTorch does not know yet that it is dead
-            raise _worker_error("ended before it had sent all of a batch") from error
-        raise
-
-
-def _worker_error(what: str) -> UserError:
-    return UserError(
-        where="dataloader_num_workers",
-        problem=f"a process that reads data {what}.",
-        fix="Often the machine has run out of memory: use fewer workers, or a lower dataloader_prefetch_factor.",
-    )
+        if not (dead := describe_dead_worker(error)):
+            raise
+        raise UserError(
+            where="dataloader_num_workers",
+            problem=dead,
+            fix="Often the machine has run out of memory: use fewer workers, or a lower dataloader_prefetch_factor.",
+        ) from error
