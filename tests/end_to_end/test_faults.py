@@ -1,13 +1,16 @@
 """Whatever ends a run early, the same command goes on and ends where an uninterrupted run does."""
 
+import errno
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,6 +337,26 @@ def test_a_killed_data_worker_is_named(options):
 
     code, said = run_in_child({**options, "dataloader_num_workers": 1, "max_steps": 8}, prepare)
     assert_worker_is_named(code, said)
+
+
+def test_a_data_worker_whose_end_the_system_tells_late_is_named_once(options):
+    """Its connection is closed first. PyTorch's second error came while the run ended, and was taken for another."""
+
+    def prepare() -> None:
+        main, answer_challenge = os.getpid(), multiprocessing.connection.answer_challenge
+
+        def reset(*args):
+            if os.getpid() != main:
+                return answer_challenge(*args)
+            for worker in multiprocessing.active_children():
+                threading.Timer(0.1, worker.kill).start()
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+        multiprocessing.connection.answer_challenge = reset
+
+    code, said = run_in_child({**options, "dataloader_num_workers": 1}, prepare)
+    assert_worker_is_named(code, said)
+    assert "is killed by signal: Killed" in said.splitlines()[-1]
 
 
 def test_a_data_worker_that_dies_during_a_save_is_not_taken_for_a_broken_checkpoint(options):

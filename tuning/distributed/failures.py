@@ -1,5 +1,6 @@
 """Messages for faults of the machine: no memory left, and killed data workers."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -7,6 +8,8 @@ from transformers import TrainingArguments
 
 from tuning.data.collator import BatchInfo
 from tuning.errors import RunEnded, UserError, describe_dead_worker
+
+NEWS_SECONDS = 1
 
 
 def out_of_memory(
@@ -48,7 +51,10 @@ def _remedies(training: TrainingArguments, lora: bool, recomputes_all: bool, max
 
 @contextmanager
 def name_killed_worker() -> Iterator[None]:
-    """Turn an error that a data worker's end has caused into a `UserError`."""
+    """Turn an error that a data worker's end has caused into a `UserError`.
+
+    PyTorch raises once more when the system tells it of that end, which may be later: here is the place to wait for it.
+    """
     try:
         yield
     except (UserError, RunEnded):
@@ -56,6 +62,10 @@ def name_killed_worker() -> Iterator[None]:
     except Exception as error:
         if not (dead := describe_dead_worker(error)):
             raise
+        try:
+            time.sleep(NEWS_SECONDS)
+        except RuntimeError as news:
+            dead = describe_dead_worker(news) or dead
         raise UserError(
             where="dataloader_num_workers",
             problem=dead,
