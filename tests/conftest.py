@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that mo
 import pytest
 import torch
 from PIL import Image
+from thinned import mark_the_rest_slow
 from tiny_models import LAYOUTS, save_layout
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "yellow": (230, 220, 20)}
@@ -112,6 +113,11 @@ def open_page(browser, tmp_path_factory):
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     return open_page
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked slow
+def pytest_collection_modifyitems(items):
+    mark_the_rest_slow(items)
 
 
 def pytest_collection_finish():

@@ -10,6 +10,7 @@ ZeRO-3 is made to shard small weights, too.
 """
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -141,6 +142,8 @@ def main(path: str) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         shard_small_weights()
     for job in json.loads(Path(path).read_text()):
+        gc.collect()
+        gc.freeze()  # what was imported by now need not be looked through again: a run collects garbage a few times
         os.environ.update(job.pop("environ", {}))
         outcome = Path(f"{job['output_dir']}-outcome-{os.environ['RANK']}")
         with met(job.pop("fault", None)), changed(job.pop("constants", {})):

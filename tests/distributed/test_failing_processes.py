@@ -57,7 +57,7 @@ def many_bad_rows(mixed_rows):
     return file
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+@pytest.fixture(scope="module", params=[pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def ended(request, make_job, bad_rows, many_bad_rows, tmp_path_factory):
     """Folder with runs of which one process met a fault, and runs that go on after it."""
     root = tmp_path_factory.mktemp(f"faults-{request.param}")
