@@ -46,7 +46,7 @@ for case in EXAMINED_CASES:
 if HAS_BITSANDBYTES:
     CASES["4bit"] = ("llava15", LORA | {"quantization": "4bit"})
 SPLITS = {"2x4": (4, 1), "2x2x2": (2, 2)}
-# What `make test-slow` runs in both splits: layouts of the same architecture as another one's, and other ways to batch.
+# What only `make test-slow` runs: layouts that are like another one, other ways to batch, options with more tests.
 RARE = {
     *PACKED,
     *("granite_vision lora", "llava15 full", "llava_next_vicuna full", "llava_next_vicuna lora"),

@@ -159,7 +159,7 @@ def _find_value_problem(value: Any, limits: Mapping[str, Any]) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f"must be finite, got {value}"
     if isinstance(value, int) and abs(value) > LARGEST:
-        return f"must be at most {LARGEST}, got {shorten(value)}"
+        return f"must be {'at most ' if value > 0 else 'at least -'}{LARGEST}, got {shorten(value)}"
     if lowest is highest is above is below is None or isinstance(value, str):  # auto
         return ""
     is_inside = (

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from tuning.data.collator import BatchInfo
 from tuning.errors import RunEnded, UserError, describe_dead_worker
 
-NEWS_SECONDS = 1
+NEWS_SECONDS = 1  # until the system has told PyTorch that a process ended
 
 
 def out_of_memory(
@@ -51,9 +51,9 @@ def _remedies(training: TrainingArguments, lora: bool, recomputes_all: bool, max
 
 @contextmanager
 def name_killed_worker() -> Iterator[None]:
-    """Turn an error that a data worker's end has caused into a `UserError`.
+    """Turn an error that a data worker's end has caused into a `UserError`. A library may have made any error of it.
 
-    PyTorch raises once more when the system tells it of that end, which may be later: here is the place to wait for it.
+    PyTorch raises once more when the system tells it of that end: it must not meet the run while that ends.
     """
     try:
         yield

@@ -122,6 +122,7 @@ def test_names_of_other_tools_lead_to_ours(required, name, meant):
         ("max_grad_norm", -1, "must be at least 0"),
         ("warmup_steps", -3, "must be at least 0"),
         ("max_steps", 10**300, f"must be at most {2**63 - 1}, got 1000"),
+        ("max_steps", -(10**300), f"must be at least -{2**63 - 1}, got -1000"),
         ("per_device_train_batch_size", 1e300, f"must be at most {2**63 - 1}, got 1000"),
         ("adam_beta2", 1, "must be at least 0 and below 1"),
         ("eval_delay", float("nan"), "must be finite"),
